@@ -1,0 +1,45 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="pixelrepa-diffusers",
+    version="0.1.0",
+    description="PixelREPA and JiT (pixel-space diffusion transformers) for the Hugging Face ecosystem",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    package_dir={"": "src"},
+    packages=find_packages("src"),
+    package_data={"pixelrepa_diffusers": ["*.json", "*.md"]},
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.8",
+        "diffusers>=0.42",
+        "transformers>=5.0",
+        "accelerate>=1.15",
+        "safetensors>=0.8",
+        "huggingface-hub>=2.0",
+        "numpy>=1.26",
+        "Pillow>=10.0",
+    ],
+    extras_require={
+        "train": [
+            "datasets>=4.0",
+            "evaluate>=0.4.6",
+            "matplotlib>=3.8",
+            "pyyaml>=6.0",
+            "scikit-learn>=1.4",
+            "scipy>=1.11",
+            "tensorboard>=2.16",
+        ],
+        # The Inception network of FID and IS. It brings torchvision, which must match the installed torch build.
+        "eval": ["datasets>=4.0", "evaluate>=0.4.6", "matplotlib>=3.8", "scipy>=1.11", "torch-fidelity>=0.4.0"],
+        "dev": ["hypothesis>=6.100", "peft>=0.17", "psutil>=5.9", "pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.14"],
+    },
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

@@ -1,0 +1,1 @@
+"""PixelREPA for the Hugging Face ecosystem."""

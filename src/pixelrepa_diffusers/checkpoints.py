@@ -295,9 +295,7 @@ class _WeightSet:
             if key in expected and value.shape != expected[key].shape
         ][:8]
         if problems:
-            raise ValueError(
-                f"{self.entry!r} does not fit the architecture that its shapes show: {'; '.join(problems)}."
-            )
+            raise ValueError(f"{self.entry!r} does not fit the architecture: {'; '.join(problems)}.")
 
     def heads(self) -> tuple[int, int, int]:
         """(width, heads, width of a head)."""
@@ -605,16 +603,19 @@ def save_original_checkpoint(
         adapter_set = _WeightSet("adapter", "", adapter_state_to_original(adapter.state_dict()))
         adapter_set.check_values()
 
+    own = transformer.state_dict()
+    # The order matters: of what was added to the model, converting it says more than comparing an EMA with it.
     grid_size = config.sample_size // config.patch_size
-    expected = transformer_state_to_original(transformer.state_dict(), grid_size, mask_token)
-    sets = {name: transformer_state_to_original(ema[name], grid_size, mask_token) for name in ema}
-    for name, state in {"transformer": expected, **sets}.items():
+    net = _float32(transformer_state_to_original(own, grid_size, mask_token))
+    for name, state in {"transformer": own, **ema}.items():
         weight_set = _WeightSet(name, "", state)
-        weight_set.check_layout(expected)
+        weight_set.check_layout(own)
         weight_set.check_values()
-    net = _float32(expected)
     # A set that stands in twice is stored once: torch.save writes tensors that share memory as such.
-    averages = {name: _float32(sets[name]) if name in sets else net for name in ("ema1", "ema2")}
+    averages = {
+        name: _float32(transformer_state_to_original(ema[name], grid_size, mask_token)) if name in ema else net
+        for name in ("ema1", "ema2")
+    }
     model = {_NET + key: value for key, value in net.items()}
     if adapter is not None:
         for name, mean, std in (("de_scale", [0.5] * 3, [0.5] * 3), ("scale", _IMAGENET_MEAN, _IMAGENET_STD)):

@@ -1,0 +1,161 @@
+"""What a run shows: metrics.jsonl, trackers, curves, sample grids, and the report of a dry run."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from arguments import TrainingArguments
+from transformers import AutoConfig, Dinov2Config, PretrainedConfig
+
+from pixelrepa_diffusers import JiTFlowMatchScheduler, JiTTransformer2DModel, PixelREPAPipeline, get_preset
+from pixelrepa_diffusers.images import make_grid
+
+
+class Journal:
+    """metrics.jsonl, the trackers and curves.png. A resumed run repeats what came after its checkpoint."""
+
+    def __init__(self, accelerator: Accelerator, output_dir: Path, step: int):
+        self.accelerator, self.path = accelerator, output_dir / "metrics.jsonl"
+        self.rows: list[dict] = []
+        if accelerator.is_main_process:
+            if step and self.path.exists():
+                lines = self.path.read_text(encoding="utf-8").splitlines()
+                rows = [json.loads(line) for line in lines if line.endswith("}")]  # a kill may cut the last one
+                self.rows = [row for row in rows if row["step"] <= step]
+            write_beside(self.path, lambda path: path.write_text("".join(map(_line, self.rows)), encoding="utf-8"))
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        self.accelerator.log(values, step=step)
+        if self.accelerator.is_main_process:
+            self.rows.append({"step": step, **values})
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(_line(self.rows[-1]))
+
+    def plot(self) -> Path:
+        """Draws curves.png from everything logged so far."""
+        from matplotlib.figure import Figure  # slow to import, and needed once
+
+        panels = {
+            "denoising_loss": "denoising loss",
+            "alignment_cosine": "alignment cosine",
+            "grad_norm": "gradient norm",
+            "learning_rate": "learning rate",
+        }
+        figure = Figure(figsize=(10, 6), layout="constrained")
+        axes = figure.subplots(2, 2, sharex=True)
+        for axis, (name, title) in zip(axes.flat, panels.items(), strict=True):
+            points = [(row["step"], row[name]) for row in self.rows if name in row]
+            if points:
+                axis.plot(*zip(*points, strict=True), linewidth=1)
+            else:
+                axis.text(0.5, 0.5, "not used", ha="center", transform=axis.transAxes)
+            axis.set_title(title)
+            axis.grid(alpha=0.3)
+        for axis in axes[1]:
+            axis.set_xlabel("optimizer step")
+        path = self.path.with_name("curves.png")
+        write_beside(path, lambda beside: figure.savefig(beside, format="png", dpi=120))
+        return path
+
+
+def write_beside(path: Path, write) -> None:
+    """Writes a file so that a reader, or a kill, finds the old one or the new one, never a part."""
+    beside = path.with_name(f".{path.name}.incomplete")
+    write(beside)
+    os.replace(beside, path)
+
+
+def _line(row: dict) -> str:
+    return json.dumps(row) + "\n"
+
+
+def build_pipeline(
+    args: TrainingArguments, transformer: JiTTransformer2DModel, id2label: dict[str, str] | None
+) -> PixelREPAPipeline:
+    """The pipeline of a run: its guidance, or the papers' for its preset and objective, is saved with it."""
+    preset = get_preset(args.preset)
+    usual = preset.guidance_scale if args.objective == "pixelrepa" else preset.guidance_scale_jit
+    if transformer.config.num_classes == 1:
+        usual = 1.0
+    return PixelREPAPipeline(
+        transformer,
+        JiTFlowMatchScheduler(),
+        id2label=id2label,
+        guidance_scale=usual if args.guidance_scale is None else args.guidance_scale,
+        guidance_interval=args.guidance_interval or preset.guidance_interval,
+    )
+
+
+def write_samples(args: TrainingArguments, accelerator: Accelerator, pipeline: PixelREPAPipeline, step: int) -> Path:
+    """A grid, from the same noise every time, to samples/ and to the trackers that take images."""
+    pipeline.set_progress_bar_config(disable=True)
+    num_images, num_classes = args.num_validation_images, pipeline.transformer.config.num_classes
+    labels = [
+        i % num_classes if num_images > num_classes else i * num_classes // num_images for i in range(num_images)
+    ]
+    images = []
+    for start in range(0, num_images, args.train_batch_size):
+        chunk = labels[start : start + args.train_batch_size]
+        noise = [torch.Generator().manual_seed(args.seed + start + i) for i in range(len(chunk))]
+        with accelerator.autocast():
+            images += pipeline(chunk, generator=noise, num_inference_steps=args.validation_inference_steps).images
+    names = pipeline.config.id2label or {}
+    grid = make_grid(images, labels=None if num_classes == 1 else [names.get(str(i), str(i)) for i in labels])
+
+    path = Path(args.output_dir) / "samples" / f"step-{step:07d}.png"
+    path.parent.mkdir(exist_ok=True)
+    write_beside(path, lambda beside: grid.save(beside, format="PNG"))
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.log_images({"samples": np.asarray(grid)[None]}, step=step, dataformats="NHWC")
+        elif hasattr(tracker, "log_images"):
+            tracker.log_images({"samples": [grid]}, step=step)
+    return path
+
+
+# ------------------------------------------------------------------------------------------------------------- dry run
+
+
+def teacher_config(args: TrainingArguments) -> tuple[PretrainedConfig, str]:
+    """The teacher's vision configuration and where it was found, without its weights."""
+    name = args.teacher_model_name_or_path
+    try:
+        config = AutoConfig.from_pretrained(name, revision=args.teacher_revision)
+        return getattr(config, "vision_config", config), name
+    except OSError:
+        if name != "facebook/dinov2-base":
+            raise
+        return Dinov2Config(), f"{name} (out of reach; counted from the DINOv2-base architecture)"
+
+
+def estimate_memory(args: TrainingArguments, config: dict, trained: int, teacher: int) -> dict[str, float]:
+    """
+    GiB per process at the peak of a step, unsharded. Weights, gradients and optimizer are exact; activations are an
+    estimate for eager fused attention: for each token of a block two float32 residuals and, in the compute type, 18 widths
+    (norms, queries, keys, values, attention, gates) and 3 feed-forward widths; checkpointing keeps one residual.
+    """
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    hidden = int(width * config["mlp_ratio"] * 2 / 3)
+    tokens = (config["sample_size"] // config["patch_size"]) ** 2
+    size = 2 if args.mixed_precision in ("fp16", "bf16") else 4
+    per_token = 8 * width + size * (18 * width + 3 * hidden)
+    plain = tokens * config["in_context_start"]
+    extended = (tokens + config["in_context_len"]) * (config["num_layers"] - config["in_context_start"])
+    if args.objective == "pixelrepa":
+        extended += (tokens + config["in_context_len"]) * args.adapter_layers
+    passed = plain + extended
+    activations = passed * (4 * width) + (tokens * per_token) if args.gradient_checkpointing else passed * per_token
+    averages = len(args.ema_decays) if args.use_ema and not args.ema_offload else 0
+    parts = {
+        "weights and gradients": 8 * trained,
+        "optimizer": (2 if args.use_8bit_adam else 8) * trained,
+        "EMAs": 4 * averages * trained,
+        "teacher": size * teacher,
+        f"activations (estimate, batch {args.train_batch_size})": activations * args.train_batch_size,
+    }
+    return {name: value / 2**30 for name, value in parts.items()}

@@ -1,0 +1,612 @@
+"""Train a JiT with PixelREPA (arXiv 2603.14366), or as plain JiT, with REPA or with iREPA.
+
+The published B/16 recipe on ImageNet at 256 pixels, 8 GPUs:
+
+    accelerate launch --config_file training/accelerate/8gpu.yaml training/train_pixelrepa.py \
+        --config training/configs/pixelrepa_b16.yaml --train_data_dir /path/to/imagenet/train
+
+A tiny run on any CPU, on a folder with one sub-folder of images per class and any small DINOv2 as the teacher:
+
+    accelerate launch --config_file training/accelerate/cpu.yaml training/train_pixelrepa.py --preset JiT-Digits/4 \
+        --train_data_dir photos --teacher_model_name_or_path teacher --train_batch_size 16 --max_train_steps 20 \
+        --lr_warmup_steps 5 --checkpointing_steps 10 --validation_steps 10 --validation_inference_steps 10
+
+What is written to --output_dir: checkpoint-N/ (transformer, every EMA and the adapter as diffusers folders, optimizer,
+position), samples/step-N.png, metrics.jsonl, curves.png, and at the end pipeline/, which
+`DiffusionPipeline.from_pretrained` loads.
+
+Every random draw is keyed by (seed, step, image), so neither the number of processes nor a restart changes the run.
+(Dropout alone, in JiT-H, is keyed by (seed, step, process).)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import accelerate
+import datasets
+import diffusers
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, gather_object
+from arguments import TrainingArguments, parse_arguments
+from checkpointing import Checkpointer, find_checkpoint, sweep, with_weights, write_folder
+from data import ImageLoader, ImageSource, StreamSource, draws, open_source, to_float
+from diffusers.optimization import get_scheduler
+from filelock import FileLock, Timeout
+from reporting import Journal, build_pipeline, estimate_memory, teacher_config, write_samples
+from tqdm.auto import tqdm
+
+import pixelrepa_diffusers
+from pixelrepa_diffusers import JiTTransformer2DModel, get_preset
+from pixelrepa_diffusers.adapter import ConvProjector, MaskedTransformerAdapter, MLPProjector
+from pixelrepa_diffusers.ema import ConstantDecayEMA
+from pixelrepa_diffusers.objective import PixelREPAObjective, draw_keep_mask, draw_timesteps, drop_labels
+from pixelrepa_diffusers.teacher import SemanticTeacher
+from pixelrepa_diffusers.transformer_jit import JiTBlock
+
+
+logger = get_logger(__name__)
+
+# Keys of the draws made here; data.py has those of order, crops and flips.
+IMAGE_DRAWS, DROPOUT_DRAWS, WEIGHT_DRAWS = 101, 102, 103
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss became NaN or infinite; the message names the step, the images and the last good checkpoint."""
+
+
+# ---------------------------------------------------------------------------------------------------- what is trained
+
+
+def transformer_config(args: TrainingArguments, num_classes: int) -> dict:
+    """The preset, overridden by whatever the command line names."""
+    config = get_preset(args.preset).transformer_config()
+    config.update(num_classes=num_classes, t_eps=args.t_eps)
+    given = {name: getattr(args, name) for name in config if getattr(args, name, None) is not None}
+    config.update(given, num_classes=num_classes)
+    if args.resolution is not None:
+        config["sample_size"] = args.resolution
+    return config
+
+
+def build_transformer(args: TrainingArguments, num_classes: int) -> JiTTransformer2DModel:
+    if args.pretrained_model_name_or_path is None:
+        return JiTTransformer2DModel(**transformer_config(args, num_classes))
+    transformer = JiTTransformer2DModel.from_pretrained(
+        args.pretrained_model_name_or_path, subfolder="transformer", revision=args.revision
+    )
+    if args.resolution not in (None, transformer.config.sample_size):
+        raise ValueError(
+            f"{args.pretrained_model_name_or_path} works at {transformer.config.sample_size} pixels, not at "
+            f"--resolution {args.resolution}."
+        )
+    if transformer.config.num_classes != num_classes:
+        logger.warning(
+            f"The pretrained transformer knows {transformer.config.num_classes} classes, the data have {num_classes}: "
+            "its class embedding starts anew."
+        )
+        fresh = JiTTransformer2DModel.from_config(transformer.config, num_classes=num_classes)
+        kept = {
+            name: value
+            for name, value in transformer.state_dict().items()
+            if not name.endswith("class_embedding.weight")
+        }
+        fresh.load_state_dict(kept, strict=False)
+        transformer = fresh
+    return transformer
+
+
+def build_projector(args: TrainingArguments, config: dict, teacher_dim: int) -> torch.nn.Module | None:
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    grid_size = config["sample_size"] // config["patch_size"]
+    match args.objective:
+        case "none":
+            return None
+        case "repa":
+            return MLPProjector(width, teacher_dim)
+        case "irepa":
+            return ConvProjector(width, teacher_dim, grid_size=grid_size)
+        case "pixelrepa":
+            return MaskedTransformerAdapter(
+                width,
+                config["num_attention_heads"],
+                teacher_dim,
+                num_layers=args.adapter_layers,
+                grid_size=grid_size,
+                in_context_len=config["in_context_len"],
+                num_classes=config["num_classes"],
+                mlp_ratio=config["mlp_ratio"],
+            )
+
+
+def build_objective(args: TrainingArguments, transformer: JiTTransformer2DModel, projector) -> PixelREPAObjective:
+    return PixelREPAObjective(
+        transformer,
+        projector,
+        alignment_weight=args.alignment_weight,
+        spatial_norm=args.spatial_norm if args.objective == "irepa" else None,
+        alignment_depth=args.alignment_depth,
+    )
+
+
+def build_optimizer(args: TrainingArguments, objective: PixelREPAObjective, learning_rate: float):
+    """AdamW; biases and norm weights are never decayed."""
+    parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": args.adam_weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    settings = {"lr": learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    if not args.use_8bit_adam:
+        return torch.optim.AdamW(groups, fused=True, **settings)
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise ImportError("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes.") from error
+    return bitsandbytes.optim.AdamW8bit(groups, **settings)
+
+
+# ------------------------------------------------------------------------------------------------ what a step is given
+
+
+def draw(args: TrainingArguments, batch: dict, step: int, num_tokens: int, num_classes: int, device) -> dict:
+    """Times, dropped labels, keep mask and noise of a batch: functions of (seed, step, image) alone."""
+    timesteps, labels, keep, seeds = [], [], [], []
+    for index, label in zip(batch["index"].tolist(), batch["class_labels"], strict=True):
+        small, large = draws(args.seed, step, index, purpose=IMAGE_DRAWS, count=2)
+        generator = torch.Generator().manual_seed(int(small))
+        timesteps.append(draw_timesteps(1, generator, args.P_mean, args.P_std))
+        labels.append(drop_labels(label[None], num_classes, generator, args.label_drop_prob))
+        keep.append(draw_keep_mask(1, num_tokens, generator, args.mask_ratio))
+        seeds.append(int(large))
+    noise = torch.empty(batch["pixel_values"].shape, device=device)
+    generator = torch.Generator(device)
+    for image, seed in zip(noise, seeds, strict=True):
+        image.normal_(generator=generator.manual_seed(seed))
+
+    def send(parts: list[torch.Tensor]) -> torch.Tensor:
+        whole = torch.cat(parts)
+        return (whole.pin_memory() if device.type == "cuda" else whole).to(device, non_blocking=True)
+
+    return {
+        "class_labels": send(labels),
+        "timestep": send(timesteps),
+        "noise": noise,
+        "keep_mask": send(keep) if args.objective == "pixelrepa" else None,
+    }
+
+
+def prepared_batches(
+    args, loader: ImageLoader, teacher, step: int, num_tokens: int, num_classes: int, device
+) -> Iterator:
+    """
+    Batches with everything the objective takes, on the device, and what the trainer remembers about each.
+
+    On a GPU copies, draws and the teacher run on their own stream one batch ahead, beside the student's work on the
+    batch before. The teacher is frozen, so nothing it is given depends on the student.
+    """
+    stream = torch.cuda.Stream() if device.type == "cuda" else None
+
+    def prepare(batch: dict, step: int) -> tuple[dict, dict]:
+        about = {
+            "index": batch["index"].tolist(),
+            "skipped": int(batch["skipped"].sum()),
+            "loader": loader.state_dict(),  # read now: the loader will be a batch ahead when this one is used
+        }
+        inputs = draw(args, batch, step, num_tokens, num_classes, device)
+        inputs["pixel_values"] = to_float(batch["pixel_values"].to(device, non_blocking=True))
+        aligned = args.stop_alignment_after_step is None or step < args.stop_alignment_after_step
+        inputs["teacher_features"] = teacher(inputs["pixel_values"]) if teacher is not None and aligned else None
+        return inputs, about
+
+    def numbered() -> Iterator[tuple[dict, int]]:
+        for number, batch in enumerate(loader):
+            yield batch, step + number // args.gradient_accumulation_steps
+
+    if stream is None:
+        for batch, number in numbered():
+            yield prepare(batch, number)
+        return
+
+    ahead = None
+    for batch, number in numbered():
+        with torch.cuda.stream(stream):
+            following = prepare(batch, number)
+        if ahead is not None:
+            yield ahead
+        # The student's stream waits for the side stream on the device; the host does not.
+        torch.cuda.current_stream().wait_stream(stream)
+        for tensor in following[0].values():
+            if tensor is not None:
+                tensor.record_stream(torch.cuda.current_stream())
+        ahead = following
+
+
+# ------------------------------------------------------------------------------------------------------------- the run
+
+
+def global_batch_size(args: TrainingArguments, num_processes: int) -> int:
+    return args.train_batch_size * args.gradient_accumulation_steps * num_processes
+
+
+def resolved_learning_rate(args: TrainingArguments, num_processes: int) -> float:
+    return args.learning_rate * (global_batch_size(args, num_processes) / 256 if args.scale_lr else 1)
+
+
+def resolved_steps(args: TrainingArguments, steps_per_epoch: int | None) -> tuple[int, int]:
+    """(optimizer steps, warm-up steps)."""
+    total = args.max_train_steps or args.num_train_epochs * steps_per_epoch
+    warmup = 5 * steps_per_epoch if args.lr_warmup_steps is None else args.lr_warmup_steps
+    return total, warmup
+
+
+def dry_run(args: TrainingArguments, accelerator: Accelerator, source: ImageSource | StreamSource | None) -> dict:
+    """Prints, and returns, what the run would be; without data the preset's classes and ImageNet's size are assumed."""
+    num_classes = source.num_classes if source else args.num_classes or get_preset(args.preset).num_classes
+    num_images = len(source) if isinstance(source, ImageSource) else 1_281_167
+    num_processes = args.dry_run_processes or accelerator.num_processes
+    batch = global_batch_size(args, num_processes)
+    steps, warmup = resolved_steps(args, num_images // batch)
+    count = {}
+    with torch.device("meta"):
+        transformer = build_transformer(args, num_classes)
+        count["transformer"] = sum(p.numel() for p in transformer.parameters())
+        teacher_name, teacher_parameters = "none", 0
+        if args.objective != "none":
+            config, teacher_name = teacher_config(args)
+            projector = build_projector(args, transformer.config, config.hidden_size)
+            count[type(projector).__name__] = sum(p.numel() for p in projector.parameters())
+            teacher_parameters = sum(p.numel() for p in transformers.AutoModel.from_config(config).parameters())
+    memory = estimate_memory(args, transformer.config, sum(count.values()), teacher_parameters)
+    report = {
+        "arguments": args.saved(),
+        "transformer": {k: v for k, v in transformer.config.items() if not k.startswith("_")},
+        "parameters": {**count, f"teacher {teacher_name} (frozen)": teacher_parameters},
+        "images": num_images,
+        "processes": num_processes,
+        "global_batch_size": batch,
+        "learning_rate": resolved_learning_rate(args, num_processes),
+        "steps": steps,
+        "warmup_steps": warmup,
+        "epochs": round(steps * batch / num_images, 2),
+        "memory_GiB": {name: round(value, 2) for name, value in {**memory, "sum": sum(memory.values())}.items()},
+    }
+    accelerator.print(json.dumps(report, indent=1, ensure_ascii=False))
+    return report
+
+
+class StopRequest:
+    """SIGTERM and Ctrl-C ask for a checkpoint and an orderly end; a second Ctrl-C interrupts at once."""
+
+    def __init__(self):
+        self.received: str | None = None
+
+    def __call__(self, number: int, frame) -> None:
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number).name
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[StopRequest]:
+    request = StopRequest()
+    before = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def main(args: TrainingArguments) -> Path | None:
+    """Trains as the arguments say and returns the folder of the final pipeline (None after a dry run or a stop)."""
+    output_dir = Path(args.output_dir)
+    trackers = [name for name in args.report_to if name != "none"]
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        log_with=None if args.dry_run else trackers or None,
+        project_config=ProjectConfiguration(
+            project_dir=args.output_dir, logging_dir=str(output_dir / args.logging_dir)
+        ),
+        # The only buffers are position tables, equal everywhere.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+    )
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
+    if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
+        raise RuntimeError(
+            f"The launcher asked for {os.environ['WORLD_SIZE']} processes, but accelerate runs {accelerator.num_processes}. "
+            "For several CPU processes use training/accelerate/cpu_2processes.yaml."
+        )
+    args.mixed_precision = accelerator.mixed_precision
+    with_data = args.train_data_dir is not None or args.dataset_name is not None
+    source = open_source(args) if with_data or not args.dry_run else None
+    if args.dry_run:
+        dry_run(args, accelerator, source)
+        return None
+
+    lock = FileLock(output_dir / ".lock")
+    if accelerator.is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise RuntimeError(f"Another run is writing to {output_dir}; choose another --output_dir.") from error
+        sweep(output_dir)
+    accelerator.wait_for_everyone()
+    with lock if lock.is_locked else contextlib.nullcontext(), stop_signals() as stop:
+        return train(args, accelerator, source, output_dir, stop)
+
+
+def train(args, accelerator: Accelerator, source, output_dir: Path, stop: StopRequest) -> Path | None:
+    device = accelerator.device
+    checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint, logger.warning)
+    loader = ImageLoader(
+        source,
+        get_preset(args.preset).sample_size if args.resolution is None else args.resolution,
+        args.train_batch_size,
+        args.seed,
+        center_crop=args.center_crop,
+        random_flip=args.random_flip,
+        on_bad_image=args.on_bad_image,
+        accumulation_steps=args.gradient_accumulation_steps,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        num_workers=args.dataloader_num_workers,
+    )
+    max_train_steps, warmup_steps = resolved_steps(args, loader.batches_per_epoch)
+    num_classes = source.num_classes
+
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
+    torch.manual_seed(int(draws(args.seed, 0, 0, purpose=WEIGHT_DRAWS)[0]))
+    transformer = build_transformer(args, num_classes)
+    config = transformer.config
+    num_tokens = (config.sample_size // config.patch_size) ** 2
+    teacher = None
+    if args.objective != "none":
+        teacher = SemanticTeacher.from_pretrained(
+            args.teacher_model_name_or_path,
+            grid_size=config.sample_size // config.patch_size,
+            image_size=config.sample_size,
+            mode=args.teacher_mode,
+            dtype=torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32,
+            revision=args.teacher_revision,
+        ).to(device)
+    projector = build_projector(args, config, teacher.feature_dim) if teacher is not None else None
+    objective = build_objective(args, transformer, projector)
+    if args.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+        if isinstance(projector, MaskedTransformerAdapter):
+            projector.enable_gradient_checkpointing()
+    if args.attention_backend is not None:
+        transformer.set_attention_backend(args.attention_backend)
+    if args.compile:
+        for block in objective.modules():
+            if isinstance(block, JiTBlock):
+                block.compile(fullgraph=True)
+        if teacher is not None:
+            teacher.compile()
+
+    optimizer = build_optimizer(args, objective, resolved_learning_rate(args, accelerator.num_processes))
+    objective, optimizer = accelerator.prepare(objective, optimizer)
+    module = accelerator.unwrap_model(objective)
+    # Outside `prepare`: accelerate would step the schedule once for every process.
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler, optimizer, num_warmup_steps=warmup_steps, num_training_steps=max_train_steps
+    )
+    ema = None
+    if args.use_ema:
+        ema = ConstantDecayEMA(
+            module.transformer,
+            args.ema_decays,
+            update_every=args.ema_update_every,
+            offload=args.ema_offload,
+        )
+    checkpointer = Checkpointer(args, accelerator, objective, ema, lr_scheduler)
+
+    step, position = 0, loader.state_dict()
+    if checkpoint is not None:
+        progress = checkpointer.load(checkpoint)
+        step, position = progress["step"], progress["loader"]
+        loader.load_state_dict(position)
+        logger.info(f"Resumed {checkpoint}.")
+    if step > max_train_steps:
+        raise ValueError(f"{checkpoint} is at step {step}, beyond the {max_train_steps} steps asked for.")
+    if accelerator.is_main_process:
+        resolved = {**args.saved(), "resolved_steps": max_train_steps, "resolved_warmup_steps": warmup_steps}
+        (output_dir / "arguments.json").write_text(json.dumps(resolved, indent=1), encoding="utf-8")
+        logger.info("Arguments: " + json.dumps(resolved))
+    accelerator.init_trackers(
+        args.tracker_project_name,
+        config={k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in args.saved().items()},
+    )
+    journal = Journal(accelerator, output_dir, step)
+    last_checkpoint = checkpoint
+
+    def shown_transformer() -> JiTTransformer2DModel:
+        """The first EMA, or without EMAs the online weights; never the module that is being trained."""
+        if ema is not None:
+            weights = ema.state_dict_for(ema.decays[0])
+        else:
+            state = accelerator.get_state_dict(objective)
+            weights = {k.removeprefix("transformer."): v for k, v in state.items() if k.startswith("transformer.")}
+        full = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in weights.items()}
+        return with_weights(config, full).to(device)
+
+    def validate() -> None:
+        transformer = shown_transformer()
+        if accelerator.is_main_process:
+            write_samples(args, accelerator, build_pipeline(args, transformer, source.id2label), step)
+        accelerator.wait_for_everyone()
+
+    records: list[torch.Tensor] = []  # losses of the steps since the last log, on the device
+    seen: list[list[int]] = []  # and the images they were of
+
+    def check_losses() -> torch.Tensor:
+        """(processes, steps, 3) on the host: the one place where the device is waited for."""
+        mine = torch.stack(records)
+        losses = accelerator.gather(mine[None]).cpu()
+        bad = (~losses.isfinite().all(dim=(0, 2))).nonzero()
+        if len(bad):
+            index = bad[0].item()
+            images = gather_object(seen[index])
+            raise NonFiniteLossError(
+                f"The loss of step {step - len(records) + index + 1} is not finite. Its images (places in the data) were "
+                f"{sorted(images)}. The last good checkpoint is {last_checkpoint}: resume from it with a smaller "
+                "--learning_rate, --max_grad_norm 1, --mixed_precision bf16 or no, or --on_nonfinite skip."
+            )
+        return losses
+
+    batches = prepared_batches(args, loader, teacher, step, num_tokens, num_classes, device)
+    bar = tqdm(total=max_train_steps, initial=step, desc="steps", disable=not accelerator.is_local_main_process)
+    skipped_images = skipped_steps = 0
+    objective.train()
+    started, started_step = time.perf_counter(), step
+    stopping = None
+    while step < max_train_steps and stopping is None:
+        logs = (step + 1) % args.logging_steps == 0 or step + 1 == max_train_steps
+        learning_rate = lr_scheduler.get_last_lr()[0]
+        losses, images = [], []
+        for micro_step in range(args.gradient_accumulation_steps):
+            inputs, about = next(batches)
+            dropout_seeds = draws(args.seed, step, accelerator.process_index, DROPOUT_DRAWS, micro_step + 1)
+            torch.manual_seed(int(dropout_seeds[micro_step]))
+            # ------------------------------------------------------------------------------ the method, one micro-step
+            with accelerator.accumulate(objective):
+                output = objective(**inputs)
+                accelerator.backward(output.loss)
+                if accelerator.sync_gradients:
+                    grad_norm, skip = None, False
+                    if logs or args.max_grad_norm is not None or args.on_nonfinite == "skip":
+                        bound = float("inf") if args.max_grad_norm is None else args.max_grad_norm
+                        grad_norm = accelerator.clip_grad_norm_(objective.parameters(), bound)
+                        skip = args.on_nonfinite == "skip" and not torch.isfinite(grad_norm)
+                    if not skip or accelerator.scaler is not None:  # the scaler skips by itself, and learns from it
+                        optimizer.step()
+                    lr_scheduler.step()
+                    optimizer.zero_grad()
+                    if ema is not None and not skip:
+                        ema.update(module.transformer)
+            # ---------------------------------------------------------------------------------------------------------
+            zero = output.denoising_loss.new_zeros(())
+            parts = (
+                output.loss,
+                output.denoising_loss,
+                zero if output.alignment_loss is None else output.alignment_loss,
+            )
+            losses.append(torch.stack([part.detach() for part in parts]))
+            images += about["index"]
+            skipped_images += about["skipped"]
+        step, position = step + 1, about["loader"]
+        bar.update()
+        if skip:
+            skipped_steps += 1
+            logger.warning(f"Step {step} was skipped: its gradient is not finite. Its images were {images}.")
+        else:
+            records.append(torch.stack(losses).mean(dim=0))
+            seen.append(images)
+
+        if logs and records:
+            mean = check_losses().mean(dim=(0, 1)).tolist()
+            elapsed = time.perf_counter() - started
+            speed = (step - started_step) * loader.global_batch_size / elapsed
+            values = {
+                "loss": mean[0],
+                "denoising_loss": mean[1],
+                "grad_norm": float(grad_norm),
+                "learning_rate": learning_rate,
+                "images_per_second": speed,
+                "memory_GiB": peak_memory(device),
+                "skipped_images": skipped_images,
+                "skipped_steps": skipped_steps,
+            }
+            if output.alignment_loss is not None:
+                values |= {"alignment_loss": mean[2], "alignment_cosine": 1 - mean[2]}
+            journal.log(step, values)
+            shown = {"denoise": f"{mean[1]:.4f}", "align": f"{mean[2]:.4f}", "img/s": f"{speed:.1f}"}
+            bar.set_postfix(
+                shown if output.alignment_loss is not None else {k: shown[k] for k in ("denoise", "img/s")}
+            )
+            records.clear()
+            seen.clear()
+            started, started_step = time.perf_counter(), step
+            stopping = stop.received
+            if accelerator.num_processes > 1:
+                # Every process must stop at the same step; here they learn of a signal that reached only some.
+                stopping = next((name for name in gather_object([stop.received]) if name), None)
+        elif accelerator.num_processes == 1:
+            stopping = stop.received
+
+        finished = step == max_train_steps or stopping is not None
+        if step % args.checkpointing_steps == 0 or finished:
+            if records:
+                check_losses()
+            last_checkpoint = checkpointer.save(step, position)
+            logger.info(f"Wrote {last_checkpoint}.")
+        if args.validation_steps and (step % args.validation_steps == 0 or step == max_train_steps):
+            validate()
+        if (
+            step % args.checkpointing_steps == 0
+            or finished
+            or (args.validation_steps and step % args.validation_steps == 0)
+        ):
+            started, started_step = time.perf_counter(), step  # images/s is the training's alone
+    bar.close()
+
+    if step < max_train_steps:
+        logger.warning(
+            f"Stopped by {stopping} at step {step} of {max_train_steps}; go on with --resume_from_checkpoint latest."
+        )
+        accelerator.end_training()
+        return None
+
+    folder = output_dir / "pipeline"
+    transformer = shown_transformer()
+    facts = {
+        **args.saved(),
+        "steps": step,
+        "images_seen": step * loader.global_batch_size,
+        "global_batch_size": loader.global_batch_size,
+        "num_processes": accelerator.num_processes,
+        "resolved_learning_rate": resolved_learning_rate(args, accelerator.num_processes),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "versions": {
+            package.__name__: package.__version__
+            for package in (pixelrepa_diffusers, torch, diffusers, transformers, accelerate, datasets)
+        },
+    }
+
+    def write(path: Path) -> None:
+        if accelerator.is_main_process:
+            build_pipeline(args, transformer, source.id2label).save_pretrained(path)
+            (path / "training_arguments.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+
+    write_folder(folder, write, accelerator.is_main_process, accelerator.wait_for_everyone)
+    if accelerator.is_main_process:
+        logger.info(f"Wrote {folder} and {journal.plot()}.")
+    accelerator.end_training()
+    return folder
+
+
+def peak_memory(device: torch.device) -> float:
+    """GiB: the allocator's peak on a GPU, the process's resident peak on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+if __name__ == "__main__":
+    main(parse_arguments())

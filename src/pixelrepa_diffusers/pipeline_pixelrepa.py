@@ -12,6 +12,7 @@ import difflib
 import inspect
 import json
 import math
+import numbers
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -62,19 +63,26 @@ class PixelREPAPipeline(DiffusionPipeline):
         super().__init__()
         _check_guidance(guidance_scale, guidance_interval)
         self.register_modules(transformer=transformer, scheduler=scheduler)
+        self._label_ids = _index_names({} if id2label is None else id2label, transformer.config.num_classes)
         # JSON knows string keys only; writing them so makes a saved and a reloaded pipeline equal.
-        names = None if id2label is None else {str(key): name for key, name in id2label.items()}
-        self._label_ids = _index_names(names or {}, transformer.config.num_classes)
         self.register_to_config(
-            id2label=names, guidance_scale=float(guidance_scale), guidance_interval=list(guidance_interval)
+            id2label=None if id2label is None else {str(key): names for key, names in id2label.items()},
+            guidance_scale=float(guidance_scale),
+            guidance_interval=[float(bound) for bound in guidance_interval],
         )
         self._guidance_scale = self.config.guidance_scale
+        self._current_timestep = None
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
 
     @property
     def guidance_scale(self) -> float:
         """The scale of the running or last call; a step-end callback may set `_guidance_scale`."""
         return self._guidance_scale
+
+    @property
+    def current_timestep(self) -> torch.Tensor | None:
+        """The scheduler's timestep of the running evaluation, `None` outside a call; some caches ask for it."""
+        return self._current_timestep
 
     @property
     def num_timesteps(self) -> int:
@@ -100,7 +108,7 @@ class PixelREPAPipeline(DiffusionPipeline):
         """
         if isinstance(class_labels, torch.Tensor | np.ndarray):
             class_labels = class_labels.tolist()
-        if isinstance(class_labels, int | str):
+        if isinstance(class_labels, numbers.Integral | str):
             class_labels = [class_labels]
         if not isinstance(class_labels, list | tuple):
             raise ValueError(
@@ -123,10 +131,12 @@ class PixelREPAPipeline(DiffusionPipeline):
                 return ids[0]
             if ids:
                 raise ValueError(f"The name {label!r} stands for the classes {list(ids)}; give the id.")
-            nearest = difflib.get_close_matches(label, self._label_ids, n=5, cutoff=0.4)
+            by_folded_name = {name.casefold(): name for name in self._label_ids}
+            nearest = difflib.get_close_matches(label.strip().casefold(), by_folded_name, n=5, cutoff=0.4)
+            nearest = [by_folded_name[name] for name in nearest]
             hint = f"The nearest names: {', '.join(map(repr, nearest))}." if nearest else "See `pipe.config.id2label`."
             raise ValueError(f"There is no class called {label!r}. {hint}")
-        if isinstance(label, bool) or not isinstance(label, int | np.integer):
+        if isinstance(label, bool) or not isinstance(label, numbers.Integral):
             raise ValueError(f"A class label must be an integer or a name, got {label!r} ({type(label).__name__}).")
         if not 0 <= label < num_classes:
             raise ValueError(f"Class id {label} is out of range: this model knows the ids 0 to {num_classes - 1}.")
@@ -148,10 +158,13 @@ class PixelREPAPipeline(DiffusionPipeline):
         _check_guidance(guidance_scale, guidance_interval)
         if (
             isinstance(num_inference_steps, bool)
-            or not isinstance(num_inference_steps, int)
+            or not isinstance(num_inference_steps, numbers.Integral)
             or num_inference_steps < 1
         ):
             raise ValueError(f"`num_inference_steps` must be an integer of at least 1, got {num_inference_steps!r}.")
+        generators = generator if isinstance(generator, list) else [generator]
+        if generator is not None and not all(isinstance(one, torch.Generator) for one in generators):
+            raise ValueError(f"`generator` must be a `torch.Generator` or a list of them, got {generator!r}.")
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(
                 f"{len(generator)} generators were given for {batch_size} images; give one for each, or a single one."
@@ -159,8 +172,11 @@ class PixelREPAPipeline(DiffusionPipeline):
         if latents is not None:
             config = self.transformer.config
             shape = (batch_size, config.in_channels, config.sample_size, config.sample_size)
-            if tuple(latents.shape) != shape:
-                raise ValueError(f"`latents` must have the shape {shape}, got {tuple(latents.shape)}.")
+            if not isinstance(latents, torch.Tensor) or tuple(latents.shape) != shape:
+                given = tuple(latents.shape) if isinstance(latents, torch.Tensor) else type(latents).__name__
+                raise ValueError(f"`latents` must be a tensor of the shape {shape}, got {given}.")
+            if not latents.isfinite().all():
+                raise ValueError("`latents` contains values that are not finite; it must be unit noise.")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f'`output_type` must be "pil", "np", "pt" or "latent", got {output_type!r}.')
         unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
@@ -168,8 +184,12 @@ class PixelREPAPipeline(DiffusionPipeline):
             raise ValueError(
                 f"`callback_on_step_end_tensor_inputs` may name {self._callback_tensor_inputs}, got {unknown}."
             )
-        prediction_type = self.scheduler.config.get("prediction_type", "flow_prediction")
-        if prediction_type != "flow_prediction" or not self.scheduler.config.get("use_flow_sigmas", True):
+        # Schedulers made for flow matching have `scale_noise`, and diffusers' time if they have `num_train_timesteps`;
+        # others integrate flows when told to.
+        settings = self.scheduler.config
+        made_for_flows = hasattr(self.scheduler, "scale_noise") and "num_train_timesteps" in settings
+        told_to = settings.get("prediction_type") == "flow_prediction" and settings.get("use_flow_sigmas")
+        if not made_for_flows and not told_to:
             raise ValueError(
                 f"{type(self.scheduler).__name__} is not set up for flow matching. Build it with "
                 f'`from_config(config, prediction_type="flow_prediction", use_flow_sigmas=True)`, or use '
@@ -291,15 +311,26 @@ class PixelREPAPipeline(DiffusionPipeline):
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         step_kwargs = {"generator": generator} if takes_generator else {}
         self._num_timesteps = len(timesteps)
+        was_guided = None
 
         with self.progress_bar(total=num_inference_steps) as progress_bar:
             for index, timestep in enumerate(timesteps):
                 if self.interrupt:
                     continue
+                self._current_timestep = timestep
                 guided = num_classes > 1 and self.guidance_scale != 1 and _inside(times[index], guidance_interval)
                 sample = torch.cat([latents, latents]) if guided else latents
-                # Block caches keep one state per context, and the two kinds of evaluation differ in batch size.
-                with self.transformer.cache_context("guided" if guided else "conditional"):
+                if guided != was_guided:
+                    # What a cache holds comes from a batch of another size, or from a call that never ended.
+                    self.transformer._reset_stateful_cache()
+                was_guided = guided
+                with self.transformer.cache_context(
+                    "guided" if guided else "conditional",
+                    step_index=index,
+                    num_inference_steps=len(timesteps),
+                    timestep=timestep,
+                    sigma=1 - times[index],
+                ):
                     prediction = self.transformer(
                         sample, time_on_device[index], labels_and_null if guided else labels, return_dict=False
                     )[0]
@@ -316,6 +347,7 @@ class PixelREPAPipeline(DiffusionPipeline):
                 if index == len(timesteps) - 1 or (index + 1) % self.scheduler.order == 0:
                     progress_bar.update()
 
+        self._current_timestep = None
         images = latents
         if output_type != "latent":
             images = self.image_processor.postprocess(latents, output_type=output_type)
@@ -375,27 +407,37 @@ def _inside(time: float, interval: tuple[float, float]) -> bool:
 
 
 def _check_guidance(scale: float, interval: tuple[float, float]) -> None:
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale) or scale < 0:
+    if isinstance(scale, bool) or not isinstance(scale, numbers.Real) or not math.isfinite(scale) or scale < 0:
         raise ValueError(
             f"`guidance_scale` must be a finite number of at least 0 (1 turns guidance off), got {scale!r}."
         )
     if not isinstance(interval, list | tuple) or len(interval) != 2:
         raise ValueError(f"`guidance_interval` must be a pair (low, high), got {interval!r}.")
     low, high = interval
+    if not all(isinstance(bound, numbers.Real) for bound in interval):
+        raise ValueError(f"`guidance_interval` must be a pair of numbers, got {interval!r}.")
     if not 0 <= low < high <= 1:
         raise ValueError(
             f"`guidance_interval` must satisfy 0 ≤ low < high ≤ 1 (t = 0 is noise, t = 1 is the image), got ({low}, {high})."
         )
 
 
-def _index_names(id2label: dict[str, str], num_classes: int) -> dict[str, tuple[int, ...]]:
-    """Every name, whole and by synonym, to the ids it stands for."""
-    ids: dict[str, tuple[int, ...]] = {}
+def _index_names(id2label: dict[int | str, str], num_classes: int) -> dict[str, tuple[int, ...]]:
+    """Every name, whole and by synonym, to the ids it stands for. Keys are ids, or their decimals as JSON has them."""
+    if not isinstance(id2label, dict):
+        raise ValueError(f"`id2label` must be a dictionary of class ids to names, got {type(id2label).__name__}.")
+    known = {str(class_id) for class_id in range(num_classes)}
+    names_by_id: dict[int, str] = {}
     for key, names in id2label.items():
-        if not key.isdecimal() or int(key) >= num_classes:
+        if str(key) not in known:
             raise ValueError(f"`id2label` has the key {key!r}; its keys are class ids from 0 to {num_classes - 1}.")
-        if not isinstance(names, str):
-            raise ValueError(f"`id2label[{key}]` must be a name, got {names!r}.")
-        for name in {names.strip(), *(part.strip() for part in names.split(","))}:
-            ids[name] = (*ids.get(name, ()), int(key))
+        if int(key) in names_by_id:
+            raise ValueError(f"`id2label` has two entries for class {key}.")
+        if not isinstance(names, str) or not names.strip(" ,"):
+            raise ValueError(f"`id2label[{key!r}]` must be a name, got {names!r}.")
+        names_by_id[int(key)] = names
+    ids: dict[str, tuple[int, ...]] = {}
+    for class_id, names in names_by_id.items():
+        for name in {names.strip(), *(part.strip() for part in names.split(","))} - {""}:
+            ids[name] = (*ids.get(name, ()), class_id)
     return ids

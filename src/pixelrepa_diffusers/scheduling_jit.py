@@ -11,6 +11,7 @@ This file is published beside the weights as remote code: it imports torch and d
 """
 
 import inspect
+import numbers
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,8 +99,13 @@ class JiTFlowMatchScheduler(SchedulerMixin, ConfigMixin):
             num_inference_steps (`int`): N, at least 1. Heun's method evaluates the model 2N − 1 times, Euler's N times.
             device (`str` or `torch.device`, *optional*): Where `timesteps` is put. `sigmas` stay on the CPU.
         """
-        if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
+        if (
+            isinstance(num_inference_steps, bool)
+            or not isinstance(num_inference_steps, numbers.Integral)
+            or num_inference_steps < 1
+        ):
             raise ValueError(f"`num_inference_steps` must be an integer of at least 1, got {num_inference_steps!r}.")
+        num_inference_steps = int(num_inference_steps)
         grid = torch.linspace(0, 1, num_inference_steps + 1, dtype=torch.float32).double()
         sigmas = 1 - grid[:-1]
         if self.config.solver == "heun":

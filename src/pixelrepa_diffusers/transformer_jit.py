@@ -64,12 +64,20 @@ class JiTRMSNorm(nn.RMSNorm):
         return F.rms_norm(hidden_states, self.normalized_shape, self.weight.to(hidden_states.dtype), self.eps)
 
 
+class JiTDropout(nn.Dropout):
+    """Dropout that reads its probability in training only: the blocks differ in it, and a compiled block would
+    specialise on it."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden_states) if self.training else hidden_states
+
+
 class JiTPositionTables(nn.Module):
     """Every position table of a square token grid: functions of the configuration, so never saved and never cast.
 
     Buffers, all float32:
         positions (1, N, D): the fixed 2-D sin-cos table of MAE/DiT, half of the channels for each axis, column first.
-            Absent when `dim` is None.
+            None when `dim` is None.
         cos, sin (L + N, d): rotary tables, theta 10000; the first half of a head's channels turns with the row, the
             second with the column, neighbouring channels share a frequency. The L leading in-context rows do not turn.
     """
@@ -77,30 +85,38 @@ class JiTPositionTables(nn.Module):
     def __init__(self, grid_size: int, head_dim: int, num_in_context: int, dim: int | None = None):
         super().__init__()
         self.grid_size, self.head_dim, self.num_in_context, self.dim = grid_size, head_dim, num_in_context, dim
-        for name, table in self._compute("cpu").items():
+        for name, table in self._compute().items():
             self.register_buffer(name, table, persistent=False)
 
-    def _compute(self, device: torch.device | str) -> dict[str, torch.Tensor]:
-        place = torch.arange(self.grid_size, device=device).repeat_interleave(self.grid_size)
-        row = get_1d_rotary_pos_embed(self.head_dim // 2, place, use_real=True)
-        place = torch.arange(self.grid_size, device=device).repeat(self.grid_size)
-        column = get_1d_rotary_pos_embed(self.head_dim // 2, place, use_real=True)
+    def _compute(self) -> dict[str, torch.Tensor | None]:
+        # On the CPU whatever the device: the same bits everywhere, and float64 where a device has none.
+        place = torch.arange(self.grid_size, device="cpu")
+        row = get_1d_rotary_pos_embed(self.head_dim // 2, place.repeat_interleave(self.grid_size), use_real=True)
+        column = get_1d_rotary_pos_embed(self.head_dim // 2, place.repeat(self.grid_size), use_real=True)
         cos, sin = (torch.cat(axes, dim=-1).float() for axes in zip(row, column, strict=True))  # (N, d)
-        tables = {
+        positions = None
+        if self.dim is not None:
+            positions = get_2d_sincos_pos_embed(self.dim, self.grid_size, base_size=self.grid_size, device="cpu")
+            positions = positions.float()[None]  # (1, N, D)
+        return {
+            "positions": positions,
             "cos": F.pad(cos, (0, 0, self.num_in_context, 0), value=1.0),  # (L + N, d)
             "sin": F.pad(sin, (0, 0, self.num_in_context, 0), value=0.0),
         }
-        if self.dim is not None:
-            table = get_2d_sincos_pos_embed(self.dim, self.grid_size, base_size=self.grid_size, device=device)
-            tables["positions"] = table.float()[None]  # (1, N, D)
-        return tables
 
     def _apply(self, fn, recurse=True):
         # `.to(torch.bfloat16)` would round the angles, `.to_empty()` would leave them undefined: move, then recompute.
         super()._apply(fn, recurse)
-        if self.cos.device.type != "meta":
-            self._buffers.update(self._compute(self.cos.device))
+        device = self.cos.device
+        if device.type != "meta":
+            for name, table in self._compute().items():
+                self._buffers[name] = None if table is None else table.to(device)
         return self
+
+    def forward(self) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+        """(positions, cos, sin). A call, not attributes, because offloading brings buffers in for a call; and views,
+        because it takes the buffers themselves away again afterwards."""
+        return (None if self.positions is None else self.positions[:]), self.cos[:], self.sin[:]
 
     def rotary(self, with_in_context: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """(cos, sin), each (T, d): T = L + N with the in-context rows, N without."""
@@ -118,7 +134,9 @@ class JiTPatchEmbed(nn.Module):
 
     def forward(self, sample: torch.Tensor) -> torch.Tensor:
         hidden_states = self.proj_out(self.proj_in(sample))  # (B, D, S/p, S/p)
-        return hidden_states.flatten(2).transpose(1, 2)  # (B, N, D)
+        # Contiguous, or the residual stream of the whole encoder would stay channels-first: slower, and another layout
+        # for a compiled block to specialise on.
+        return hidden_states.flatten(2).transpose(1, 2).contiguous()  # (B, N, D)
 
 
 class JiTConditioning(nn.Module):
@@ -133,8 +151,8 @@ class JiTConditioning(nn.Module):
     def forward(self, timestep: torch.Tensor, class_labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """timestep (B,) float32, class_labels (B,) in [0, num_classes] → (t_emb + y_emb, y_emb), each (B, D)."""
         class_states = self.class_embedding(class_labels)
-        frequencies = self.time_proj(timestep.float()).to(class_states.dtype)
-        return self.time_embedding(frequencies) + class_states, class_states
+        frequencies = self.time_proj(timestep.float()).to(self.time_embedding.linear_1.weight.dtype)
+        return self.time_embedding(frequencies).to(class_states.dtype) + class_states, class_states
 
 
 class JiTAttnProcessor:
@@ -180,7 +198,7 @@ class JiTAttention(nn.Module, AttentionModuleMixin):
         self.to_v = nn.Linear(dim, heads * head_dim)
         self.norm_q = JiTRMSNorm(head_dim, eps=norm_eps)
         self.norm_k = JiTRMSNorm(head_dim, eps=norm_eps)
-        self.to_out = nn.ModuleList([nn.Linear(heads * head_dim, dim), nn.Dropout(dropout)])
+        self.to_out = nn.ModuleList([nn.Linear(heads * head_dim, dim), JiTDropout(dropout)])
         self.set_processor(self._default_processor_cls())
 
     def forward(
@@ -196,7 +214,7 @@ class JiTFeedForward(nn.Module):
         super().__init__()
         inner_dim = int(int(dim * mlp_ratio) * 2 / 3)
         self.linear_in = nn.Linear(dim, 2 * inner_dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = JiTDropout(dropout)
         self.linear_out = nn.Linear(inner_dim, dim)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -306,6 +324,11 @@ class JiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin,
         norm_eps (`float`, defaults to 1e-6): Epsilon of every RMSNorm.
         t_eps (`float`, defaults to 0.05): Lower clamp of 1 − t in the velocity. Part of what the weights were trained on.
         noise_scale (`float`, defaults to 1.0): Standard deviation of the noise the weights were trained on.
+
+    Caches for sampling (`enable_cache`): `FirstBlockCacheConfig`, `MagCacheConfig`, `PyramidAttentionBroadcastConfig`,
+    `TaylorSeerCacheConfig` (not its lite mode) and `SeaCacheConfig` (with a `raw_vision_callback`, such as
+    `lambda module, args, kwargs: list(args[0].unsqueeze(2))`). A cache starts anew where guidance sets in or ends, so
+    the evaluations MagCache counts are those of one kind.
     """
 
     _supports_gradient_checkpointing = True
@@ -417,6 +440,25 @@ class JiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin,
         # `auto_map` serves AutoModel alone; diffusers would report it as an unexpected argument at every load.
         return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
 
+    def enable_cache(self, config) -> None:
+        """Enables a cache of diffusers for sampling; see the class for those that fit. `disable_cache` ends it."""
+        name = type(config).__name__
+        reason = None
+        if name == "FasterCacheConfig":
+            reason = "it expects every evaluation to be guided, the unconditional half first"
+        elif name == "TextKVCacheConfig":
+            reason = "there is no text to cache"
+        elif name == "TaylorSeerCacheConfig" and config.use_lite_mode:
+            reason = (
+                "its lite mode looks for a layer called `proj_out`; set `use_lite_mode=False`, "
+                '`cache_identifiers=["final_layer"]` and `skip_predict_identifiers=[r".*_blocks\\.\\d+"]` instead'
+            )
+        elif name == "SeaCacheConfig" and config.raw_vision_callback is None:
+            reason = "it needs a `raw_vision_callback` that returns the noisy images"
+        if reason is not None:
+            raise ValueError(f"{name} does not fit this model: {reason}.")
+        super().enable_cache(config)
+
     def velocity(self, prediction: torch.Tensor, sample: torch.Tensor, timestep: torch.Tensor | float) -> torch.Tensor:
         """
         The velocity towards an image, v = (x̂ − z) / max(1 − t, t_eps), in float32 (JiT, arXiv 2511.13720).
@@ -470,23 +512,29 @@ class JiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin,
                 f"{alignment_depth}."
             )
         batch_size = hidden_states.shape[0]
+        if tuple(class_labels.shape) != (batch_size,):
+            raise ValueError(
+                f"`class_labels` must have the shape ({batch_size},), one label per image, got "
+                f"{tuple(class_labels.shape)}."
+            )
         timestep = torch.as_tensor(timestep, dtype=torch.float32, device=hidden_states.device).expand(batch_size)
 
         conditioning, class_states = self.conditioning(timestep, class_labels)  # (B, D) each
         hidden_states = self.patch_embed(hidden_states.to(self.patch_embed.proj_in.weight.dtype))  # (B, N, D)
-        hidden_states = hidden_states + self.tables.positions.to(hidden_states.dtype)
+        positions, cos, sin = self.tables()
+        hidden_states = hidden_states + positions.to(hidden_states)
         conditioning = F.silu(conditioning)
 
         num_patches = hidden_states.shape[1]
         alignment_states = None
-        image_rotary_emb = self.tables.rotary(with_in_context=False)
+        image_rotary_emb = (cos[-num_patches:], sin[-num_patches:])  # (N, d) each
         for depth, block in enumerate((*self.encoder_blocks, *self.transformer_blocks)):
             if depth == alignment_depth and return_alignment_states:
                 alignment_states = hidden_states[:, -num_patches:]  # (B, N, D)
             if depth == config.in_context_start and config.in_context_len:
-                in_context = class_states.unsqueeze(1) + self.in_context_positions.to(class_states.dtype)
-                hidden_states = torch.cat([in_context.to(hidden_states.dtype), hidden_states], dim=1)  # (B, L + N, D)
-                image_rotary_emb = self.tables.rotary(with_in_context=True)
+                in_context = class_states.unsqueeze(1) + self.in_context_positions.to(class_states)
+                hidden_states = torch.cat([in_context.to(hidden_states), hidden_states], dim=1)  # (B, L + N, D)
+                image_rotary_emb = (cos, sin)  # (L + N, d) each
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 hidden_states = self._gradient_checkpointing_func(block, hidden_states, conditioning, image_rotary_emb)
             else:

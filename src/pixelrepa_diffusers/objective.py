@@ -155,9 +155,9 @@ class PixelREPAObjective(nn.Module):
             if self.projector is not None:
                 # DDP waits for a gradient of every parameter it was given, FSDP gathers them in forward only: while
                 # alignment is off, one token sequence goes through the projector for gradients of exactly zero.
-                states = output.alignment_states[:1].detach()
-                masked = None if keep_mask is None else torch.zeros_like(keep_mask[:1])
-                loss = loss + 0.0 * self.projector(states, timestep[:1], class_labels[:1], masked).float().sum()
+                mask = None if keep_mask is None else keep_mask[:1]
+                unused = self.projector(output.alignment_states[:1].detach(), timestep[:1], class_labels[:1], mask)
+                loss = loss + 0.0 * unused.float().sum()
             return PixelREPAObjectiveOutput(loss=loss, denoising_loss=denoising_loss)
 
         predicted = self.projector(output.alignment_states, timestep, class_labels, keep_mask)  # (B, N, F)

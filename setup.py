@@ -21,7 +21,7 @@ setup(
         "safetensors>=0.8",
         "huggingface-hub>=2.0",
         "numpy>=1.26",
-        "Pillow>=10.0",
+        "Pillow>=10.1",
     ],
     extras_require={
         "train": [

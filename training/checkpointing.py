@@ -205,8 +205,8 @@ class Checkpointer:
     Saves and restores all that a run needs to go on as if it had never stopped.
 
     A checkpoint holds `transformer/`, a loadable `transformer_ema_DECAY/` for every average, `projector/`, the
-    optimizer, learning-rate schedule, loss scale and generators as accelerate saves them, and `progress.json`: step, data
-    position and resolved arguments. The teacher is in none of it.
+    optimizer, loss scale and generators as accelerate saves them, and `progress.json`: step (of which the learning rate
+    is a function), data position and resolved arguments. The teacher is in none of it.
     """
 
     def __init__(
@@ -215,12 +215,11 @@ class Checkpointer:
         accelerator: Accelerator,
         objective: PixelREPAObjective,
         ema: ConstantDecayEMA | None,
-        lr_scheduler,
+        optimizer: torch.optim.Optimizer,
     ):
         self.args, self.accelerator = args, accelerator
-        self.objective, self.ema = objective, ema
+        self.objective, self.ema, self.optimizer = objective, ema, optimizer
         self.sharded = accelerator.distributed_type == DistributedType.FSDP
-        accelerator.register_for_checkpointing(lr_scheduler)
         if not self.sharded:
             # The diffusers folders are the only copy of the weights.
             accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
@@ -276,7 +275,14 @@ class Checkpointer:
                 module.transformer.load_state_dict(_weights(folder / "transformer"))
                 if module.projector is not None:
                     module.projector.load_state_dict(_weights(folder / "projector"))
+            settings = [
+                {name: value for name, value in group.items() if name != "params"}
+                for group in self.optimizer.param_groups
+            ]
             self.accelerator.load_state(str(folder))
+            # The saved state brings its own learning rate, betas and decay: those of the command line are in force.
+            for group, given in zip(self.optimizer.param_groups, settings, strict=True):
+                group.update(given, initial_lr=given["lr"])
             if self.ema is not None:
                 averages = {decay: _weights(folder / f"transformer_ema_{decay}") for decay in self.ema.decays}
                 for decay, average in averages.items():

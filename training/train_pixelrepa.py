@@ -263,17 +263,18 @@ def dry_run(args: TrainingArguments, accelerator: Accelerator, source: ImageSour
     with torch.device("meta"):
         transformer = build_transformer(args, num_classes)
         count["transformer"] = sum(p.numel() for p in transformer.parameters())
-        teacher_name, teacher_parameters = "none", 0
+        count["teacher (frozen)"] = 0
         if args.objective != "none":
-            config, teacher_name = teacher_config(args)
+            config = teacher_config(args)
             projector = build_projector(args, transformer.config, config.hidden_size)
             count[type(projector).__name__] = sum(p.numel() for p in projector.parameters())
-            teacher_parameters = sum(p.numel() for p in transformers.AutoModel.from_config(config).parameters())
-    memory = estimate_memory(args, transformer.config, sum(count.values()), teacher_parameters)
+            count["teacher (frozen)"] = sum(p.numel() for p in transformers.AutoModel.from_config(config).parameters())
+    trained = sum(count.values()) - count["teacher (frozen)"]
+    memory = estimate_memory(args, transformer.config, trained, count["teacher (frozen)"])
     report = {
         "arguments": args.saved(),
         "transformer": {k: v for k, v in transformer.config.items() if not k.startswith("_")},
-        "parameters": {**count, f"teacher {teacher_name} (frozen)": teacher_parameters},
+        "parameters": count,
         "images": num_images,
         "processes": num_processes,
         "global_batch_size": batch,
@@ -402,10 +403,6 @@ def train(args, accelerator: Accelerator, source, output_dir: Path, stop: StopRe
     optimizer = build_optimizer(args, objective, resolved_learning_rate(args, accelerator.num_processes))
     objective, optimizer = accelerator.prepare(objective, optimizer)
     module = accelerator.unwrap_model(objective)
-    # Outside `prepare`: accelerate would step the schedule once for every process.
-    lr_scheduler = get_scheduler(
-        args.lr_scheduler, optimizer, num_warmup_steps=warmup_steps, num_training_steps=max_train_steps
-    )
     ema = None
     if args.use_ema:
         ema = ConstantDecayEMA(
@@ -414,7 +411,7 @@ def train(args, accelerator: Accelerator, source, output_dir: Path, stop: StopRe
             update_every=args.ema_update_every,
             offload=args.ema_offload,
         )
-    checkpointer = Checkpointer(args, accelerator, objective, ema, lr_scheduler)
+    checkpointer = Checkpointer(args, accelerator, objective, ema, optimizer)
 
     step, position = 0, loader.state_dict()
     if checkpoint is not None:
@@ -422,6 +419,15 @@ def train(args, accelerator: Accelerator, source, output_dir: Path, stop: StopRe
         step, position = progress["step"], progress["loader"]
         loader.load_state_dict(position)
         logger.info(f"Resumed {checkpoint}.")
+    # Outside `prepare`, where accelerate would step it once for every process, and out of the checkpoint: it is a function
+    # of the step and of the arguments in force now.
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        num_warmup_steps=warmup_steps,
+        num_training_steps=max_train_steps,
+        last_epoch=step - 1,
+    )
     if step > max_train_steps:
         raise ValueError(f"{checkpoint} is at step {step}, beyond the {max_train_steps} steps asked for.")
     if accelerator.is_main_process:

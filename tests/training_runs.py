@@ -1,0 +1,153 @@
+"""Tiny real training runs for the tests: data, teacher and arguments; and, run as a script, a run that is killed.
+
+    python tests/training_runs.py FOLDER TRIALS SEED
+
+forks TRIALS children that train the same run, each killed by SIGKILL at a random moment and resumed by the next, until one
+finishes, over and over; prints a JSON report. Forking after the imports makes a trial cost what it trains.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+
+ROOT = Path(__file__).parent.parent
+TEACHER = Path(__file__).parent / "fixtures" / "reference_a" / "teacher"
+sys.path.insert(0, str(ROOT / "training"))
+
+
+def write_images(folder: Path, classes: int = 3, per_class: int = 8, size: int = 20) -> Path:
+    """An image folder of random PNG files."""
+    draw = np.random.default_rng(0)
+    for label in range(classes):
+        (folder / f"class{label}").mkdir(parents=True)
+        for index in range(per_class):
+            pixels = draw.integers(0, 256, (size, size + label, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"class{label}" / f"{index}.png")
+    return folder
+
+
+def arguments(data: Path, output_dir: Path, **overrides) -> list[str]:
+    """The command line of a run of seconds."""
+    values = {
+        "train_data_dir": data,
+        "output_dir": output_dir,
+        "preset": "JiT-Digits/4",
+        "num_layers": 3,
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "bottleneck_dim": 8,
+        "in_context_len": 2,
+        "in_context_start": 1,
+        "adapter_layers": 1,
+        "teacher_model_name_or_path": TEACHER,
+        "train_batch_size": 4,
+        "max_train_steps": 6,
+        "learning_rate": 1e-2,
+        "lr_warmup_steps": 2,
+        "ema_decays": [0.9, 0.5],
+        "checkpointing_steps": 3,
+        "validation_steps": 0,
+        "num_validation_images": 4,
+        "validation_inference_steps": 2,
+        "logging_steps": 2,
+        "dataloader_num_workers": 0,
+        "report_to": "none",
+        **overrides,
+    }
+    words = []
+    for name, value in values.items():
+        if value is not None:
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return words
+
+
+def weights(checkpoint: Path) -> dict:
+    """Every tensor of a checkpoint, the optimizer's included, by a readable name."""
+    import torch
+    from safetensors.torch import load_file
+
+    tensors = {}
+    for file in sorted(checkpoint.rglob("*.safetensors")):
+        for name, tensor in load_file(file).items():
+            tensors[f"{file.parent.name}.{name}"] = tensor
+    state = torch.load(checkpoint / "optimizer.bin", weights_only=True)["state"]
+    for index, entries in state.items():
+        tensors.update({f"optimizer.{index}.{name}": value for name, value in entries.items()})
+    return tensors
+
+
+def _train_in_child(words: list[str], log: Path) -> int:
+    child = os.fork()
+    if child:
+        return child
+    try:
+        with log.open("a") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        from arguments import parse_arguments
+        from train_pixelrepa import main
+
+        main(parse_arguments(words))
+        os._exit(0)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        os._exit(1)
+
+
+def kill_trials(folder: Path, trials: int, seed: int) -> dict:
+    import train_pixelrepa  # noqa: F401  the children inherit the imports
+
+    draw = random.Random(seed)
+    data = write_images(folder / "data")
+
+    def words(output_dir: Path) -> list[str]:
+        return arguments(
+            data,
+            output_dir,
+            max_train_steps=12,
+            checkpointing_steps=2,
+            checkpoints_total_limit=2,
+            resume_from_checkpoint="latest",
+        )
+
+    log = folder / "log.txt"
+    started = time.perf_counter()
+    assert os.waitpid(_train_in_child(words(folder / "undisturbed"), log), 0)[1] == 0, log.read_text()
+    duration = time.perf_counter() - started
+
+    kills, finishes, run = 0, [], 0
+    while kills < trials or not finishes:
+        output_dir = folder / f"run{run}"
+        child = _train_in_child(words(output_dir), log)
+        deadline = time.monotonic() + draw.uniform(0.1, 1.0) * duration if kills < trials else float("inf")
+        status = None
+        while status is None and time.monotonic() < deadline:
+            pid, code = os.waitpid(child, os.WNOHANG)
+            status = code if pid else None
+            time.sleep(0.002)
+        if status is None:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            kills += 1
+        elif status == 0:
+            finishes.append(str(output_dir))
+            run += 1
+        else:
+            raise RuntimeError(f"A resumed run failed:\n{log.read_text()[-4000:]}")
+    return {"kills": kills, "finished_runs": finishes, "undisturbed": str(folder / "undisturbed"), "seconds": duration}
+
+
+if __name__ == "__main__":
+    print(json.dumps(kill_trials(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))))

@@ -1,0 +1,101 @@
+"""How good are generated digits? Their recognition by an independent classifier, and their spread among the real ones.
+
+    python training/score_digits.py --pipeline outputs/demo/run/pipeline --data_dir outputs/demo
+
+The classifier (scikit-learn's support vector machine) never meets the generator: it is trained on the real training digits
+and checked on the held-out ones. k-nearest-neighbour precision and recall (k = 3, arXiv 1904.06991) against the real
+training digits, in pixels, would show copies (precision near 1 with a small distance to the nearest real one) or
+collapse (low recall).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from sklearn.neighbors import NearestNeighbors
+from sklearn.svm import SVC
+from transformers import HfArgumentParser
+
+from pixelrepa_diffusers.images import make_grid
+
+
+@dataclass
+class ScoreArguments:
+    pipeline: str = field(metadata={"help": "A pipeline folder written by train_pixelrepa.py."})
+    data_dir: str = field(default="outputs/demo", metadata={"help": "What prepare_teacher.py wrote."})
+    num_images: int = field(default=1000, metadata={"help": "Generated digits, evenly over the ten classes."})
+    num_inference_steps: int = field(default=20, metadata={"help": "Sampling steps."})
+    batch_size: int = field(default=250, metadata={"help": "Images at a time."})
+
+
+def read_digits(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels (n, 256) in [0, 1] and classes of an image folder."""
+    paths = sorted(folder.glob("*/*.png"))
+    pixels = np.stack([np.asarray(Image.open(path).convert("L")).reshape(-1) / 255 for path in paths])
+    return pixels, np.array([int(path.parent.name.split("_")[0]) for path in paths])
+
+
+def generate(pipeline: DiffusionPipeline, args: ScoreArguments, guidance_scale: float | None):
+    """PIL images, their pixels and their labels; image i comes from seed i."""
+    labels = [i % 10 for i in range(args.num_images)]
+    images = []
+    for start in range(0, len(labels), args.batch_size):
+        chunk = labels[start : start + args.batch_size]
+        seeds = [torch.Generator().manual_seed(start + i) for i in range(len(chunk))]
+        images += pipeline(
+            chunk, guidance_scale=guidance_scale, generator=seeds, num_inference_steps=args.num_inference_steps
+        ).images
+    pixels = np.stack([np.asarray(image.convert("L")).reshape(-1) / 255 for image in images])
+    return images, pixels, np.array(labels)
+
+
+def precision_recall(real: np.ndarray, generated: np.ndarray, k: int = 3) -> tuple[float, float]:
+    """The share of generated points within the k-nearest-neighbour radius of some real point, and the other way round."""
+
+    def covered(points: np.ndarray, support: np.ndarray) -> float:
+        radii = NearestNeighbors(n_neighbors=k + 1).fit(support).kneighbors(support)[0][:, -1]
+        distances = np.sqrt(
+            np.maximum(((points**2).sum(1)[:, None] - 2 * points @ support.T + (support**2).sum(1)), 0)
+        )
+        return float((distances <= radii).any(axis=1).mean())
+
+    return covered(generated, real), covered(real, generated)
+
+
+def main(args: ScoreArguments) -> dict:
+    real, real_labels = read_digits(Path(args.data_dir) / "train")
+    held_out, held_out_labels = read_digits(Path(args.data_dir) / "test")
+    classifier = SVC(C=10).fit(real, real_labels)
+    scores = {"classifier on held-out real digits": float((classifier.predict(held_out) == held_out_labels).mean())}
+    pipeline = DiffusionPipeline.from_pretrained(args.pipeline, trust_remote_code=True)
+    for name, guidance_scale in ((f"guidance {pipeline.config.guidance_scale:g}", None), ("no guidance", 1.0)):
+        images, pixels, labels = generate(pipeline, args, guidance_scale)
+        correct = classifier.predict(pixels) == labels
+        by_class = [float(correct[labels == label].mean()) for label in range(10)]
+        precision, recall = precision_recall(real, pixels)
+        nearest = NearestNeighbors(n_neighbors=1).fit(real)
+        scores[name] = {
+            "recognised": float(correct.mean()),
+            "worst class": f"{int(np.argmin(by_class))} ({min(by_class):.3f})",
+            "precision (k=3)": precision,
+            "recall (k=3)": recall,
+            "mean distance to the nearest real training digit": float(nearest.kneighbors(pixels)[0].mean()),
+        }
+        grid = make_grid([image.resize((32, 32), Image.NEAREST) for image in images[:100]], columns=10)
+        grid.save(Path(args.pipeline).parent / f"digits_{name.replace(' ', '_')}.png")
+    scores["mean distance of a held-out real digit to the nearest training digit"] = float(
+        NearestNeighbors(n_neighbors=1).fit(real).kneighbors(held_out)[0].mean()
+    )
+    print(json.dumps(scores, indent=1))
+    (Path(args.pipeline).parent / "scores.json").write_text(json.dumps(scores, indent=1), encoding="utf-8")
+    return scores
+
+
+if __name__ == "__main__":
+    main(HfArgumentParser(ScoreArguments).parse_args_into_dataclasses()[0])

@@ -346,6 +346,12 @@ def test_a_run_without_data_is_refused(train, tmp_path):
         train(tmp_path / "run", train_data_dir=None)
 
 
+def test_wrong_guidance_is_refused_before_the_first_step(train, tmp_path):
+    with pytest.raises(ValueError, match="0 ≤ low < high ≤ 1"):
+        train(tmp_path / "run", guidance_interval=[0.9, 0.1])
+    assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
 def test_the_token_is_saved_nowhere(train, tmp_path):
     train(tmp_path / "run", hub_token="hf_secret", max_train_steps=1, report_to="tensorboard")
     assert not [path for path in (tmp_path / "run").rglob("*") if path.is_file() and b"hf_secret" in path.read_bytes()]

@@ -6,6 +6,7 @@ Defaults are the published recipe (PixelREPA, arXiv 2603.14366, and its code) wh
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import math
 import sys
 from dataclasses import dataclass, field
@@ -207,6 +208,8 @@ class TrainingArguments(
             raise ValueError("--push_checkpoints and --hub_model_id need --push_to_hub.")
         if self.push_checkpoints and not self.use_ema:
             raise ValueError("--push_checkpoints pushes the EMA; it needs --use_ema.")
+        if self.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
+            raise ValueError("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes.")
         if self.streaming and (self.max_train_steps is None or self.lr_warmup_steps is None):
             raise ValueError("The length of a stream is unknown: give --max_train_steps and --lr_warmup_steps.")
 

@@ -151,10 +151,8 @@ def build_optimizer(args: TrainingArguments, objective: PixelREPAObjective, lear
     settings = {"lr": learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     if not args.use_8bit_adam:
         return torch.optim.AdamW(groups, fused=True, **settings)
-    try:
-        import bitsandbytes
-    except ImportError as error:
-        raise ImportError("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes.") from error
+    import bitsandbytes  # not a dependency; the arguments have been checked for it
+
     return bitsandbytes.optim.AdamW8bit(groups, **settings)
 
 
@@ -385,6 +383,7 @@ def train(args, accelerator: Accelerator, source, output_dir: Path, stop: StopRe
             dtype=torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32,
             revision=args.teacher_revision,
         ).to(device)
+    build_pipeline(args, transformer, source.id2label)  # refuses wrong guidance or names now, not at the first samples
     projector = build_projector(args, config, teacher.feature_dim) if teacher is not None else None
     objective = build_objective(args, transformer, projector)
     if args.gradient_checkpointing:

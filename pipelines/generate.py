@@ -15,39 +15,29 @@ Each PNG holds text chunks that say how to make it again, `arguments.json` every
 """
 
 import json
-import os
-import platform
 import re
 import shlex
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import diffusers
 import torch
 from accelerate import Accelerator
-from diffusers import (
-    DPMSolverMultistepScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    FlowMatchHeunDiscreteScheduler,
-    UniPCMultistepScheduler,
-)
 from PIL import Image, PngImagePlugin
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-import pixelrepa_diffusers
-from pixelrepa_diffusers import JiTFlowMatchScheduler, JiTTransformer2DModel, PixelREPAPipeline
+from pixelrepa_diffusers import PixelREPAPipeline
 from pixelrepa_diffusers.images import make_grid
-
-
-SCHEDULERS = {
-    "heun": lambda: JiTFlowMatchScheduler(solver="heun"),
-    "euler": lambda: JiTFlowMatchScheduler(solver="euler"),
-    "flow_match_euler": FlowMatchEulerDiscreteScheduler,
-    "flow_match_heun": FlowMatchHeunDiscreteScheduler,
-    "unipc": lambda: UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
-    "dpmpp_2m": lambda: DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
-}
+from pixelrepa_diffusers.sampling import (
+    SCHEDULERS,
+    check_launch,
+    describe_pipeline,
+    device_name,
+    fetch_pipeline,
+    seeded,
+    versions,
+    write_atomically,
+)
 
 
 @dataclass
@@ -103,35 +93,10 @@ def parse_seeds(texts: list[str]) -> list[int]:
     return seeds
 
 
-def describe(args: GenerateArguments) -> PixelREPAPipeline:
-    """The pipeline without its weights, which is all that is needed to check labels and settings."""
-    config = PixelREPAPipeline.load_config(args.pipeline, revision=args.revision)
-    subfolder = {"subfolder": "transformer", "revision": args.revision}
-    with torch.device("meta"):
-        transformer = JiTTransformer2DModel.from_config(JiTTransformer2DModel.load_config(args.pipeline, **subfolder))
-    scheduler = SCHEDULERS[args.scheduler]() if args.scheduler else JiTFlowMatchScheduler()
-    saved = {name: config[name] for name in ("id2label", "guidance_scale", "guidance_interval") if name in config}
-    return PixelREPAPipeline(transformer, scheduler, **saved)
-
-
-def write_atomically(path: Path, save) -> None:
-    """Writes beside `path` and renames, so that a run that is stopped leaves no half-written file under a final name."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        save(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def main(args: GenerateArguments) -> list[Path]:
     """Writes the images of `args` and returns their paths, class by class, seed by seed."""
     accelerator = Accelerator()
-    if int(os.environ.get("WORLD_SIZE", 1)) != accelerator.num_processes:
-        raise RuntimeError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but accelerate set up {accelerator.num_processes} process(es): "
-            "each would make all images. On a CPU start as this script's docstring says."
-        )
+    check_launch(accelerator.num_processes)
 
     # Every refusal comes before the weights are fetched or read.
     seeds = parse_seeds(args.seeds)
@@ -140,7 +105,7 @@ def main(args: GenerateArguments) -> list[Path]:
             raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}.")
     if args.max_grid_images < 0:
         raise ValueError(f"--max_grid_images must be at least 0, got {args.max_grid_images}.")
-    plan = describe(args)
+    plan = describe_pipeline(args.pipeline, args.revision)
     class_labels = plan.get_label_ids([int(text) if text.isdecimal() else text for text in args.class_labels])
     if len(set(class_labels)) < len(class_labels):
         raise ValueError(f"--class_labels: {args.class_labels} names a class more than once (ids {class_labels}).")
@@ -166,13 +131,10 @@ def main(args: GenerateArguments) -> list[Path]:
     args.output_dir.mkdir(parents=True, exist_ok=True)
 
     with accelerator.main_process_first():
-        folder, revision = args.pipeline, None
-        if not Path(folder).is_dir():
-            folder = PixelREPAPipeline.download(args.pipeline, revision=args.revision)
-            revision = Path(folder).name  # the snapshot's folder is named after the commit
+        folder, revision = fetch_pipeline(args.pipeline, args.revision)
         pipe = PixelREPAPipeline.from_pretrained(folder, dtype=getattr(torch, args.dtype))
     if args.scheduler:
-        pipe.scheduler = plan.scheduler
+        pipe.scheduler = SCHEDULERS[args.scheduler]()
     pipe.to(accelerator.device)
     if args.compile:
         pipe.transformer.compile_repeated_blocks(fullgraph=True)
@@ -186,12 +148,6 @@ def main(args: GenerateArguments) -> list[Path]:
         "guidance_interval": guidance_interval,
         "dtype": args.dtype,
     }
-    versions = {
-        "pixelrepa_diffusers": pixelrepa_diffusers.__version__,
-        "diffusers": diffusers.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
     names = {label: (pipe.config.id2label or {}).get(str(label), str(label)) for label in class_labels}
     if accelerator.is_main_process:
         record = {
@@ -201,8 +157,8 @@ def main(args: GenerateArguments) -> list[Path]:
             "class_labels": names,
             "seeds": seeds,
             "num_processes": accelerator.num_processes,
-            "device": _device_name(accelerator.device),
-            "versions": versions,
+            "device": device_name(accelerator.device),
+            "versions": versions(),
         }
         text = json.dumps(record, indent=2, default=str) + "\n"
         write_atomically(record_path, lambda path: path.write_text(text, encoding="utf-8"))
@@ -223,11 +179,11 @@ def main(args: GenerateArguments) -> list[Path]:
                 guidance_scale=guidance_scale,
                 guidance_interval=guidance_interval,
                 num_inference_steps=args.num_inference_steps,
-                generator=[torch.Generator().manual_seed(seed) for _, (_, seed) in batch],
+                generator=seeded(seed for _, (_, seed) in batch),
             ).images
             for (path, (label, seed)), image in zip(batch, made, strict=True):
                 facts = {**settings, "class_id": label, "class_name": names[label], "seed": seed}
-                info = png_info(facts, args.scheduler, versions)
+                info = png_info(facts, args.scheduler)
                 write_atomically(path, lambda file, image=image, info=info: image.save(file, "PNG", pnginfo=info))
                 progress.update()
 
@@ -245,7 +201,7 @@ def main(args: GenerateArguments) -> list[Path]:
     return list(images)
 
 
-def png_info(facts: dict, scheduler: str | None, versions: dict[str, str]) -> PngImagePlugin.PngInfo:
+def png_info(facts: dict, scheduler: str | None) -> PngImagePlugin.PngInfo:
     """The text chunks of one image: its settings, the versions that made it, and the command that makes it again."""
     command = [
         "python", "pipelines/generate.py", "--pipeline", facts["pipeline"],
@@ -257,14 +213,10 @@ def png_info(facts: dict, scheduler: str | None, versions: dict[str, str]) -> Pn
     command += ["--scheduler", scheduler] if scheduler else []
     command += ["--output_dir", "again"]
     info = PngImagePlugin.PngInfo()
-    for key, value in {**facts, "command": shlex.join(command), "versions": json.dumps(versions)}.items():
+    for key, value in {**facts, "command": shlex.join(command), "versions": json.dumps(versions())}.items():
         if value is not None:
             info.add_itxt(key, value if isinstance(value, str) else json.dumps(value))
     return info
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
 if __name__ == "__main__":

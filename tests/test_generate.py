@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 from transformers import HfArgumentParser
 
-from pipelines.generate import SCHEDULERS, GenerateArguments, main, parse_seeds
+from pipelines.generate import GenerateArguments, main, parse_seeds
 from pixelrepa_diffusers import JiTFlowMatchScheduler, JiTTransformer2DModel, PixelREPAPipeline
+from pixelrepa_diffusers.sampling import SCHEDULERS
 
 
 SCRIPT = Path(__file__).parents[1] / "pipelines" / "generate.py"

@@ -1,0 +1,100 @@
+# Copyright 2026 The pixelrepa_diffusers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""What every script that samples shares: solvers by name, pipelines by folder or Hub id, seeds, records, whole files."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import accelerate
+import diffusers
+import torch
+import transformers
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+
+from .pipeline_pixelrepa import PixelREPAPipeline
+from .scheduling_jit import JiTFlowMatchScheduler
+from .transformer_jit import JiTTransformer2DModel
+
+
+SCHEDULERS = {
+    "heun": lambda: JiTFlowMatchScheduler(solver="heun"),
+    "euler": lambda: JiTFlowMatchScheduler(solver="euler"),
+    "flow_match_euler": FlowMatchEulerDiscreteScheduler,
+    "flow_match_heun": FlowMatchHeunDiscreteScheduler,
+    "unipc": lambda: UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
+    "dpmpp_2m": lambda: DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
+}
+
+
+def describe_pipeline(name_or_path: str, revision: str | None = None) -> PixelREPAPipeline:
+    """The pipeline without its weights (on the meta device, with the method's own scheduler).
+
+    It is all that is needed to check labels and settings before anything large is fetched or read.
+
+    Args:
+        name_or_path: a saved pipeline's folder, or its id on the Hub.
+        revision: branch, tag or commit of a Hub id.
+    """
+    config = PixelREPAPipeline.load_config(name_or_path, revision=revision)
+    transformer_config = JiTTransformer2DModel.load_config(name_or_path, subfolder="transformer", revision=revision)
+    with torch.device("meta"):
+        transformer = JiTTransformer2DModel.from_config(transformer_config)
+    saved = {name: config[name] for name in ("id2label", "guidance_scale", "guidance_interval") if name in config}
+    return PixelREPAPipeline(transformer, JiTFlowMatchScheduler(), **saved)
+
+
+def fetch_pipeline(name_or_path: str, revision: str | None = None) -> tuple[Path, str | None]:
+    """The folder of a pipeline, downloaded where it is a Hub id, and then also the commit; None for a folder."""
+    if Path(name_or_path).is_dir():
+        return Path(name_or_path), None
+    folder = Path(PixelREPAPipeline.download(name_or_path, revision=revision))
+    return folder, folder.name  # the snapshot's folder is named after the commit
+
+
+def seeded(seeds: Iterable[int]) -> list[torch.Generator]:
+    """One CPU generator per image: its noise then depends neither on the device nor on the other images of a batch."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def check_launch(num_processes: int) -> None:
+    """RuntimeError when the launcher started several processes but accelerate runs each of them alone."""
+    if int(os.environ.get("WORLD_SIZE", 1)) != num_processes:
+        raise RuntimeError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but accelerate set up {num_processes} process(es): each would "
+            "make all images. Two processes on a CPU: ACCELERATE_USE_CPU=true accelerate launch --multi_gpu "
+            "--num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no SCRIPT."
+        )
+
+
+def write_atomically(path: Path, save: Callable[[Path], object]) -> None:
+    """Writes beside `path` and renames, so that a run that is stopped leaves no half-written file under a final name."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def device_name(device: torch.device) -> str:
+    """A GPU's product name, or the device in torch's words."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes the pixels and the metrics."""
+    from . import __version__  # the package is still being imported when this file is
+
+    libraries = {library.__name__: library.__version__ for library in (diffusers, transformers, accelerate, torch)}
+    return {"pixelrepa_diffusers": __version__, **libraries, "python": platform.python_version()}

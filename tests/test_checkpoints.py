@@ -423,6 +423,8 @@ def test_an_average_that_is_not_given_is_written_as_the_transformer(tmp_path):
         ("model", transformer.state_dict()),
     ):
         assert equal(load_original_checkpoint(tmp_path / "a.pth", weights)[0].state_dict(), expected)
+    written, key = read_original_checkpoint(tmp_path / "a.pth"), "final_layer.linear.weight"
+    assert written["model_ema2"][key].data_ptr() == written["model"]["net." + key].data_ptr(), "stored twice"
 
 
 def test_a_preset_is_named_in_the_args(tmp_path):

@@ -56,7 +56,7 @@ def test_a_run_leaves_checkpoints_samples_curves_and_a_pipeline(train, tmp_path)
     for checkpoint in ("checkpoint-3", "checkpoint-6"):
         for name in ("transformer", "transformer_ema_0.9", "transformer_ema_0.5"):
             JiTTransformer2DModel.from_pretrained(run / checkpoint / name)
-        MaskedTransformerAdapter.from_pretrained(run / checkpoint / "projector")
+        MaskedTransformerAdapter.from_pretrained(run / checkpoint / "adapter")
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [2, 4, 6]
     assert {"denoising_loss", "alignment_cosine", "grad_norm", "images_per_second", "memory_GiB"} <= rows[0].keys()
@@ -157,7 +157,7 @@ def test_every_objective_trains(train, tmp_path, objective):
     )
     row = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
     assert ("alignment_loss" in row) == (objective != "none")
-    assert (tmp_path / "run/checkpoint-2/projector").exists() == (objective != "none")
+    assert (tmp_path / "run/checkpoint-2/adapter").exists() == (objective != "none")
 
 
 def test_alignment_stops_after_its_step(train, tmp_path):

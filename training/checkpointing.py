@@ -204,7 +204,7 @@ class Checkpointer:
     """
     Saves and restores all that a run needs to go on as if it had never stopped.
 
-    A checkpoint holds `transformer/`, a loadable `transformer_ema_DECAY/` for every average, `projector/`, the
+    A checkpoint holds `transformer/`, a loadable `transformer_ema_DECAY/` for every average, `adapter/` (of a baseline: its projector), the
     optimizer, loss scale and generators as accelerate saves them, and `progress.json`: step (of which the learning rate
     is a function), data position and resolved arguments. The teacher is in none of it.
     """
@@ -248,7 +248,7 @@ class Checkpointer:
             for decay, average in averages.items():
                 with_weights(config, average).save_pretrained(path / f"transformer_ema_{decay}")
             if module.projector is not None:
-                module.projector.save_pretrained(path / "projector", state_dict=_part(state, "projector."))
+                module.projector.save_pretrained(path / "adapter", state_dict=_part(state, "projector."))
             progress = {
                 "step": step,
                 "loader": loader_state,
@@ -274,7 +274,7 @@ class Checkpointer:
                 module = self.accelerator.unwrap_model(self.objective)
                 module.transformer.load_state_dict(_weights(folder / "transformer"))
                 if module.projector is not None:
-                    module.projector.load_state_dict(_weights(folder / "projector"))
+                    module.projector.load_state_dict(_weights(folder / "adapter"))
             settings = [
                 {name: value for name, value in group.items() if name != "params"}
                 for group in self.optimizer.param_groups

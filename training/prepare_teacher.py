@@ -24,7 +24,7 @@ from tqdm.auto import trange
 from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model, HfArgumentParser
 
 
-NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+NUM_CLASSES = 10
 
 
 @dataclass
@@ -43,7 +43,7 @@ def digits() -> tuple[np.ndarray, np.ndarray]:
 
 def write_images(output_dir: Path, images: np.ndarray, labels: np.ndarray) -> None:
     for index, (image, label) in enumerate(zip(images, labels, strict=True)):
-        folder = output_dir / ("test" if index % 5 == 4 else "train") / f"{label}_{NAMES[label]}"
+        folder = output_dir / ("test" if index % 5 == 4 else "train") / str(label)
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(folder / f"{index:04d}.png")
 
@@ -54,7 +54,7 @@ def train_teacher(images: np.ndarray, labels: np.ndarray, steps: int, seed: int)
         image_size=28, patch_size=7, hidden_size=64, num_hidden_layers=4, num_attention_heads=4, mlp_ratio=4
     )
     teacher = Dinov2Model(config).train()
-    heads = torch.nn.ModuleList([torch.nn.Linear(config.hidden_size, len(NAMES)) for _ in range(2)])
+    heads = torch.nn.ModuleList([torch.nn.Linear(config.hidden_size, NUM_CLASSES) for _ in range(2)])
     optimizer = torch.optim.AdamW([*teacher.parameters(), *heads.parameters()], lr=1e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps)
     pixels = torch.from_numpy(images).float().div(127.5).sub(1)[:, None]

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from arguments import TrainingArguments
+from PIL import Image
 from transformers import AutoConfig, Dinov2Config, PretrainedConfig
 
 from pixelrepa_diffusers import JiTFlowMatchScheduler, JiTTransformer2DModel, PixelREPAPipeline, get_preset
@@ -104,6 +105,8 @@ def write_samples(args: TrainingArguments, accelerator: Accelerator, pipeline: P
         noise = [torch.Generator().manual_seed(args.seed + start + i) for i in range(len(chunk))]
         with accelerator.autocast():
             images += pipeline(chunk, generator=noise, num_inference_steps=args.validation_inference_steps).images
+    enlarge = max(1, 64 // pipeline.transformer.config.sample_size)
+    images = [image.resize([side * enlarge for side in image.size], Image.Resampling.NEAREST) for image in images]
     names = pipeline.config.id2label or {}
     grid = make_grid(images, labels=None if num_classes == 1 else [names.get(str(i), str(i)) for i in labels])
 

@@ -38,7 +38,7 @@ def read_digits(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """Pixels (n, 256) in [0, 1] and classes of an image folder."""
     paths = sorted(folder.glob("*/*.png"))
     pixels = np.stack([np.asarray(Image.open(path).convert("L")).reshape(-1) / 255 for path in paths])
-    return pixels, np.array([int(path.parent.name.split("_")[0]) for path in paths])
+    return pixels, np.array([int(path.parent.name) for path in paths])
 
 
 def generate(pipeline: DiffusionPipeline, args: ScoreArguments, guidance_scale: float | None):

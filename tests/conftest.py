@@ -1,0 +1,81 @@
+"""Tiny real components, and the numbers recorded from the published implementation."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pixelrepa_diffusers import JiTFlowMatchScheduler, JiTTransformer2DModel, PixelREPAPipeline
+from pixelrepa_diffusers.checkpoints import transformer_state_from_original
+
+
+REFERENCE = Path(__file__).parent / "fixtures" / "reference_a"
+
+
+@pytest.fixture(scope="session")
+def make_transformer():
+    """A transformer of 16 tokens, in eval mode; its maps that start at zero are not, which would hide mistakes."""
+
+    def make(seed: int = 0, **changes) -> JiTTransformer2DModel:
+        config = {
+            "sample_size": 16,
+            "patch_size": 4,
+            "num_layers": 4,
+            "num_attention_heads": 2,
+            "attention_head_dim": 8,
+            "bottleneck_dim": 6,
+            "in_context_len": 2,
+            "in_context_start": 2,
+            "num_classes": 10,
+        }
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            transformer = JiTTransformer2DModel(**{**config, **changes})
+            with torch.no_grad():
+                for parameter in transformer.parameters():
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+        return transformer.eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_pipeline(make_transformer):
+    """A quiet pipeline: `transformer` settings, or a transformer, and the pipeline's own arguments."""
+
+    def make(transformer=None, scheduler=None, **arguments) -> PixelREPAPipeline:
+        if not isinstance(transformer, torch.nn.Module):
+            transformer = make_transformer(**(transformer or {}))
+        pipeline = PixelREPAPipeline(transformer, scheduler or JiTFlowMatchScheduler(), **arguments)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def reference():
+    """`config`, `tensors` and the `transformer` of the recorded run; nobody may change them."""
+    config = json.loads((REFERENCE / "config.json").read_text())
+    transformer = JiTTransformer2DModel(
+        sample_size=config["image"],
+        patch_size=config["patch"],
+        num_layers=config["depth"],
+        num_attention_heads=config["heads"],
+        attention_head_dim=config["hidden"] // config["heads"],
+        bottleneck_dim=config["bottleneck"],
+        in_context_len=config["ctx_len"],
+        in_context_start=config["ctx_start"],
+        num_classes=config["classes"],
+        t_eps=config["t_eps"],
+        noise_scale=config["noise_scale"],
+    )
+    transformer.load_state_dict(
+        transformer_state_from_original(load_file(REFERENCE / "jit.safetensors"), config["ctx_start"])
+    )
+    return SimpleNamespace(
+        config=config, tensors=load_file(REFERENCE / "tensors.safetensors"), transformer=transformer.eval()
+    )

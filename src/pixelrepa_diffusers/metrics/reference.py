@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from numpy._core.multiarray import _reconstruct
 
+from ..sampling import write_atomically
 from .streaming import FeatureBank, FeatureMoments, frechet_distance
 
 
@@ -122,13 +123,12 @@ class FeatureStatistics:
         if path.exists():
             raise FileExistsError(f"{path} exists. Remove it or choose another name.")
         known = {name: value for name, value in vars(self).items() if value is not None}
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
+
+        def write(temporary: Path) -> None:
             with open(temporary, "wb") as file:
                 np.savez(file, **known)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+
+        write_atomically(path, write)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> FeatureStatistics:

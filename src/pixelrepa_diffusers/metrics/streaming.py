@@ -15,7 +15,6 @@ Letters in the shape trails: B images of a batch, N images, D feature width, C c
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -23,6 +22,8 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+
+from ..sampling import check_launch
 
 
 def _as_matrix(
@@ -260,12 +261,7 @@ def gather(accumulator: Accumulator) -> Accumulator:
     Raises:
         RuntimeError: accelerate was set up for fewer processes than were started; the result would be of a part.
     """
-    num_processes = PartialState().num_processes
-    if int(os.environ.get("WORLD_SIZE", 1)) != num_processes:
-        raise RuntimeError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but accelerate set up {num_processes} process(es). Create an "
-            "Accelerator before computing metrics; on a CPU, start with ACCELERATE_USE_CPU=true."
-        )
+    check_launch(PartialState().num_processes)
     merged, *others = gather_object([accumulator])
     for other in others:
         merged.merge(other)

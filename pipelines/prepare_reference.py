@@ -1,0 +1,179 @@
+"""Reference statistics of a set of images, which FID, FD-DINOv2, precision and recall are measured against.
+
+    python pipelines/prepare_reference.py --train_data_dir imagenet/train --resolution 256 --output_file in256.npz
+    python pipelines/prepare_reference.py --dataset_name ylecun/mnist --network teacher_folder --image_size 70 \\
+        --resolution 32 --keep_features --output_file mnist.npz
+
+On several GPUs: `accelerate launch pipelines/prepare_reference.py ...`. On two CPU processes:
+`ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no
+--dynamo_backend no pipelines/prepare_reference.py ...`. The number of processes and the batch size change the statistics by
+rounding only.
+
+Every image is made RGB, cropped as in ADM to 8-bit --resolution pixels, and resized further only as the feature network
+does: the images a model is trained on. The file holds `mu` and `sigma`, as every FID program reads them, with the number of
+images, the network and its hash; `--keep_features` adds half-precision features (2 bytes each), without which precision and
+recall cannot be measured.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import datasets
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+from transformers import HfArgumentParser
+
+from pixelrepa_diffusers.images import center_crop_adm
+from pixelrepa_diffusers.metrics import (
+    FeatureBank,
+    FeatureMoments,
+    FeatureStatistics,
+    InceptionNetwork,
+    VisionEncoderNetwork,
+    extract,
+    gather,
+    network_name,
+    network_sha256,
+    stack_images,
+)
+from pixelrepa_diffusers.sampling import check_launch
+
+
+@dataclass
+class ReferenceArguments:
+    output_file: Path = field(metadata={"help": "The .npz to write; it must not exist."})
+    train_data_dir: str | None = field(default=None, metadata={"help": "A folder of images, with sub-folders or not."})
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Instead of a folder: a data set's id on the Hub, or its folder."}
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
+    dataset_split: str = field(default="train", metadata={"help": "Split of the data set."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Where `datasets` keeps its files."})
+    image_column: str = field(default="image", metadata={"help": "Column with the images."})
+    num_samples: int | None = field(
+        default=None, metadata={"help": "Images, evenly spaced over the data. Default: all of them."}
+    )
+    resolution: int = field(default=256, metadata={"help": "Side of the centre crop in pixels: the model's images."})
+
+    network: str = field(
+        default="inception", metadata={"help": "inception, or a transformers vision encoder's folder or Hub id."}
+    )
+    inception_weights: str | None = field(
+        default=None, metadata={"help": "torch-fidelity's Inception weights; downloaded when not given."}
+    )
+    image_size: int = field(default=224, metadata={"help": "Side a vision encoder's images are resized to."})
+    pooling: str = field(
+        default="class",
+        metadata={"help": "A vision encoder's class token, or mean of its patches.", "choices": ["class", "patches"]},
+    )
+    keep_features: bool = field(default=False, metadata={"help": "Keep the features, for precision and recall."})
+
+    batch_size: int = field(default=64, metadata={"help": "Images per batch and process."})
+    dataloader_num_workers: int = field(default=4, metadata={"help": "Processes per process that read images."})
+
+
+class CroppedImages(Dataset):
+    """The images at `indices` of a `datasets` data set, as uint8 (3, resolution, resolution)."""
+
+    def __init__(self, images: datasets.Dataset, indices: list[int], resolution: int):
+        self.images, self.indices, self.resolution = images, indices, resolution
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> torch.Tensor:
+        index = self.indices[position]
+        try:
+            image = self.images[index]["image"].convert("RGB")
+        except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for damaged files
+            raise ValueError(f"Image {index} of the data set cannot be read: {error}") from error
+        return stack_images([center_crop_adm(image, self.resolution)])[0]
+
+
+def open_images(args: ReferenceArguments) -> datasets.Dataset:
+    """The data set of `args` with one column, `image`."""
+    if args.dataset_name:
+        data = datasets.load_dataset(
+            args.dataset_name, args.dataset_config_name, split=args.dataset_split, cache_dir=args.cache_dir
+        )
+    else:
+        data = datasets.load_dataset(
+            "imagefolder", data_dir=args.train_data_dir, split="train", drop_labels=True, cache_dir=args.cache_dir
+        )
+    column = args.image_column if args.dataset_name else "image"
+    if column not in data.column_names:
+        raise ValueError(f"--image_column: there is no column {column!r}, there are {data.column_names}.")
+    return data.select_columns(column).rename_columns({column: "image"}).cast_column("image", datasets.Image())
+
+
+def main(args: ReferenceArguments) -> FeatureStatistics:
+    """Writes the statistics that `args` ask for and returns them, on every process."""
+    accelerator = Accelerator()
+    check_launch(accelerator.num_processes)
+
+    # Every refusal that needs no data comes first.
+    if (args.train_data_dir is None) == (args.dataset_name is None):
+        raise ValueError("Give either --train_data_dir or --dataset_name.")
+    if args.train_data_dir is not None and not Path(args.train_data_dir).is_dir():
+        raise FileNotFoundError(f"--train_data_dir: no folder {args.train_data_dir}.")
+    for name, least in (("batch_size", 1), ("resolution", 1), ("dataloader_num_workers", 0)):
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name} must be at least {least}, got {getattr(args, name)}.")
+    if args.output_file.suffix != ".npz":
+        raise ValueError(f"--output_file must end in .npz, got {args.output_file}.")
+    if args.output_file.exists():
+        raise FileExistsError(f"--output_file: {args.output_file} exists. Remove it or choose another name.")
+    accelerator.wait_for_everyone()  # every process looks before any writes
+
+    with accelerator.main_process_first():
+        if args.network == "inception":
+            network = InceptionNetwork(args.inception_weights)
+        else:
+            network = VisionEncoderNetwork.from_pretrained(args.network, args.image_size, args.pooling)
+        images = open_images(args)
+    num_samples = len(images) if args.num_samples is None else args.num_samples
+    if not 2 <= num_samples <= len(images):
+        raise ValueError(
+            f"--num_samples: {num_samples} images asked for, at least 2 are needed and {len(images)} there."
+        )
+    network.to(accelerator.device)
+
+    # Strided by hand: a loader prepared by accelerate repeats images to make the processes even.
+    spaced = [place * len(images) // num_samples for place in range(num_samples)]
+    mine = spaced[accelerator.process_index :: accelerator.num_processes]
+    loader = DataLoader(
+        CroppedImages(images, mine, args.resolution),
+        batch_size=args.batch_size,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    moments, bank = FeatureMoments(), FeatureBank()
+    with tqdm(
+        total=len(mine),
+        desc=f"images of process 0 of {accelerator.num_processes}",
+        disable=not accelerator.is_main_process,
+    ) as progress:
+        for batch in loader:
+            features = extract(network, batch)["features"]
+            moments.update(features)
+            if args.keep_features:
+                bank.update(features)
+            progress.update(len(batch))
+
+    statistics = FeatureStatistics.from_moments(
+        gather(moments), gather(bank) if args.keep_features else None, network_name(network), network_sha256(network)
+    )
+    if accelerator.is_main_process:
+        args.output_file.parent.mkdir(parents=True, exist_ok=True)
+        statistics.save(args.output_file)
+        print(f"{args.output_file}: {statistics.count} images, {statistics.network}, sha256 {statistics.sha256[:12]}")
+    accelerator.wait_for_everyone()
+    return statistics
+
+
+if __name__ == "__main__":
+    main(HfArgumentParser(ReferenceArguments, description=__doc__.partition("\n")[0]).parse_args_into_dataclasses()[0])
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,136 @@
+from dataclasses import replace
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from accelerate import debug_launcher
+from accelerate.state import AcceleratorState
+from PIL import Image
+
+from pipelines.prepare_reference import ReferenceArguments, main
+from pixelrepa_diffusers.images import center_crop_adm
+from pixelrepa_diffusers.metrics import FeatureMoments, FeatureStatistics, VisionEncoderNetwork, extract
+
+
+ENCODER = str(Path(__file__).parent / "fixtures" / "reference_a" / "teacher")
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    generator = np.random.default_rng(0)
+    shapes = [(20, 31), (40, 17), (64, 70), (16, 16), (33, 32)] * 3
+    return [Image.fromarray(generator.integers(0, 256, (*shape, 3), dtype=np.uint8)) for shape in shapes]
+
+
+@pytest.fixture
+def args(pictures, tmp_path):
+    """A folder of 15 images in two sub-folders, of several sizes and modes."""
+    for number, picture in enumerate(pictures):
+        path = tmp_path / "images" / f"class{number % 2}" / f"{number:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        (picture.convert("L") if number == 4 else picture).save(path)
+    return ReferenceArguments(
+        train_data_dir=str(tmp_path / "images"),
+        output_file=tmp_path / "out" / "reference.npz",
+        cache_dir=str(tmp_path / "cache"),
+        resolution=16,
+        network=ENCODER,
+        image_size=28,
+        batch_size=4,
+        dataloader_num_workers=0,
+    )
+
+
+def expected_moments(pictures):
+    pictures = [picture.convert("L") if number == 4 else picture for number, picture in enumerate(pictures)]
+    crops = [center_crop_adm(picture.convert("RGB"), 16) for picture in pictures]
+    moments = FeatureMoments()
+    moments.update(extract(VisionEncoderNetwork.from_pretrained(ENCODER, image_size=28), crops)["features"])
+    return moments
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_folder_becomes_the_statistics_of_its_adm_crops(args, pictures):
+    main(replace(args, keep_features=True, dataloader_num_workers=1))
+    statistics, expected = FeatureStatistics.load(args.output_file), expected_moments(pictures)
+    np.testing.assert_allclose(statistics.mu, expected.mean, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(statistics.sigma, expected.covariance, rtol=1e-3, atol=1e-5)
+    assert statistics.count == 15 and statistics.features.shape == (15, 24)
+    assert "class, 28 px" in statistics.network and len(statistics.network_sha256) == 64
+    assert [path.name for path in args.output_file.parent.iterdir()] == ["reference.npz"]
+
+
+def test_a_data_set_gives_the_same_statistics_as_a_folder(args, pictures, tmp_path):
+    folder = main(args)
+    named = [args.train_data_dir + f"/class{number % 2}/{number:02d}.png" for number in range(len(pictures))]
+    datasets.Dataset.from_dict({"photo": named}).cast_column("photo", datasets.Image()).to_parquet(
+        tmp_path / "parquet" / "train.parquet"
+    )
+    data_set = main(
+        replace(
+            args,
+            train_data_dir=None,
+            dataset_name=str(tmp_path / "parquet"),
+            image_column="photo",
+            output_file=tmp_path / "data_set.npz",
+        )
+    )
+    assert data_set.features is None
+    np.testing.assert_allclose(data_set.mu, folder.mu, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(data_set.sigma, folder.sigma, rtol=1e-3, atol=1e-5)
+
+
+def _main_in_a_fork(args):
+    AcceleratorState._reset_state(reset_partial_state=True)  # the parent's, of one process, was forked along
+    main(args)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_two_processes_give_the_statistics_of_one(args, tmp_path):
+    one = main(replace(args, keep_features=True))
+    two = replace(args, keep_features=True, output_file=tmp_path / "two.npz")
+    debug_launcher(_main_in_a_fork, args=(two,), num_processes=2)
+    two = FeatureStatistics.load(tmp_path / "two.npz")
+    assert two.count == 15 and two.network_sha256 == one.network_sha256
+    np.testing.assert_allclose(two.mu, one.mu, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(two.sigma, one.sigma, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(np.sort(two.features, 0), np.sort(one.features, 0), atol=2e-3)
+
+
+def test_a_part_of_the_images_is_spread_over_all(args):
+    whole = main(replace(args, keep_features=True))
+    part = main(replace(args, keep_features=True, num_samples=5, output_file=args.output_file.with_name("part.npz")))
+    np.testing.assert_allclose(part.features, whole.features[::3], atol=2e-3)
+
+
+def test_bad_arguments_are_refused_before_anything_is_written(args, tmp_path):
+    for changes, error, message in (
+        ({"train_data_dir": None}, ValueError, "either --train_data_dir or --dataset_name"),
+        ({"train_data_dir": str(tmp_path / "nowhere")}, FileNotFoundError, "no folder"),
+        ({"batch_size": 0}, ValueError, "--batch_size must be at least 1, got 0"),
+        ({"resolution": 0}, ValueError, "--resolution must be at least 1, got 0"),
+        ({"output_file": tmp_path / "a.pt"}, ValueError, r"must end in \.npz"),
+        ({"num_samples": 16}, ValueError, "16 images asked for, at least 2 are needed and 15 there"),
+        ({"num_samples": 1}, ValueError, "1 images asked for"),
+        ({"image_size": 30}, ValueError, "multiple of the model's patch of 14"),
+    ):
+        with pytest.raises(error, match=message):
+            main(replace(args, **changes))
+    assert not args.output_file.parent.exists()
+
+
+def test_an_existing_file_is_not_overwritten(args):
+    args.output_file.parent.mkdir()
+    args.output_file.write_bytes(b"precious")
+    with pytest.raises(FileExistsError, match=r"reference\.npz exists"):
+        main(args)
+    assert args.output_file.read_bytes() == b"precious"
+
+
+def test_a_damaged_image_is_named_and_leaves_no_file(args):
+    path = sorted(Path(args.train_data_dir).rglob("*.png"))[3]
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(ValueError, match="Image 3 of the data set cannot be read"):
+        main(args)
+    assert not args.output_file.parent.exists()

@@ -1,0 +1,75 @@
+"""Writes the cards of the released variants beside this file: `python model_cards/build_cards.py`.
+
+A variant's measured results and training facts come from NAME.metrics.json and NAME.training_arguments.json in this
+folder, where they are there. Without them its card says that nothing has been measured or recorded.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+
+from pixelrepa_diffusers import JiTTransformer2DModel, get_preset
+from pixelrepa_diffusers.hub import build_card, imagenet_id2label
+
+
+CARDS = Path(__file__).parent
+
+PUBLISHED = {
+    "objective": "pixelrepa",
+    "teacher": "facebook/dinov2-base",
+    "dataset": "ILSVRC/imagenet-1k",
+    "origin": (
+        "The weights are those the authors of PixelREPA published for ImageNet-1k, converted by "
+        "`pipelines/convert_checkpoint.py`. The paper and its code tell how they were trained; no record of the run is "
+        "part of this repository."
+    ),
+    "license": "other",
+    "license_name": "original-repository",
+    "license_link": "https://github.com/kaist-cvml/PixelREPA",
+}
+DIGITS = {
+    "objective": "pixelrepa",
+    "description": (
+        "A demonstration, trained by `make demo` on the scanned digits of scikit-learn, enlarged from 8 × 8 to 16 × 16 "
+        "pixels. It shows that the method and its tools work from end to end, and is of no other use."
+    ),
+    "origin": "`make demo` trains these weights and records its arguments; a card published from its folder shows them.",
+}
+RELEASES = {
+    "pixelrepa-b-16": ("JiT-B/16", imagenet_id2label(), PUBLISHED),
+    "pixelrepa-l-16": ("JiT-L/16", imagenet_id2label(), PUBLISHED),
+    "pixelrepa-h-16": ("JiT-H/16", imagenet_id2label(), PUBLISHED),
+    "pixelrepa-digits": ("JiT-Digits/4", {digit: str(digit) for digit in range(10)}, DIGITS),
+}
+
+
+def build(name: str) -> str:
+    """The text of one card."""
+    preset_name, id2label, facts = RELEASES[name]
+    preset = get_preset(preset_name)
+    with torch.device("meta"):
+        transformer = JiTTransformer2DModel(**preset.transformer_config())
+    records = {}
+    for record in ("metrics", "training_arguments"):
+        path = CARDS / f"{name}.{record}.json"
+        records[record] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    card = build_card(
+        f"your-name/{name}",
+        transformer.config,
+        {
+            "id2label": {str(label): text for label, text in id2label.items()},
+            "guidance_scale": preset.guidance_scale,
+            "guidance_interval": preset.guidance_interval,
+        },
+        metrics=records["metrics"],
+        training=records["training_arguments"],
+        num_parameters=transformer.num_parameters(),
+        **facts,
+    )
+    return str(card)
+
+
+if __name__ == "__main__":
+    for name in RELEASES:
+        (CARDS / f"{name}.md").write_text(build(name), encoding="utf-8")

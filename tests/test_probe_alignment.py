@@ -1,0 +1,195 @@
+"""pipelines/probe_alignment.py: near and far images of every class, noised to a time and denoised from there."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import HfArgumentParser
+
+from pipelines.probe_alignment import LateScheduler, ProbeArguments, main, noised_and_denoised
+from pixelrepa_diffusers import JiTFlowMatchScheduler, PixelREPAPipeline
+from pixelrepa_diffusers.evaluation import list_images, read_image
+from pixelrepa_diffusers.metrics import FeatureMoments, FeatureStatistics, VisionEncoderNetwork, extract
+
+
+ROOT = Path(__file__).parents[1]
+ENCODER = ROOT / "tests" / "fixtures" / "reference_a" / "teacher"
+CLASSES, PER_CLASS, KEPT = 3, 24, 10
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Three classes of noise, each more and more contrasted."""
+    folder, draw = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    for label in range(CLASSES):
+        (folder / f"class{label}").mkdir()
+        for index in range(PER_CLASS):
+            pixels = 128 + (draw.random((16, 16, 3)) - 0.5) * 10 * index + 20 * label
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"class{label}" / f"{index:02d}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(make_pipeline, tmp_path_factory):
+    folders = [tmp_path_factory.mktemp("pipeline") for _ in range(2)]
+    for seed, folder in enumerate(folders):
+        make_pipeline({"seed": seed, "num_classes": CLASSES, "noise_scale": 2.0}).save_pretrained(folder)
+    return folders
+
+
+def words(folders, data, output_dir, *options) -> list[str]:
+    given = [
+        *("--pipelines", *folders, "--names", "first", "second", "--data_dir", data, "--teacher", ENCODER),
+        *("--image_size", 28, "--images_per_class", KEPT, "--num_inference_steps", 5, "--batch_size", 8),
+        *("--output_dir", output_dir, *options),
+    ]
+    return [str(word) for word in given]
+
+
+def arguments(words: list[str]) -> ProbeArguments:
+    return HfArgumentParser(ProbeArguments).parse_args_into_dataclasses(words)[0]
+
+
+@pytest.fixture(scope="module")
+def record(folders, data, tmp_path_factory):
+    return main(arguments(words(folders, data, tmp_path_factory.mktemp("out"))))
+
+
+def test_near_images_are_the_nearest_to_their_class_and_far_ones_the_farthest(record, data):
+    teacher = VisionEncoderNetwork.from_pretrained(ENCODER, image_size=28, pooling="patches")
+    for label in range(CLASSES):
+        paths = list_images(data / f"class{label}")
+        vectors = extract(teacher, torch.stack([read_image(path) for path in paths]))["features"]
+        order = (vectors - vectors.mean(0)).square().sum(1).sqrt().argsort().tolist()
+        names = [f"class{label}/{path.name}" for path in paths]
+        assert {names[place] for place in order[:KEPT]} <= set(record["subsets"]["near"])
+        assert {names[place] for place in order[-KEPT:]} <= set(record["subsets"]["far"])
+    assert record["images_per_subset"] == {"near": CLASSES * KEPT, "far": CLASSES * KEPT}
+    assert not set(record["subsets"]["near"]) & set(record["subsets"]["far"])
+
+
+def test_the_distance_is_that_of_denoised_images_to_the_images_themselves(record, folders, data):
+    teacher = VisionEncoderNetwork.from_pretrained(ENCODER, image_size=28, pooling="patches")
+    pipeline = PixelREPAPipeline.from_pretrained(folders[1])
+    transformer = pipeline.transformer
+    numbers = {str(path.relative_to(data)): number for number, path in enumerate(list_images(data))}
+    real, made = FeatureMoments(), FeatureMoments()
+    for name in record["subsets"]["far"]:
+        image = read_image(data / name)[None]
+        noise = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(numbers[name]))
+        label = torch.tensor([int(name[5])])
+        # Heun's method by hand from t = 0.2 on the grid of five steps, the last step Euler's.
+        z = 0.2 * (image / 127.5 - 1) + 0.8 * 2.0 * noise
+        with torch.no_grad():
+            for t in (0.2, 0.4, 0.6, 0.8):
+
+                def velocity(z, t, label=label):
+                    time = torch.tensor(t)
+                    return transformer.velocity(transformer(z, time, label).sample, z, time)
+
+                slope = velocity(z, t)
+                if t < 0.8:
+                    slope = (slope + velocity(z + 0.2 * slope, t + 0.2)) / 2
+                z = z + 0.2 * slope
+        made.update(extract(teacher, ((z + 1) / 2).clamp(0, 1).mul(255).round().to(torch.uint8))["features"])
+        real.update(extract(teacher, image)["features"])
+    expected = FeatureStatistics.from_moments(made).distance(FeatureStatistics.from_moments(real))
+    assert record["frechet_distance"]["second"]["far"] == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("solver", ["heun", "euler"])
+def test_a_late_start_at_the_first_grid_point_is_the_whole_grid(make_pipeline, solver):
+    pipeline = make_pipeline(scheduler=JiTFlowMatchScheduler(solver=solver))
+    whole = pipeline([1, 2], num_inference_steps=4, generator=torch.Generator().manual_seed(0)).images
+    pipeline.scheduler = LateScheduler(solver=solver)
+    late = pipeline([1, 2], num_inference_steps=4, generator=torch.Generator().manual_seed(0)).images
+    assert all(np.array_equal(one, other) for one, other in zip(whole, late, strict=True))
+    pipeline.scheduler.start_time = 0.5
+    pipeline.scheduler.set_timesteps(4)
+    assert pipeline.scheduler.timesteps.tolist() == ([500, 250, 250] if solver == "heun" else [500, 250])
+
+
+def test_an_image_does_not_depend_on_its_batch(folders, data):
+    from pipelines.probe_alignment import Item
+
+    pipeline = PixelREPAPipeline.from_pretrained(folders[0])
+    pipeline.scheduler = LateScheduler()
+    pipeline.scheduler.start_time = 0.2
+    items = [Item(path, 0, number) for number, path in enumerate(list_images(data / "class0")[:4])]
+    args = arguments(words(folders, data, "unused"))
+    make_images = noised_and_denoised(args, pipeline, items)
+    together = make_images(range(4)).int()
+    alone = torch.cat([make_images([index]) for index in range(4)]).int()
+    assert (together - alone).abs().max() <= 1
+
+
+def test_two_processes_find_what_one_does(record, folders, data, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [
+        *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
+        *(
+            "--num_machines",
+            "1",
+            "--mixed_precision",
+            "no",
+            "--dynamo_backend",
+            "no",
+            "--main_process_port",
+            str(port),
+        ),
+        *(str(ROOT / "pipelines" / "probe_alignment.py"), *words(folders, data, tmp_path)),
+    ]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert run.returncode == 0, run.stderr[-3000:]
+    two = json.loads((tmp_path / "probe.json").read_text())
+    assert two["num_processes"] == 2 and two["subsets"] == record["subsets"]
+    for name, pair in record["frechet_distance"].items():
+        assert two["frechet_distance"][name] == pytest.approx(pair, rel=1e-9)
+
+
+def test_table_and_plot_are_written_and_an_earlier_probe_is_kept(folders, data, tmp_path, capsys):
+    main(arguments(words(folders[:1] * 2, data, tmp_path, "--max_classes", 2)))
+    stored = json.loads((tmp_path / "probe.json").read_text())
+    assert len(stored["classes"]) == 2 and stored["images_per_subset"]["near"] == 2 * KEPT
+    assert stored["frechet_distance"]["first"] == stored["frechet_distance"]["second"]
+    table = (tmp_path / "probe.md").read_text()
+    assert table in capsys.readouterr().out
+    assert f"| first | {stored['frechet_distance']['first']['near']:.4g} |" in table
+    with Image.open(tmp_path / "probe.png") as image:
+        assert min(image.size) > 100
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        main(arguments(words(folders, data, tmp_path)))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (("--images_per_class", PER_CLASS // 2 + 1), "would overlap"),
+        (("--time", 0.3), "grid of 5 steps"),
+        (("--time", 1), "between 0 and 1"),
+        (("--names", "same", "same"), "all different"),
+        (("--names", "one"), "one name for each"),
+        (("--batch_size", 0), "--batch_size"),
+        (("--guidance_scale", -1), "guidance_scale"),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_is_computed(folders, data, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        main(arguments(words(folders, data, tmp_path / "out", *options)))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pipeline_of_other_classes_is_refused(make_pipeline, data, tmp_path):
+    make_pipeline().save_pretrained(tmp_path / "ten")
+    with pytest.raises(ValueError, match="10 classes"):
+        main(arguments(words([tmp_path / "ten"] * 2, data, tmp_path / "out")))

@@ -766,6 +766,7 @@ def test_a_hub_that_is_down_neither_stalls_nor_kills_and_the_reported_command_fi
     pusher.push(folder, revision="checkpoint-5")
     assert time.perf_counter() - start < 0.5
     commands = pusher.finish()
+    assert pusher.failed == {folder} and pusher.pending == set()
     assert commands == [publish_command(folder, "me/digits", "checkpoint-5")]
     assert commands[0] in caplog.text and hub.token not in caplog.text
 

@@ -13,6 +13,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from diffusers import DiffusionPipeline
 from PIL import Image
+from standin_hub import StandInHub
 from training_runs import ROOT, TEACHER, arguments, weights, write_images
 
 from pixelrepa_diffusers import JiTTransformer2DModel, PixelREPAPipeline
@@ -350,6 +351,28 @@ def test_wrong_guidance_is_refused_before_the_first_step(train, tmp_path):
     with pytest.raises(ValueError, match="0 ≤ low < high ≤ 1"):
         train(tmp_path / "run", guidance_interval=[0.9, 0.1])
     assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+def test_checkpoints_and_the_pipeline_reach_the_hub(data, tmp_path):
+    words = arguments(data, tmp_path / "run", hub_model_id="me/tiny", validation_steps=3)
+    command = [
+        sys.executable,
+        str(ROOT / "training/train_pixelrepa.py"),
+        *words,
+        "--push_to_hub",
+        "--push_checkpoints",
+    ]
+    with StandInHub() as hub:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **hub.environment(tmp_path / "home")}
+        result = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert result.returncode == 0, result.stderr[-4000:]
+        pushed = {branch: hub.files("me/tiny", branch) for branch in ("checkpoint-3", "checkpoint-6", "main")}
+    pipeline = {path.name: path.read_bytes() for path in (tmp_path / "run/pipeline").rglob("*") if path.is_file()}
+    for files in pushed.values():
+        assert {"README.md", "model_index.json", "pipeline_pixelrepa.py", "samples.png"} <= files.keys()
+    weights_name = "transformer/diffusion_pytorch_model.safetensors"
+    assert pushed["main"][weights_name] == pipeline["diffusion_pytorch_model.safetensors"]
+    assert pushed["checkpoint-6"][weights_name] == pushed["main"][weights_name] != pushed["checkpoint-3"][weights_name]
 
 
 def test_the_token_is_saved_nowhere(train, tmp_path):

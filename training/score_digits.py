@@ -30,8 +30,8 @@ class ScoreArguments:
     pipeline: str = field(metadata={"help": "A pipeline folder written by train_pixelrepa.py."})
     data_dir: str = field(default="outputs/demo", metadata={"help": "What prepare_teacher.py wrote."})
     num_images: int = field(default=1000, metadata={"help": "Generated digits, evenly over the ten classes."})
-    num_inference_steps: int = field(default=20, metadata={"help": "Sampling steps."})
-    batch_size: int = field(default=250, metadata={"help": "Images at a time."})
+    num_inference_steps: int = field(default=10, metadata={"help": "Sampling steps."})
+    batch_size: int = field(default=100, metadata={"help": "Images at a time."})
 
 
 def read_digits(folder: Path) -> tuple[np.ndarray, np.ndarray]:

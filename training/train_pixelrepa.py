@@ -26,6 +26,7 @@ import json
 import logging
 import os
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -52,6 +53,7 @@ import pixelrepa_diffusers
 from pixelrepa_diffusers import JiTTransformer2DModel, get_preset
 from pixelrepa_diffusers.adapter import ConvProjector, MaskedTransformerAdapter, MLPProjector
 from pixelrepa_diffusers.ema import ConstantDecayEMA
+from pixelrepa_diffusers.hub import BackgroundPusher
 from pixelrepa_diffusers.objective import PixelREPAObjective, draw_keep_mask, draw_timesteps, drop_labels
 from pixelrepa_diffusers.teacher import SemanticTeacher
 from pixelrepa_diffusers.transformer_jit import JiTBlock
@@ -345,11 +347,28 @@ def main(args: TrainingArguments) -> Path | None:
             raise RuntimeError(f"Another run is writing to {output_dir}; choose another --output_dir.") from error
         sweep(output_dir)
     accelerator.wait_for_everyone()
-    with lock if lock.is_locked else contextlib.nullcontext(), stop_signals() as stop:
-        return train(args, accelerator, source, output_dir, stop)
+    pusher = None
+    if args.push_to_hub and accelerator.is_main_process:
+        pusher = BackgroundPusher(
+            args.hub_model_id or output_dir.name, private=args.hub_private_repo, token=args.hub_token
+        )
+    with contextlib.ExitStack() as stack:
+        if lock.is_locked:
+            stack.enter_context(lock)
+        if pusher is not None:
+            stack.enter_context(pusher)  # waits for what is being pushed, and says what was not
+        stop = stack.enter_context(stop_signals())
+        return train(args, accelerator, source, output_dir, stop, pusher)
 
 
-def train(args, accelerator: Accelerator, source, output_dir: Path, stop: StopRequest) -> Path | None:
+def train(
+    args: TrainingArguments,
+    accelerator: Accelerator,
+    source: ImageSource | StreamSource,
+    output_dir: Path,
+    stop: StopRequest,
+    pusher: BackgroundPusher | None,
+) -> Path | None:
     device = accelerator.device
     checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint, logger.warning)
     loader = ImageLoader(
@@ -449,6 +468,43 @@ def train(args, accelerator: Accelerator, source, output_dir: Path, stop: StopRe
             weights = {k.removeprefix("transformer."): v for k, v in state.items() if k.startswith("transformer.")}
         full = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in weights.items()}
         return with_weights(config, full).to(device)
+
+    def save_pipeline(folder: Path) -> None:
+        """A folder that generates, with the facts its card is written from."""
+        transformer = shown_transformer()
+        facts = {
+            **args.saved(),
+            "steps": step,
+            "images_seen": step * loader.global_batch_size,
+            "global_batch_size": loader.global_batch_size,
+            "num_processes": accelerator.num_processes,
+            "resolved_learning_rate": resolved_learning_rate(args, accelerator.num_processes),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "versions": {
+                package.__name__: package.__version__
+                for package in (pixelrepa_diffusers, torch, diffusers, transformers, accelerate, datasets)
+            },
+        }
+
+        def write(path: Path) -> None:
+            if accelerator.is_main_process:
+                build_pipeline(args, transformer, source.id2label).save_pretrained(path)
+                (path / "training_arguments.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+                samples = sorted((output_dir / "samples").glob("*.png"))
+                if samples:
+                    shutil.copyfile(samples[-1], path / "samples.png")
+
+        write_folder(folder, write, accelerator.is_main_process, accelerator.wait_for_everyone)
+
+    def push_checkpoint() -> None:
+        """The first EMA as a pipeline, to a branch named after the checkpoint; the run does not wait for it."""
+        folder = output_dir / "hub" / f"checkpoint-{step}"
+        save_pipeline(folder)
+        if pusher is not None:
+            for old in folder.parent.iterdir():
+                if old != folder and old not in pusher.pending | pusher.failed:
+                    shutil.rmtree(old)
+            pusher.push(folder, revision=folder.name)
 
     def validate() -> None:
         transformer = shown_transformer()
@@ -554,19 +610,19 @@ def train(args, accelerator: Accelerator, source, output_dir: Path, stop: StopRe
         elif accelerator.num_processes == 1:
             stopping = stop.received
 
-        finished = step == max_train_steps or stopping is not None
-        if step % args.checkpointing_steps == 0 or finished:
+        last = step == max_train_steps or stopping is not None
+        saves = step % args.checkpointing_steps == 0 or last
+        shows = args.validation_steps and (step % args.validation_steps == 0 or step == max_train_steps)
+        if saves:
             if records:
                 check_losses()
             last_checkpoint = checkpointer.save(step, position)
             logger.info(f"Wrote {last_checkpoint}.")
-        if args.validation_steps and (step % args.validation_steps == 0 or step == max_train_steps):
+        if shows:
             validate()
-        if (
-            step % args.checkpointing_steps == 0
-            or finished
-            or (args.validation_steps and step % args.validation_steps == 0)
-        ):
+        if saves and args.push_checkpoints:
+            push_checkpoint()
+        if saves or shows:
             started, started_step = time.perf_counter(), step  # images/s is the training's alone
     bar.close()
 
@@ -578,29 +634,11 @@ def train(args, accelerator: Accelerator, source, output_dir: Path, stop: StopRe
         return None
 
     folder = output_dir / "pipeline"
-    transformer = shown_transformer()
-    facts = {
-        **args.saved(),
-        "steps": step,
-        "images_seen": step * loader.global_batch_size,
-        "global_batch_size": loader.global_batch_size,
-        "num_processes": accelerator.num_processes,
-        "resolved_learning_rate": resolved_learning_rate(args, accelerator.num_processes),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "versions": {
-            package.__name__: package.__version__
-            for package in (pixelrepa_diffusers, torch, diffusers, transformers, accelerate, datasets)
-        },
-    }
-
-    def write(path: Path) -> None:
-        if accelerator.is_main_process:
-            build_pipeline(args, transformer, source.id2label).save_pretrained(path)
-            (path / "training_arguments.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
-
-    write_folder(folder, write, accelerator.is_main_process, accelerator.wait_for_everyone)
+    save_pipeline(folder)
     if accelerator.is_main_process:
         logger.info(f"Wrote {folder} and {journal.plot()}.")
+    if pusher is not None:
+        pusher.push(folder)
     accelerator.end_training()
     return folder
 

@@ -116,7 +116,7 @@ def test_training_rows_split_the_step_and_compare_the_arithmetics(tmp_path, caps
     assert "of the published arithmetic's time" in capsys.readouterr().out
 
 
-def test_the_weights_are_the_same_after_the_measurement(tmp_path):
+def test_only_our_optimizer_is_fused_and_measuring_leaves_the_weights(tmp_path):
     from benchmark import Bench, BenchmarkArguments, Setting, Trainee
 
     args = BenchmarkArguments(device="cpu", teacher="none")
@@ -126,6 +126,7 @@ def test_the_weights_are_the_same_after_the_measurement(tmp_path):
         trainee = Trainee(bench, arithmetic)
         trainee.step()
         assert all(state["step"] == 1 for state in trainee.optimizer.state.values())
+        assert all(group["fused"] is (arithmetic == "ours" or None) for group in trainee.optimizer.param_groups)
     assert all(map(torch.equal, before, bench.objective.parameters()))
 
 

@@ -276,11 +276,12 @@ class Trainee:
         # Learning rate 0: all the work, and the weights stay what they are for the other arithmetic.
         self.optimizer = build_optimizer(bench.training_args, self.objective, learning_rate=0.0)
         if self.published:
-            self.optimizer = torch.optim.AdamW(self.optimizer.param_groups, lr=0.0, betas=(0.9, 0.95), fused=False)
+            # torch's default, foreach on a GPU and a loop on a CPU; the groups carry every setting, `fused` among them.
+            groups = [{**group, "fused": None} for group in self.optimizer.param_groups]
+            self.optimizer = torch.optim.AdamW(groups)
         self.ema = ConstantDecayEMA(self.objective.transformer)
         self.batches = bench.batches()
         self.clock = StepClock(bench.device)
-        self.loss = None
 
     def next_inputs(self) -> dict:
         inputs, _ = next(self.batches)

@@ -342,7 +342,9 @@ class PixelREPAPipeline(DiffusionPipeline):
                 latents = self.scheduler.step(-velocity, timestep, latents, **step_kwargs, return_dict=False)[0]
 
                 if callback_on_step_end is not None:
-                    tensors = {name: locals()[name] for name in callback_on_step_end_tensor_inputs}
+                    tensors = {}
+                    for name in callback_on_step_end_tensor_inputs:  # a comprehension has locals of its own
+                        tensors[name] = locals()[name]
                     latents = callback_on_step_end(self, index, timestep, tensors).pop("latents", latents)
                 if index == len(timesteps) - 1 or (index + 1) % self.scheduler.order == 0:
                     progress_bar.update()
@@ -368,6 +370,7 @@ class PixelREPAPipeline(DiffusionPipeline):
 
     def to_json_string(self) -> str:
         config = json.loads(super().to_json_string())
+        config.pop("_name_or_path", None)  # where it was loaded from is nobody else's business
         config["_class_name"] = [type(self).__module__.rpartition(".")[2], type(self).__name__]
         for name, component in self.components.items():
             component_class = type(getattr(component, "_orig_mod", component))  # unwraps torch.compile

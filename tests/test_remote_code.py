@@ -1,0 +1,217 @@
+"""A saved folder works without this package, which may be missing, and with it, which needs no trust."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from diffusers import AutoModel, DiffusionPipeline, UniPCMultistepScheduler
+from safetensors.torch import load_file
+
+from pixelrepa_diffusers import JiTFlowMatchScheduler, JiTTransformer2DModel, PixelREPAPipeline
+
+
+NAMES = {0: "tench, Tinca tinca", 1: "goldfish"}
+
+# Runs where the package cannot be imported. Everything in one process: importing diffusers is what takes the time.
+WITHOUT_THE_PACKAGE = """
+import sys
+sys.modules["pixelrepa_diffusers"] = None  # import now fails
+from pathlib import Path
+import torch
+from diffusers import AutoModel, DiffusionPipeline, UniPCMultistepScheduler
+from safetensors.torch import save_file
+
+try:
+    import pixelrepa_diffusers
+except ImportError:
+    pass
+else:
+    raise SystemExit("the package can be imported")
+
+source, out = Path(sys.argv[1]), Path(sys.argv[2])
+images = {}
+
+def load(folder, **kwargs):
+    pipe = DiffusionPipeline.from_pretrained(str(folder), trust_remote_code=True, **kwargs)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+def sample(name, pipe):
+    generator = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+    images[name] = pipe(
+        ["goldfish", 3], generator=generator, num_inference_steps=4, output_type="latent", return_dict=False
+    )[0]
+
+pipe = load(source / "plain")
+assert type(pipe).__module__.startswith("diffusers_modules."), type(pipe)
+sample("plain", pipe)
+
+pipe.save_pretrained(out / "again")
+again = load(out / "again")
+sample("again", again)
+again.save_pretrained(out / "and_again")
+
+copied = type(again).from_pipe(again)
+assert copied.transformer is again.transformer
+sample("from_pipe", copied)
+
+pipe.scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+pipe.save_pretrained(out / "swapped")
+sample("swapped", load(out / "swapped"))
+
+sample("sharded variant", load(source / "sharded_fp16", variant="fp16"))
+half = load(source / "plain", dtype=torch.bfloat16)
+assert half.transformer.dtype == torch.bfloat16
+assert half.transformer.conditioning.time_embedding.linear_1.weight.dtype == torch.float32
+sample("bfloat16", half)
+
+z, t, y = torch.linspace(-1, 1, 768).view(1, 3, 16, 16), torch.tensor([0.5]), torch.tensor([3])
+model = AutoModel.from_pretrained(str(source / "plain" / "transformer"), trust_remote_code=True)
+with torch.no_grad():
+    images["model"] = model(z, t, y).sample
+model.save_pretrained(out / "model")
+with torch.no_grad():
+    images["model again"] = AutoModel.from_pretrained(str(out / "model"), trust_remote_code=True)(z, t, y).sample
+
+save_file({name: tensor.float() for name, tensor in images.items()}, str(out / "images.safetensors"))
+"""
+
+
+def sample(pipeline):
+    pipeline.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+    return pipeline(["goldfish", 3], generator=generators, num_inference_steps=4, output_type="latent").images
+
+
+@torch.no_grad()
+def predict(transformer):
+    return transformer(torch.linspace(-1, 1, 768).view(1, 3, 16, 16), torch.tensor([0.5]), torch.tensor([3])).sample
+
+
+@pytest.fixture(scope="module")
+def saved(make_pipeline, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    pipeline = make_pipeline(id2label=NAMES, guidance_scale=2.0)
+    pipeline.save_pretrained(folder / "plain")
+    pipeline.save_pretrained(folder / "sharded_fp16", variant="fp16", max_shard_size="20KB")
+    return folder
+
+
+@pytest.fixture
+def pipeline(saved):
+    """Loaded, not made: where weights begin in memory decides the last bits of a product."""
+    return PixelREPAPipeline.from_pretrained(saved / "plain")
+
+
+@pytest.fixture(scope="module")
+def remote(saved, tmp_path_factory):
+    """The images and the folder that a process without the package made, and what it had to say."""
+    folder = tmp_path_factory.mktemp("remote")
+    run = subprocess.run(
+        [sys.executable, "-c", WITHOUT_THE_PACKAGE, str(saved), str(folder)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HOME": str(folder / "hf_home"), "HF_HUB_OFFLINE": "1"},
+        cwd=folder,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return load_file(folder / "images.safetensors"), folder, run.stderr
+
+
+@pytest.mark.parametrize("name", ["plain", "again", "from_pipe"])
+def test_without_the_package_images_are_the_same_bits(pipeline, remote, name):
+    images, _, _ = remote
+    assert torch.equal(images[name], sample(pipeline))
+
+
+def test_without_the_package_a_sharded_variant_gives_the_same_bits(saved, remote):
+    images, _, _ = remote
+    assert torch.equal(
+        images["sharded variant"], sample(PixelREPAPipeline.from_pretrained(saved / "sharded_fp16", variant="fp16"))
+    )
+
+
+def test_without_the_package_a_swapped_scheduler_is_saved_and_loaded(make_pipeline, pipeline, remote):
+    images, folder, _ = remote
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    expected = sample(make_pipeline(pipeline.transformer, scheduler, id2label=NAMES, guidance_scale=2.0))
+    assert torch.equal(images["swapped"], expected)
+    assert json.loads((folder / "swapped" / "model_index.json").read_text())["scheduler"] == [
+        "diffusers",
+        "UniPCMultistepScheduler",
+    ]
+
+
+def test_without_the_package_a_type_can_be_chosen(pipeline, remote):
+    images, _, _ = remote
+    assert 0 < (images["bfloat16"] - sample(pipeline)).abs().max() < 0.2
+
+
+@pytest.mark.parametrize("name", ["model", "model again"])
+def test_without_the_package_auto_model_predicts_the_same_bits(pipeline, remote, name):
+    images, _, _ = remote
+    assert torch.equal(images[name], predict(pipeline.transformer))
+
+
+def test_without_the_package_loading_reports_nothing_unexpected(remote):
+    _, _, stderr = remote
+    for word in ("unexpected", "auto_map", "not expected", "were passed to", "Expected types"):
+        assert word not in stderr
+
+
+@pytest.mark.parametrize("name", ["again", "and_again"])
+def test_what_was_saved_without_the_package_is_the_same_folder_and_loads_with_it(pipeline, saved, remote, name):
+    _, folder, _ = remote
+
+    def files(place):
+        return {path.relative_to(place).as_posix() for path in place.rglob("*") if path.is_file()}
+
+    assert files(folder / name) == files(saved / "plain")
+    for file in (
+        "model_index.json",
+        *(file for file in files(folder / name) if file.endswith((".py", ".safetensors"))),
+    ):
+        assert (folder / name / file).read_bytes() == (saved / "plain" / file).read_bytes(), file
+    loaded = PixelREPAPipeline.from_pretrained(folder / name)
+    assert type(loaded) is PixelREPAPipeline
+    assert isinstance(loaded.transformer, JiTTransformer2DModel)
+    assert isinstance(loaded.scheduler, JiTFlowMatchScheduler)
+    assert torch.equal(sample(loaded), sample(pipeline))
+
+
+def test_with_the_package_no_trust_is_needed(pipeline, saved):
+    loaded = PixelREPAPipeline.from_pretrained(saved / "plain")
+    assert type(loaded) is PixelREPAPipeline
+    assert type(loaded.transformer) is JiTTransformer2DModel
+    assert type(loaded.scheduler) is JiTFlowMatchScheduler
+    assert torch.equal(sample(loaded), sample(pipeline))
+    transformer = JiTTransformer2DModel.from_pretrained(saved / "plain", subfolder="transformer")
+    assert torch.equal(predict(transformer), predict(pipeline.transformer))
+    scheduler = JiTFlowMatchScheduler.from_pretrained(saved / "plain", subfolder="scheduler")
+    assert scheduler.config.solver == "heun"
+
+
+def test_with_the_package_the_generic_loader_asks_for_trust(saved):
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        DiffusionPipeline.from_pretrained(str(saved / "plain"))
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        AutoModel.from_pretrained(str(saved / "plain" / "transformer"))
+
+
+def test_with_the_package_trusted_code_still_runs_and_comes_back(pipeline, saved, tmp_path):
+    trusted = DiffusionPipeline.from_pretrained(str(saved / "plain"), trust_remote_code=True)
+    assert type(trusted) is not PixelREPAPipeline
+    assert torch.equal(sample(trusted), sample(pipeline))
+    trusted.save_pretrained(tmp_path)
+    assert torch.equal(sample(PixelREPAPipeline.from_pretrained(tmp_path)), sample(pipeline))
+    # Components of either origin go into a pipeline of the other.
+    assert torch.equal(sample(PixelREPAPipeline.from_pipe(trusted)), sample(pipeline))
+    assert torch.equal(sample(type(trusted).from_pipe(pipeline)), sample(pipeline))
+
+
+def test_folders_name_no_place_of_the_machine_they_were_saved_on(saved, tmp_path):
+    PixelREPAPipeline.from_pretrained(saved / "plain").save_pretrained(tmp_path)
+    assert str(saved) not in (tmp_path / "model_index.json").read_text()

@@ -1,6 +1,8 @@
 """Tiny real components, and the numbers recorded from the published implementation."""
 
 import json
+import os
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +13,9 @@ from safetensors.torch import load_file
 from pixelrepa_diffusers import JiTFlowMatchScheduler, JiTTransformer2DModel, PixelREPAPipeline
 from pixelrepa_diffusers.checkpoints import transformer_state_from_original
 
+
+# A compiler that is killed leaves half a file in the machine's shared cache, and every later run would trip over it.
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="inductor")
 
 REFERENCE = Path(__file__).parent / "fixtures" / "reference_a"
 

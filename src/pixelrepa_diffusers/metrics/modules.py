@@ -185,7 +185,10 @@ class InceptionScore(StreamingMetric):
 
 
 class PrecisionRecall(StreamingMetric):
-    """Keeps half-precision features until `compute`: 2·D bytes per image."""
+    """Keeps half-precision features until `compute`: 2·D bytes per image.
+
+    The default network is Inception, as in ADM's evaluation; torch-fidelity's default for this metric is VGG-16.
+    """
 
     summary = (
         "Improved precision and recall: the share of images inside the k-nearest-neighbour balls of the other set."

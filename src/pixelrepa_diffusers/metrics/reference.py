@@ -93,6 +93,10 @@ class FeatureStatistics:
     def distance(self, other: FeatureStatistics) -> float:
         """`frechet_distance` to `other`.
 
+        Of Inception features it is FID. torch-fidelity averages features in float32, so its value is off by about 1e-7 of
+        the features' size over the difference of the two means: a relative 1e-7 where sets differ clearly, 1e-6 where
+        their means nearly agree. Given the same features in float64 it returns this value to 1e-11.
+
         Warns when a set has no more images than dimensions: its covariance is singular, and the distance, defined all the
         same, is biased upwards and comparable only between sets of that size.
 

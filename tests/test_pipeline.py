@@ -89,6 +89,9 @@ def evaluations():
         ("Carassius auratus", [1]),
         ("goldfish, Carassius auratus", [1]),
         (["white shark", 0, "hammerhead"], [2, 0, 5]),
+        ([[1], ["goldfish"]], [1, 1]),
+        (torch.tensor([[1], [2]]), [1, 2]),
+        ([torch.tensor(1), np.array([2])], [1, 2]),
     ],
     ids=repr,
 )
@@ -108,16 +111,14 @@ def test_labels_are_ids_names_or_synonyms_alone_or_listed(make_pipeline, labels,
         ("HAMMERHEAD", r"The nearest names: 'hammerhead'"),
         ("zzzzzz", r"no class called 'zzzzzz'. See `pipe.config.id2label`"),
         ("crane", r"'crane' stands for the classes \[3, 4\]; give the id"),
-        (True, "must be an integer or a name, got True"),
-        ([False], "must be an integer or a name, got False"),
-        (1.0, "must be an id, a name, or a list or tensor of them, got float"),
-        ([1.0], r"must be an integer or a name, got 1.0 \(float\)"),
-        (torch.tensor([0.5]), "must be an integer or a name, got 0.5"),
-        (torch.tensor([True]), "must be an integer or a name, got True"),
-        ([[1, 2]], r"got \[1, 2\] \(list\)"),
-        (torch.tensor([[1, 2]]), r"got \[1, 2\] \(list\)"),
-        (None, "got NoneType"),
-        ([None], "got None"),
+        ([1, []], "`class_labels` is empty"),
+        (True, "must be integers or names, .* got True"),
+        ([False], "must be integers or names, .* got False"),
+        (1.0, r"must be integers or names, .* got 1.0 \(float\)"),
+        (torch.tensor([0.5]), "must be integers or names, .* got 0.5"),
+        (torch.tensor([True]), "must be integers or names, .* got True"),
+        (None, "must be integers or names, .* got None"),
+        ({1: 2}, r"got {1: 2} \(dict\)"),
     ],
     ids=repr,
 )
@@ -489,7 +490,7 @@ def test_half_precision_errs_as_one_forward_does_however_many_steps(make_pipelin
             for t in (0.0, 0.5, 1.0)
         )
     errors = []
-    for steps in (10, 50, 100):
+    for steps in (10, 30, 90):
         images = sample(half, labels.tolist(), steps, latents=latents)
         assert images.dtype == torch.float32
         assert images.isfinite().all()
@@ -524,7 +525,7 @@ def test_flow_match_euler_walks_the_methods_grid(make_pipeline, steps):
 def limit(make_pipeline):
     """A pipeline, and the image its Heun steps converge to."""
     pipeline = make_pipeline(guidance_scale=2.0)
-    return pipeline, sample(pipeline, steps=200, latents=noise())
+    return pipeline, sample(pipeline, steps=150, latents=noise())
 
 
 @pytest.mark.parametrize(

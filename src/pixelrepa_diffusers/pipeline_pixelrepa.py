@@ -99,8 +99,9 @@ class PixelREPAPipeline(DiffusionPipeline):
         Class ids of ids or names, checked.
 
         Args:
-            class_labels (`int`, `str`, a list of them, or an integer `torch.Tensor` of at most one dimension):
+            class_labels (`int`, `str`, a list of them, or an integer `torch.Tensor`):
                 Ids in [0, num_classes − 1], or names in `id2label`, whole or one of their comma-separated synonyms.
+                What is nested is flattened, as by the other class-conditional pipelines of diffusers.
 
         Raises:
             `ValueError`: for an empty list, an id out of range, an unknown name (the nearest are listed) or a name that
@@ -108,15 +109,11 @@ class PixelREPAPipeline(DiffusionPipeline):
         """
         if isinstance(class_labels, torch.Tensor | np.ndarray):
             class_labels = class_labels.tolist()
-        if isinstance(class_labels, numbers.Integral | str):
-            class_labels = [class_labels]
         if not isinstance(class_labels, list | tuple):
-            raise ValueError(
-                f"`class_labels` must be an id, a name, or a list or tensor of them, got {type(class_labels).__name__}."
-            )
+            return [self._label_id(class_labels)]
         if len(class_labels) == 0:
             raise ValueError("`class_labels` is empty; give one class id or name per image.")
-        return [self._label_id(label) for label in class_labels]
+        return [class_id for label in class_labels for class_id in self.get_label_ids(label)]
 
     def _label_id(self, label: int | str) -> int:
         num_classes = self.transformer.config.num_classes
@@ -137,7 +134,10 @@ class PixelREPAPipeline(DiffusionPipeline):
             hint = f"The nearest names: {', '.join(map(repr, nearest))}." if nearest else "See `pipe.config.id2label`."
             raise ValueError(f"There is no class called {label!r}. {hint}")
         if isinstance(label, bool) or not isinstance(label, numbers.Integral):
-            raise ValueError(f"A class label must be an integer or a name, got {label!r} ({type(label).__name__}).")
+            raise ValueError(
+                "`class_labels` must be integers or names, alone or in a list or tensor, got "
+                f"{label!r} ({type(label).__name__})."
+            )
         if not 0 <= label < num_classes:
             raise ValueError(f"Class id {label} is out of range: this model knows the ids 0 to {num_classes - 1}.")
         return int(label)

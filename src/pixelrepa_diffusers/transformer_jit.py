@@ -440,6 +440,12 @@ class JiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin,
         # `auto_map` serves AutoModel alone; diffusers would report it as an unexpected argument at every load.
         return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
 
+    def compile_repeated_blocks(self, *args, **kwargs) -> None:
+        """Compiles the blocks as diffusers does, with symbolic sizes unless told otherwise: they run with the class
+        tokens and without, guided and not, and all of it is then one graph."""
+        kwargs.setdefault("dynamic", True)
+        super().compile_repeated_blocks(*args, **kwargs)
+
     def enable_cache(self, config) -> None:
         """Enables a cache of diffusers for sampling; see the class for those that fit. `disable_cache` ends it."""
         name = type(config).__name__

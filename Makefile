@@ -19,7 +19,7 @@ $(VENV)/.installed: setup.py constraints.txt
 	touch $@
 
 test: env
-	$(RUN)/pytest --numprocesses 2 --dist worksteal
+	$(RUN)/pytest --numprocesses 2 --dist loadfile
 
 style: env
 	$(RUN)/ruff format .

@@ -33,6 +33,7 @@ from pixelrepa_diffusers.checkpoints import (
     read_original_checkpoint,
     save_original_checkpoint,
 )
+from pixelrepa_diffusers.hub import imagenet_id2label
 
 
 @dataclass
@@ -48,7 +49,10 @@ class ConvertArguments:
             "choices": ["ema1", "ema2", "model"],
         },
     )
-    id2label: Path | None = field(default=None, metadata={"help": 'JSON file of class names, {"0": "tench", ...}.'})
+    id2label: Path | None = field(
+        default=None,
+        metadata={"help": 'JSON of class names, {"0": "tench", ...}; ImageNet-1k\'s for the papers\' variants.'},
+    )
     guidance_scale: float | None = field(default=None, metadata={"help": "Saved with the pipeline; 1 for none."})
     guidance_interval: list[float] | None = field(
         default=None, metadata={"help": "LOW HIGH, the times guidance acts in; saved with the pipeline."}
@@ -132,6 +136,8 @@ def from_original(args: ConvertArguments) -> None:
     recorded = read_original_checkpoint(args.checkpoint_path).get("args", argparse.Namespace())
     scale, interval, source = choose_guidance(args, transformer.config, adapter is not None, recorded)
     scheduler = JiTFlowMatchScheduler(solver=getattr(recorded, "sampling_method", "heun"))
+    if id2label is None and transformer.config.num_classes == 1000 and matching_presets(transformer.config):
+        id2label = imagenet_id2label()
     pipe = PixelREPAPipeline(transformer, scheduler, id2label, scale, interval)
     models = {"transformer": transformer, **({"adapter": adapter} if adapter is not None else {})}
     for model in models.values():

@@ -112,10 +112,10 @@ def test_any_size_channel_and_class_count_predicts_an_image(make_transformer, ch
 
 
 def test_dropout_lies_in_the_middle_half_of_the_blocks(make_transformer):
-    transformer = make_transformer(num_layers=9, dropout=0.2)
+    transformer = make_transformer(num_layers=11, dropout=0.2)
     blocks = [*transformer.encoder_blocks, *transformer.transformer_blocks]
-    assert [block.ff.dropout.p for block in blocks] == [0, 0, 0.2, 0.2, 0.2, 0.2, 0, 0, 0]
-    assert [block.attn.to_out[1].p for block in blocks] == [0, 0, 0.2, 0.2, 0.2, 0.2, 0, 0, 0]
+    assert [block.ff.dropout.p for block in blocks] == [0, 0, 0.2, 0.2, 0.2, 0.2, 0, 0, 0, 0, 0]
+    assert [block.attn.to_out[1].p for block in blocks] == [0, 0, 0.2, 0.2, 0.2, 0.2, 0, 0, 0, 0, 0]
 
 
 def test_a_fresh_model_has_the_published_initialisation():

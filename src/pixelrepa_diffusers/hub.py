@@ -608,12 +608,6 @@ class BackgroundPusher:
         with self._changed:
             return {folder for folder, _ in self._failed}
 
-    @property
-    def failed(self) -> set[Path]:
-        """The folders given up on: the reported commands need them."""
-        with self._changed:
-            return {folder for folder, _ in self._failed}
-
     def push(self, folder: str | Path, revision: str | None = None) -> None:
         """Queues a saved pipeline for a branch (default main) and returns at once."""
         job = (Path(folder), revision)

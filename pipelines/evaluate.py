@@ -9,7 +9,7 @@ The demo's digits, on any CPU (the reference is made by pipelines/prepare_refere
 
     python pipelines/evaluate.py --pipeline outputs/demo/run/pipeline --metrics fd_teacher \\
         --teacher outputs/demo/teacher --teacher_image_size 28 --teacher_reference outputs/demo/test.npz \\
-        --num_samples 1000 --num_inference_steps 20 --output_dir outputs/demo/evaluation
+        --num_samples 1000 --num_inference_steps 10 --output_dir outputs/demo/evaluation
 
 A sweep: give several values, e.g. `--guidance_scales 1 1.5 2 3 --guidance_intervals 0:1 0.1:1` or
 `--transformers run/checkpoint-600/transformer_ema_0.99 run/checkpoint-600/transformer_ema_0.995`. Images that exist

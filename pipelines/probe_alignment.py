@@ -11,7 +11,8 @@ features are matched at the cost of pixels) and better on the far one.
 The demo's digits, on any CPU:
 
     python pipelines/probe_alignment.py --pipelines outputs/demo/run/pipeline --data_dir outputs/demo/train \\
-        --teacher outputs/demo/teacher --image_size 28 --images_per_class 50 --output_dir outputs/demo/probe
+        --teacher outputs/demo/teacher --image_size 28 --images_per_class 50 --num_inference_steps 10 \\
+        --output_dir outputs/demo/probe
 
 --data_dir has one sub-folder per class, numbered by their sorted names as in training. --output_dir receives probe.json,
 probe.md and probe.png. On several GPUs, with the same images as on one: `accelerate launch pipelines/probe_alignment.py`.

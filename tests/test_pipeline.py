@@ -504,6 +504,7 @@ def test_half_precision_errs_as_one_forward_does_however_many_steps(make_pipelin
 def test_the_state_stays_float32_in_a_pipeline_cast_to_bfloat16(make_pipeline):
     pipeline = make_pipeline(guidance_scale=2.0).to(torch.bfloat16)
     states = []
+    pipeline.transformer.register_forward_pre_hook(lambda module, arguments: states.append(arguments[0].dtype))
     images = sample(
         pipeline, callback_on_step_end=lambda pipe, i, t, tensors: states.append(tensors["latents"].dtype) or tensors
     )

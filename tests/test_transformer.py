@@ -62,23 +62,22 @@ def saved(make_transformer, tmp_path):
 # Sizes
 
 
-@pytest.mark.parametrize("name, millions", [("JiT-B/16", 131), ("JiT-L/16", 459), ("JiT-H/16", 953)])
-def test_presets_have_the_published_number_of_parameters(name, millions):
-    with torch.device("meta"):
-        transformer = JiTTransformer2DModel(**PRESETS[name].transformer_config())
-    assert round(transformer.num_parameters() / 1e6) == millions
+PUBLISHED_MILLIONS = {"JiT-B/16": 131, "JiT-L/16": 459, "JiT-H/16": 953}
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_predicts_an_image_of_its_size(name):
+def test_every_preset_has_its_published_size_and_predicts_an_image(name):
     preset = PRESETS[name]
     with torch.device("meta"):
         transformer = JiTTransformer2DModel(**preset.transformer_config()).eval()
-        inputs = make_inputs(channels=preset.in_channels, size=preset.sample_size)
         # The tables are computed, not loaded, so they are real even here; a real call has them on the model's device.
         transformer.tables = transformer.tables.to("meta")
-        output = transformer(**inputs, return_alignment_states=True)
-    assert output.sample.shape == (2, 3, preset.sample_size, preset.sample_size)
+        output = transformer(
+            **make_inputs(channels=preset.in_channels, size=preset.sample_size), return_alignment_states=True
+        )
+    millions = round(transformer.num_parameters() / 1e6)
+    assert millions == PUBLISHED_MILLIONS.get(name, millions)
+    assert output.sample.shape == (2, preset.in_channels, preset.sample_size, preset.sample_size)
     tokens = (preset.sample_size // preset.patch_size) ** 2
     width = preset.num_attention_heads * preset.attention_head_dim
     assert output.alignment_states.shape == (2, tokens, width)
@@ -646,7 +645,7 @@ def test_the_model_can_be_exported(make_transformer):
 def test_a_compiled_training_step_has_the_gradients_of_a_plain_one(make_transformer, fresh_dynamo):
     gradients = []
     for compiled in (False, True):
-        transformer = make_transformer(num_layers=2, in_context_start=1).train()
+        transformer = make_transformer(num_layers=1, in_context_start=0).train()
         call = torch.compile(transformer, fullgraph=True, backend="aot_eager") if compiled else transformer
         output = call(**make_inputs(), return_alignment_states=True)
         (output.sample.square().mean() + output.alignment_states.square().mean()).backward()

@@ -39,6 +39,9 @@ NAMES = {
 }
 
 
+SHALLOW = {"num_layers": 2, "in_context_start": 1}
+
+
 def seed(number=0):
     return torch.Generator().manual_seed(number)
 
@@ -331,7 +334,7 @@ def test_the_batch_doubles_strictly_inside_the_interval_alone(make_pipeline, eva
 
 
 def test_bounds_on_the_grid_are_compared_in_float32_as_published(make_pipeline, evaluations):
-    pipeline = make_pipeline()
+    pipeline = make_pipeline(SHALLOW)
     calls = evaluations(pipeline)
     for steps in (10, 49, 50):
         grid = torch.linspace(0.0, 1.0, steps + 1)
@@ -477,7 +480,7 @@ def test_a_callback_can_interrupt(make_pipeline, evaluations):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_errs_as_one_forward_does_however_many_steps(make_pipeline, tmp_path, dtype):
-    pipeline = make_pipeline()
+    pipeline = make_pipeline(SHALLOW)
     transformer, latents, labels = pipeline.transformer, noise(4, 3, 16, 16), torch.arange(4)
     transformer.save_pretrained(tmp_path)
     half = make_pipeline(JiTTransformer2DModel.from_pretrained(tmp_path, dtype=dtype))
@@ -526,7 +529,7 @@ def test_flow_match_euler_walks_the_methods_grid(make_pipeline, steps):
 @pytest.fixture(scope="module")
 def limit(make_pipeline):
     """A pipeline, and the image its Heun steps converge to."""
-    pipeline = make_pipeline(guidance_scale=2.0)
+    pipeline = make_pipeline(SHALLOW, guidance_scale=2.0)
     return pipeline, sample(pipeline, steps=150, latents=noise())
 
 
@@ -719,7 +722,7 @@ CACHES = {
 @pytest.mark.parametrize("interval", [(0.0, 1.0), (0.3, 0.7)], ids=str)
 @pytest.mark.parametrize("cache", CACHES)
 def test_a_cache_saves_work_changes_little_and_leaves_nothing_behind(make_pipeline, cache, interval):
-    pipeline = make_pipeline({"num_layers": 6}, guidance_scale=2.0, guidance_interval=interval)
+    pipeline = make_pipeline({"in_context_start": 1}, guidance_scale=2.0, guidance_interval=interval)
     work = []
     pipeline.transformer.transformer_blocks[1].attn.to_q.register_forward_pre_hook(lambda *_: work.append(1))
 

@@ -92,7 +92,7 @@ def launch_two(words: list[str]) -> None:
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     command += ["--config_file", str(ROOT / "training/accelerate/cpu_2processes.yaml"), "--main_process_port", "0"]
     command += [str(ROOT / "training/train_pixelrepa.py"), *words]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert result.returncode == 0, result.stderr[-4000:]
 
@@ -100,13 +100,20 @@ def launch_two(words: list[str]) -> None:
 def test_two_processes_resume_exactly_and_follow_one_process_with_the_whole_batch(train, data, tmp_path):
     # With its usual ε Adam divides vanishing gradients, of which a fresh adaLN-zero has many, by themselves: it would
     # compare the signs of rounding errors.
-    settings = {"gradient_accumulation_steps": 2, "checkpointing_steps": 2, "adam_epsilon": 0.1, "train_batch_size": 2}
+    settings = {
+        "gradient_accumulation_steps": 2,
+        "checkpointing_steps": 2,
+        "adam_epsilon": 1e-3,
+        "learning_rate": 1e-3,
+        "train_batch_size": 2,
+    }
     launch_two(arguments(data, tmp_path / "straight", **settings))
     launch_two(arguments(data, tmp_path / "stopped", **{**settings, "max_train_steps": 2}))
     launch_two(arguments(data, tmp_path / "stopped", **settings, resume_from_checkpoint="latest"))
     assert_equal(weights(tmp_path / "straight/checkpoint-6"), weights(tmp_path / "stopped/checkpoint-6"))
 
-    train(tmp_path / "one", train_batch_size=8, checkpointing_steps=2, adam_epsilon=0.1)
+    assert json.loads((tmp_path / "straight/pipeline/training_arguments.json").read_text())["num_processes"] == 2
+    train(tmp_path / "one", train_batch_size=8, checkpointing_steps=2, adam_epsilon=1e-3, learning_rate=1e-3)
     one, two = weights(tmp_path / "one/checkpoint-6"), weights(tmp_path / "straight/checkpoint-6")
     for name in one:
         if name.startswith("transformer"):

@@ -329,7 +329,7 @@ def main(args: TrainingArguments) -> Path | None:
     if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
         raise RuntimeError(
             f"The launcher asked for {os.environ['WORLD_SIZE']} processes, but accelerate runs {accelerator.num_processes}. "
-            "For several CPU processes use training/accelerate/cpu_2processes.yaml."
+            "For several CPU processes see training/accelerate/cpu_2processes.yaml."
         )
     args.mixed_precision = accelerator.mixed_precision
     with_data = args.train_data_dir is not None or args.dataset_name is not None

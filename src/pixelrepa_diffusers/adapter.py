@@ -136,7 +136,8 @@ class MaskedTransformerAdapter(ModelMixin, ConfigMixin, AttentionMixin):
         if self.config.in_context_len:
             in_context = class_states.unsqueeze(1) + self.in_context_positions.to(class_states.dtype)
             hidden_states = torch.cat([in_context.to(hidden_states.dtype), hidden_states], dim=1)  # (B, L + N, D)
-        image_rotary_emb = self.tables.rotary(with_in_context=True)
+        _, cos, sin = self.tables()  # (L + N, d) each
+        image_rotary_emb = (cos, sin)
         for block in self.blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 hidden_states = self._gradient_checkpointing_func(block, hidden_states, conditioning, image_rotary_emb)

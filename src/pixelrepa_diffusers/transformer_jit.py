@@ -118,11 +118,6 @@ class JiTPositionTables(nn.Module):
         because it takes the buffers themselves away again afterwards."""
         return (None if self.positions is None else self.positions[:]), self.cos[:], self.sin[:]
 
-    def rotary(self, with_in_context: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """(cos, sin), each (T, d): T = L + N with the in-context rows, N without."""
-        first = 0 if with_in_context else self.num_in_context
-        return self.cos[first:], self.sin[first:]
-
 
 class JiTPatchEmbed(nn.Module):
     """Linear patch embedding through a bottleneck: p×p convolution to `bottleneck_dim`, then 1×1 to the width."""

@@ -135,7 +135,18 @@ def test_a_run_killed_at_twenty_random_moments_ends_like_an_undisturbed_one(tmp_
     expected = weights(Path(report["undisturbed"]) / "checkpoint-12")
     for run in report["finished_runs"]:
         assert_equal(expected, weights(Path(run) / "checkpoint-12"))
-        assert not list(Path(run).glob(".checkpoint*"))
+        assert not [path for path in Path(run).rglob(".*") if path.name != ".lock"]
+
+
+def test_what_a_kill_left_half_written_does_not_stop_the_next_run(train, tmp_path):
+    run = tmp_path / "run"
+    train(run, max_train_steps=2, validation_steps=2)
+    for name in (".checkpoint-4.incomplete", ".checkpoint-2.discarded", "hub/.checkpoint-2.incomplete"):
+        (run / name / "transformer").mkdir(parents=True)
+    for name in (".curves.png.7.incomplete", ".metrics.jsonl.7.incomplete", "samples/.step-4.png.7.incomplete"):
+        (run / name).write_bytes(b"cut")
+    train(run, max_train_steps=4, resume_from_checkpoint="latest", validation_steps=2)
+    assert not [path for path in run.rglob(".*") if path.name != ".lock"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -92,9 +92,13 @@ def discard_folder(folder: Path) -> None:
 
 
 def sweep(output_dir: Path) -> None:
-    """Removes what a killed run left half-written or half-removed."""
-    for path in (*output_dir.glob(".*.incomplete"), *output_dir.glob(".*.discarded")):
-        shutil.rmtree(path)
+    """Removes the folders and files that a killed run left half-written or half-removed."""
+    for folder in (output_dir, output_dir / "samples", output_dir / "hub"):
+        for path in (*folder.glob(".*.incomplete"), *folder.glob(".*.discarded")):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def verify(folder: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ from transformers import AutoConfig, Dinov2Config, PretrainedConfig
 
 from pixelrepa_diffusers import JiTFlowMatchScheduler, JiTTransformer2DModel, PixelREPAPipeline, get_preset
 from pixelrepa_diffusers.images import make_grid
+from pixelrepa_diffusers.sampling import write_atomically
 
 
 class Journal:
@@ -28,7 +28,7 @@ class Journal:
                 lines = self.path.read_text(encoding="utf-8").splitlines()
                 rows = [json.loads(line) for line in lines if line.endswith("}")]  # a kill may cut the last one
                 self.rows = [row for row in rows if row["step"] <= step]
-            write_beside(self.path, lambda path: path.write_text("".join(map(_line, self.rows)), encoding="utf-8"))
+            write_atomically(self.path, lambda path: path.write_text("".join(map(_line, self.rows)), encoding="utf-8"))
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self.accelerator.log(values, step=step)
@@ -60,15 +60,8 @@ class Journal:
         for axis in axes[1]:
             axis.set_xlabel("optimizer step")
         path = self.path.with_name("curves.png")
-        write_beside(path, lambda beside: figure.savefig(beside, format="png", dpi=120))
+        write_atomically(path, lambda beside: figure.savefig(beside, format="png", dpi=120))
         return path
-
-
-def write_beside(path: Path, write) -> None:
-    """Writes a file so that a reader, or a kill, finds the old one or the new one, never a part."""
-    beside = path.with_name(f".{path.name}.incomplete")
-    write(beside)
-    os.replace(beside, path)
 
 
 def _line(row: dict) -> str:
@@ -112,7 +105,7 @@ def write_samples(args: TrainingArguments, accelerator: Accelerator, pipeline: P
 
     path = Path(args.output_dir) / "samples" / f"step-{step:07d}.png"
     path.parent.mkdir(exist_ok=True)
-    write_beside(path, lambda beside: grid.save(beside, format="PNG"))
+    write_atomically(path, lambda beside: grid.save(beside, format="PNG"))
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
             tracker.log_images({"samples": np.asarray(grid)[None]}, step=step, dataformats="NHWC")

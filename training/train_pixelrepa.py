@@ -55,6 +55,7 @@ from pixelrepa_diffusers.adapter import ConvProjector, MaskedTransformerAdapter,
 from pixelrepa_diffusers.ema import ConstantDecayEMA
 from pixelrepa_diffusers.hub import BackgroundPusher
 from pixelrepa_diffusers.objective import PixelREPAObjective, draw_keep_mask, draw_timesteps, drop_labels
+from pixelrepa_diffusers.sampling import write_atomically
 from pixelrepa_diffusers.teacher import SemanticTeacher
 from pixelrepa_diffusers.transformer_jit import JiTBlock
 
@@ -450,7 +451,8 @@ def train(
         raise ValueError(f"{checkpoint} is at step {step}, beyond the {max_train_steps} steps asked for.")
     if accelerator.is_main_process:
         resolved = {**args.saved(), "resolved_steps": max_train_steps, "resolved_warmup_steps": warmup_steps}
-        (output_dir / "arguments.json").write_text(json.dumps(resolved, indent=1), encoding="utf-8")
+        text = json.dumps(resolved, indent=1)
+        write_atomically(output_dir / "arguments.json", lambda path: path.write_text(text, encoding="utf-8"))
         logger.info("Arguments: " + json.dumps(resolved))
     accelerator.init_trackers(
         args.tracker_project_name,

@@ -79,7 +79,7 @@ def check_launch(num_processes: int) -> None:
 
 def write_atomically(path: Path, save: Callable[[Path], object]) -> None:
     """Writes beside `path` and renames, so that a run that is stopped leaves no half-written file under a final name."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.incomplete")
     try:
         save(temporary)
         temporary.replace(path)

@@ -53,6 +53,7 @@ from pixelrepa_diffusers.evaluation import (
     pipeline_images,
     results,
 )
+from pixelrepa_diffusers.hub import weights_sha256
 from pixelrepa_diffusers.images import make_grid
 from pixelrepa_diffusers.metrics import InceptionNetwork, VisionEncoderNetwork
 from pixelrepa_diffusers.sampling import (
@@ -157,16 +158,6 @@ def parse_interval(text: str) -> tuple[float, float]:
     except ValueError:
         raise ValueError(f"--guidance_intervals: {text!r} is not LOW:HIGH, such as 0.1:1.0.") from None
     return low, high
-
-
-def sha256_of_weights(transformer: Path) -> str:
-    """The digest `hub.weights_sha256` gives for a pipeline, of any transformer folder."""
-    digest = hashlib.sha256()
-    for path in sorted(transformer.glob("*.safetensors")):
-        with path.open("rb") as file:
-            while chunk := file.read(2**20):
-                digest.update(chunk)
-    return digest.hexdigest()
 
 
 def plan_cells(args: EvaluateArguments, plan: PixelREPAPipeline, num_samples: int) -> list[Cell]:
@@ -347,7 +338,7 @@ def main(args: EvaluateArguments) -> list[dict]:
             )
             if args.compile:
                 pipe.transformer.compile_repeated_blocks(fullgraph=True)
-            loaded, own_scheduler, weights = cell.transformer, pipe.scheduler, sha256_of_weights(source)
+            loaded, own_scheduler, weights = cell.transformer, pipe.scheduler, weights_sha256(source)
         pipe.scheduler = SCHEDULERS[cell.scheduler]() if cell.scheduler else own_scheduler
         settings = {
             "pipeline": Path(args.pipeline).name if commit is None else args.pipeline,

@@ -196,7 +196,9 @@ def test_a_metric_that_is_no_finite_number_fails_the_card(folder, value):
 
 
 def test_metrics_of_other_weights_fail_the_card(folder):
-    (folder / "metrics.json").write_text(json.dumps({**METRICS, "weights_sha256": weights_sha256(folder)}))
+    (folder / "metrics.json").write_text(
+        json.dumps({**METRICS, "weights_sha256": weights_sha256(folder / "transformer")})
+    )
     card_for_folder(folder, "me/digits")
     (folder / "metrics.json").write_text(json.dumps({**METRICS, "weights_sha256": "0" * 64}))
     with pytest.raises(ValueError, match="other weights"):

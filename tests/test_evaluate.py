@@ -250,7 +250,7 @@ def test_metrics_json_holds_all_it_takes_to_measure_again_and_feeds_the_card(fol
     stored = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert stored == record
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"metrics.json", "grid.png"}
-    assert stored["weights_sha256"] == weights_sha256(folder)
+    assert stored["weights_sha256"] == weights_sha256(folder / "transformer")
     assert (stored["num_samples"], stored["seeds"], stored["device"]) == (40, "7-46", "cpu")
     assert (stored["guidance_scale"], stored["guidance_interval"], stored["dtype"]) == (2.0, [0.1, 1.0], "float32")
     assert stored["references"]["teacher"]["sha256"] == FeatureStatistics.load(reference).sha256

@@ -18,6 +18,15 @@ from training_runs import ROOT, TEACHER, arguments, weights, write_images
 
 from pixelrepa_diffusers import JiTTransformer2DModel, PixelREPAPipeline
 from pixelrepa_diffusers.adapter import MaskedTransformerAdapter
+from pixelrepa_diffusers.evaluation import evaluate_pipeline, list_images, open_spaces, read_image
+from pixelrepa_diffusers.metrics import (
+    FeatureMoments,
+    FeatureStatistics,
+    VisionEncoderNetwork,
+    extract,
+    network_name,
+    network_sha256,
+)
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +171,56 @@ def test_a_signal_saves_before_it_stops(data, tmp_path, number):
     assert "go on with --resume_from_checkpoint latest" in process.communicate(timeout=120)[1]
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
     assert json.loads((checkpoint / "progress.json").read_text())["step"] == int(checkpoint.name.split("-")[1]) > 0
+
+
+@pytest.fixture(scope="module")
+def reference(data, tmp_path_factory) -> Path:
+    """Statistics of the training images in the teacher's space."""
+    network = VisionEncoderNetwork.from_pretrained(TEACHER, image_size=28)
+    moments = FeatureMoments()
+    images = torch.stack([read_image(path, 16) for path in list_images(data)])
+    moments.update(extract(network, images)["features"])
+    path = tmp_path_factory.mktemp("reference") / "train.npz"
+    names = {"network": network_name(network), "network_sha256": network_sha256(network)}
+    FeatureStatistics.from_moments(moments, **names).save(path)
+    return path
+
+
+def test_an_evaluation_in_training_measures_the_first_ema_and_changes_nothing(train, reference, tmp_path):
+    evaluation = {
+        "eval_reference": reference,
+        "eval_num_samples": 12,
+        "eval_inference_steps": 3,
+        "eval_image_size": 28,
+    }
+    folder = train(tmp_path / "run", eval_steps=3, **evaluation)
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    measured = {row["step"]: row["fd_teacher"] for row in rows if "fd_teacher" in row}
+    assert measured.keys() == {3, 6} and measured[3] != measured[6]
+
+    network = VisionEncoderNetwork.from_pretrained(TEACHER, image_size=28)
+    (space,) = open_spaces(["fd_teacher"], 12, {"teacher": lambda: network}, {"teacher": reference})
+    pipeline = PixelREPAPipeline.from_pretrained(folder)
+    assert evaluate_pipeline(pipeline, [space], 12, num_inference_steps=3)["fd_teacher"] == measured[6]
+
+    train(tmp_path / "without")
+    assert_equal(weights(tmp_path / "without/checkpoint-6"), weights(tmp_path / "run/checkpoint-6"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"eval_reference": None}, "--eval_reference"),
+        ({"eval_reference": "missing.npz"}, "missing.npz"),
+        ({"eval_num_samples": 13}, "multiple of the model's 3 classes"),
+        ({"eval_image_size": 17}, "multiple of the model's patch"),
+    ],
+)
+def test_an_evaluation_that_cannot_be_is_refused_before_the_first_step(train, reference, tmp_path, overrides, message):
+    evaluation = {"eval_reference": reference, "eval_num_samples": 12, "eval_image_size": 28, **overrides}
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        train(tmp_path / "run", eval_steps=3, **evaluation)
+    assert not (tmp_path / "run/metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize("objective", ["none", "repa", "irepa", "pixelrepa"])

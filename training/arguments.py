@@ -18,6 +18,7 @@ from data import DataArguments
 from transformers import HfArgumentParser
 
 from pixelrepa_diffusers import get_preset
+from pixelrepa_diffusers.evaluation import METRICS
 
 
 def _flag(default, help: str, **metadata):
@@ -133,8 +134,25 @@ class BookkeepingArguments:
     validation_steps: int = _flag(5000, "Steps between sample grids; 0 for none.")
     num_validation_images: int = _flag(16, "Images of a sample grid, evenly over the classes.")
     validation_inference_steps: int = _flag(50, "Sampling steps of a sample grid.")
+    eval_steps: int = _flag(0, "Steps between evaluations of the first EMA; 0 for none.")
+    eval_metrics: list[str] = _flag(
+        ["fd_teacher"], "What is measured, as in pipelines/evaluate.py.", choices=list(METRICS), nargs="+"
+    )
+    eval_reference: str | None = _flag(
+        None, "Statistics of real images in the space of --eval_metrics (pipelines/prepare_reference.py makes them)."
+    )
+    eval_num_samples: int = _flag(10_000, "Images of an evaluation, a multiple of the classes.")
+    eval_inference_steps: int = _flag(50, "Sampling steps of an evaluation.")
+    eval_batch_size: int = _flag(64, "Images of an evaluation at a time, per process.")
+    eval_network: str | None = _flag(
+        None,
+        "The feature network: the teacher, facebook/dinov2-large, or a file of torch-fidelity's Inception weights "
+        "(default: --teacher_model_name_or_path, that one, or their download).",
+    )
+    eval_image_size: int = _flag(224, "Side a vision encoder's images are resized to in an evaluation.")
+    eval_pooling: Literal["class", "patches"] = _flag("class", "Its class token, or the mean of its patches.")
     guidance_scale: float | None = _flag(
-        None, "Guidance of sample grids, saved with the pipeline (default: the preset's)."
+        None, "Guidance of sample grids and evaluations, saved with the pipeline (default: the preset's)."
     )
     guidance_interval: list[float] | None = _flag(None, "Times guidance acts in, likewise.", nargs=2)
     report_to: list[str] = _flag(["tensorboard"], "tensorboard, wandb, trackio, … or none.", nargs="+")
@@ -179,12 +197,22 @@ class TrainingArguments(
             "num_validation_images",
             "validation_inference_steps",
             "ema_update_every",
+            "eval_num_samples",
+            "eval_inference_steps",
+            "eval_batch_size",
+            "eval_image_size",
             "dry_run_processes",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name} must be at least 1, got {value}.")
-        for name in ("validation_steps", "lr_warmup_steps", "stop_alignment_after_step", "dataloader_num_workers"):
+        for name in (
+            "validation_steps",
+            "eval_steps",
+            "lr_warmup_steps",
+            "stop_alignment_after_step",
+            "dataloader_num_workers",
+        ):
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ValueError(f"--{name} must be at least 0, got {value}.")
@@ -208,6 +236,12 @@ class TrainingArguments(
             raise ValueError("--push_checkpoints and --hub_model_id need --push_to_hub.")
         if self.push_checkpoints and not self.use_ema:
             raise ValueError("--push_checkpoints pushes the EMA; it needs --use_ema.")
+        spaces = {METRICS[metric][0] for metric in self.eval_metrics}
+        if self.eval_steps and len(spaces) != 1:
+            raise ValueError(
+                f"--eval_metrics {' '.join(self.eval_metrics)} need {len(spaces)} feature networks; during training one is "
+                "kept beside the model. Name metrics of one space; pipelines/evaluate.py measures in several."
+            )
         if self.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
             raise ValueError("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes.")
         if self.streaming and (self.max_train_steps is None or self.lr_warmup_steps is None):

@@ -13,8 +13,14 @@ from PIL import Image
 from transformers import AutoConfig, Dinov2Config, PretrainedConfig
 
 from pixelrepa_diffusers import JiTFlowMatchScheduler, JiTTransformer2DModel, PixelREPAPipeline, get_preset
+from pixelrepa_diffusers.evaluation import FeatureSpace, open_spaces, pipeline_images
 from pixelrepa_diffusers.images import make_grid
+from pixelrepa_diffusers.metrics import InceptionNetwork, VisionEncoderNetwork
 from pixelrepa_diffusers.sampling import write_atomically
+
+
+# How the names of online metrics begin.
+MEASURED = ("fid", "fd_", "inception_score", "precision", "recall")
 
 
 class Journal:
@@ -47,17 +53,22 @@ class Journal:
             "grad_norm": "gradient norm",
             "learning_rate": "learning rate",
         }
-        figure = Figure(figsize=(10, 6), layout="constrained")
-        axes = figure.subplots(2, 2, sharex=True)
-        for axis, (name, title) in zip(axes.flat, panels.items(), strict=True):
+        measured = {name for row in self.rows for name in row if name.startswith(MEASURED)}
+        panels |= {name: name.replace("_", " ") for name in sorted(measured)}
+        lines = -(-len(panels) // 2)
+        figure = Figure(figsize=(10, 3 * lines), layout="constrained")
+        axes = figure.subplots(lines, 2, sharex=True)
+        for axis in axes.flat[len(panels) :]:
+            axis.set_axis_off()
+        for axis, (name, title) in zip(axes.flat, panels.items(), strict=False):
             points = [(row["step"], row[name]) for row in self.rows if name in row]
             if points:
-                axis.plot(*zip(*points, strict=True), linewidth=1)
+                axis.plot(*zip(*points, strict=True), linewidth=1, marker="." if name in measured else None)
             else:
                 axis.text(0.5, 0.5, "not used", ha="center", transform=axis.transAxes)
             axis.set_title(title)
             axis.grid(alpha=0.3)
-        for axis in axes[1]:
+        for axis in axes[-1]:
             axis.set_xlabel("optimizer step")
         path = self.path.with_name("curves.png")
         write_atomically(path, lambda beside: figure.savefig(beside, format="png", dpi=120))
@@ -112,6 +123,32 @@ def write_samples(args: TrainingArguments, accelerator: Accelerator, pipeline: P
         elif hasattr(tracker, "log_images"):
             tracker.log_images({"samples": [grid]}, step=step)
     return path
+
+
+def open_evaluation(args: TrainingArguments, pipeline: PixelREPAPipeline, device: torch.device) -> list[FeatureSpace]:
+    """
+    The feature space of --eval_metrics, and before it is loaded a look at whether the pipeline can be measured.
+
+    Raises:
+        ValueError, FileNotFoundError: see `evaluation.pipeline_images` and `evaluation.open_spaces`.
+    """
+    pipeline_images(pipeline, args.eval_num_samples, num_inference_steps=args.eval_inference_steps)
+
+    def encoder(name: str) -> VisionEncoderNetwork:
+        return VisionEncoderNetwork.from_pretrained(name, args.eval_image_size, args.eval_pooling)
+
+    networks = {
+        "inception": lambda: InceptionNetwork(args.eval_network),
+        "dinov2": lambda: encoder(args.eval_network or "facebook/dinov2-large"),
+        "teacher": lambda: encoder(args.eval_network or args.teacher_model_name_or_path),
+    }
+    if args.eval_reference is None and args.eval_metrics != ["inception_score"]:
+        raise ValueError(
+            f"--eval_metrics {' '.join(args.eval_metrics)} compare with real images: make their statistics with "
+            "pipelines/prepare_reference.py and give the file as --eval_reference."
+        )
+    references = dict.fromkeys(networks, args.eval_reference)
+    return open_spaces(args.eval_metrics, args.eval_num_samples, networks, references, device)
 
 
 # ------------------------------------------------------------------------------------------------------------- dry run

@@ -20,9 +20,11 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from sklearn.neighbors import NearestNeighbors
 from sklearn.svm import SVC
+from tqdm.auto import trange
 from transformers import HfArgumentParser
 
 from pixelrepa_diffusers.images import make_grid
+from pixelrepa_diffusers.metrics import precision_recall
 
 
 @dataclass
@@ -45,7 +47,7 @@ def generate(pipeline: DiffusionPipeline, args: ScoreArguments, guidance_scale: 
     """PIL images, their pixels and their labels; image i comes from seed i."""
     labels = [i % 10 for i in range(args.num_images)]
     images = []
-    for start in range(0, len(labels), args.batch_size):
+    for start in trange(0, len(labels), args.batch_size, desc=f"guidance {guidance_scale or 'as saved'}"):
         chunk = labels[start : start + args.batch_size]
         seeds = [torch.Generator().manual_seed(start + i) for i in range(len(chunk))]
         images += pipeline(
@@ -55,36 +57,24 @@ def generate(pipeline: DiffusionPipeline, args: ScoreArguments, guidance_scale: 
     return images, pixels, np.array(labels)
 
 
-def precision_recall(real: np.ndarray, generated: np.ndarray, k: int = 3) -> tuple[float, float]:
-    """The share of generated points within the k-nearest-neighbour radius of some real point, and the other way round."""
-
-    def covered(points: np.ndarray, support: np.ndarray) -> float:
-        radii = NearestNeighbors(n_neighbors=k + 1).fit(support).kneighbors(support)[0][:, -1]
-        distances = np.sqrt(
-            np.maximum(((points**2).sum(1)[:, None] - 2 * points @ support.T + (support**2).sum(1)), 0)
-        )
-        return float((distances <= radii).any(axis=1).mean())
-
-    return covered(generated, real), covered(real, generated)
-
-
 def main(args: ScoreArguments) -> dict:
     real, real_labels = read_digits(Path(args.data_dir) / "train")
     held_out, held_out_labels = read_digits(Path(args.data_dir) / "test")
     classifier = SVC(C=10).fit(real, real_labels)
     scores = {"classifier on held-out real digits": float((classifier.predict(held_out) == held_out_labels).mean())}
     pipeline = DiffusionPipeline.from_pretrained(args.pipeline, trust_remote_code=True)
+    pipeline.set_progress_bar_config(disable=True)
     for name, guidance_scale in ((f"guidance {pipeline.config.guidance_scale:g}", None), ("no guidance", 1.0)):
         images, pixels, labels = generate(pipeline, args, guidance_scale)
         correct = classifier.predict(pixels) == labels
         by_class = [float(correct[labels == label].mean()) for label in range(10)]
-        precision, recall = precision_recall(real, pixels)
+        spread = precision_recall(pixels, real)
         nearest = NearestNeighbors(n_neighbors=1).fit(real)
         scores[name] = {
             "recognised": float(correct.mean()),
             "worst class": f"{int(np.argmin(by_class))} ({min(by_class):.3f})",
-            "precision (k=3)": precision,
-            "recall (k=3)": recall,
+            "precision (k=3)": spread["precision"],
+            "recall (k=3)": spread["recall"],
             "mean distance to the nearest real training digit": float(nearest.kneighbors(pixels)[0].mean()),
         }
         grid = make_grid([image.resize((32, 32), Image.NEAREST) for image in images[:100]], columns=10)

@@ -46,13 +46,14 @@ from checkpointing import Checkpointer, find_checkpoint, sweep, with_weights, wr
 from data import ImageLoader, ImageSource, StreamSource, draws, open_source, to_float
 from diffusers.optimization import get_scheduler
 from filelock import FileLock, Timeout
-from reporting import Journal, build_pipeline, estimate_memory, teacher_config, write_samples
+from reporting import Journal, build_pipeline, estimate_memory, open_evaluation, teacher_config, write_samples
 from tqdm.auto import tqdm
 
 import pixelrepa_diffusers
 from pixelrepa_diffusers import JiTTransformer2DModel, get_preset
 from pixelrepa_diffusers.adapter import ConvProjector, MaskedTransformerAdapter, MLPProjector
 from pixelrepa_diffusers.ema import ConstantDecayEMA
+from pixelrepa_diffusers.evaluation import evaluate_pipeline
 from pixelrepa_diffusers.hub import BackgroundPusher
 from pixelrepa_diffusers.objective import PixelREPAObjective, draw_keep_mask, draw_timesteps, drop_labels
 from pixelrepa_diffusers.sampling import write_atomically
@@ -403,7 +404,8 @@ def train(
             dtype=torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32,
             revision=args.teacher_revision,
         ).to(device)
-    build_pipeline(args, transformer, source.id2label)  # refuses wrong guidance or names now, not at the first samples
+    plan = build_pipeline(args, transformer, source.id2label)  # refuses wrong guidance or names now
+    spaces = open_evaluation(args, plan, device) if args.eval_steps else []
     projector = build_projector(args, config, teacher.feature_dim) if teacher is not None else None
     objective = build_objective(args, transformer, projector)
     if args.gradient_checkpointing:
@@ -514,6 +516,22 @@ def train(
             write_samples(args, accelerator, build_pipeline(args, transformer, source.id2label), step)
         accelerator.wait_for_everyone()
 
+    def evaluate() -> None:
+        """Every process makes its share of the images; none draws from a global random state."""
+        dtype = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
+        pipeline = build_pipeline(args, shown_transformer().to(dtype), source.id2label)
+        pipeline.set_progress_bar_config(disable=True)
+        metrics = evaluate_pipeline(
+            pipeline,
+            spaces,
+            args.eval_num_samples,
+            batch_size=args.eval_batch_size,
+            seed=args.seed,
+            num_inference_steps=args.eval_inference_steps,
+        )
+        journal.log(step, metrics)
+        logger.info(f"Step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+
     records: list[torch.Tensor] = []  # losses of the steps since the last log, on the device
     seen: list[list[int]] = []  # and the images they were of
 
@@ -615,6 +633,7 @@ def train(
         last = step == max_train_steps or stopping is not None
         saves = step % args.checkpointing_steps == 0 or last
         shows = args.validation_steps and (step % args.validation_steps == 0 or step == max_train_steps)
+        measures = args.eval_steps and (step % args.eval_steps == 0 or step == max_train_steps)
         if saves:
             if records:
                 check_losses()
@@ -622,9 +641,11 @@ def train(
             logger.info(f"Wrote {last_checkpoint}.")
         if shows:
             validate()
+        if measures:
+            evaluate()
         if saves and args.push_checkpoints:
             push_checkpoint()
-        if saves or shows:
+        if saves or shows or measures:
             started, started_step = time.perf_counter(), step  # images/s is the training's alone
     bar.close()
 

@@ -321,7 +321,7 @@ def card_for_folder(folder: str | Path, repo_id: str, metrics: str | Path | None
     folder = Path(folder)
     metrics = folder / "metrics.json" if metrics is None else Path(metrics)
     record = _read_json(metrics, missing_ok=metrics == folder / "metrics.json")
-    if record is not None and record.get("weights_sha256") not in (None, weights_sha256(folder)):
+    if record is not None and record.get("weights_sha256") not in (None, weights_sha256(Path(folder) / "transformer")):
         raise ValueError(f"{metrics} was measured with other weights than those in {folder}: measure again.")
     return build_card(
         repo_id,
@@ -336,10 +336,10 @@ def card_for_folder(folder: str | Path, repo_id: str, metrics: str | Path | None
     )
 
 
-def weights_sha256(folder: str | Path) -> str:
-    """One digest of a saved pipeline's transformer weights, by which a metrics.json says what it measured."""
+def weights_sha256(transformer: str | Path) -> str:
+    """One digest of a transformer folder's weights, by which a metrics.json says what it measured."""
     digest = hashlib.sha256()
-    for path in _weight_files(Path(folder) / "transformer"):
+    for path in _weight_files(Path(transformer)):
         with path.open("rb") as file:
             while chunk := file.read(2**20):
                 digest.update(chunk)

@@ -49,7 +49,7 @@ def _check_vision_config(config) -> None:
     _square(getattr(config, "patch_size", None), "patch_size")
 
 
-def _read_normalization(name_or_path: str, **hub_kwargs) -> tuple[Sequence[float], Sequence[float]]:
+def read_normalization(name_or_path: str, **hub_kwargs) -> tuple[Sequence[float], Sequence[float]]:
     """The (mean, std) of the teacher's own preprocessor."""
     # Read the stored values rather than build the processor: some processors exist only in a torchvision version.
     processor, _ = ImageProcessingMixin.get_image_processor_dict(name_or_path, **hub_kwargs)
@@ -264,7 +264,7 @@ class SemanticTeacher(nn.Module):
         config = AutoConfig.from_pretrained(name_or_path, **hub_kwargs)
         config = getattr(config, "vision_config", config)
         _check_vision_config(config)
-        image_mean, image_std = _read_normalization(name_or_path, **hub_kwargs)
+        image_mean, image_std = read_normalization(name_or_path, **hub_kwargs)
         model, loading_info = AutoModel.from_pretrained(
             name_or_path, config=config, dtype="auto", output_loading_info=True, **hub_kwargs
         )

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import AutoModel, PreTrainedModel
 
-from ..teacher import _read_normalization
+from ..teacher import read_normalization
 
 
 def stack_images(images: torch.Tensor | np.ndarray | Sequence[Image.Image | np.ndarray]) -> torch.Tensor:
@@ -197,7 +197,7 @@ class VisionEncoderNetwork(nn.Module):
         model = AutoModel.from_pretrained(name_or_path, **kwargs)
         model = getattr(model, "vision_model", model)  # the image half of CLIP and SigLIP
         hub_kwargs = {name: kwargs[name] for name in ("revision", "cache_dir", "token") if name in kwargs}
-        mean, std = _read_normalization(name_or_path, **hub_kwargs)
+        mean, std = read_normalization(name_or_path, **hub_kwargs)
         return cls(model, mean, std, image_size, pooling)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:

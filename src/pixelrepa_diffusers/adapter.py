@@ -17,12 +17,29 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.modeling_utils import ModelMixin
 
-from .transformer_jit import JiTBlock, JiTConditioning, JiTPositionTables, initialize_jit_weights
+from .transformer_jit import (
+    JiTBlock,
+    JiTConditioning,
+    JiTPositionTables,
+    check_integer,
+    check_labels,
+    check_mlp_ratio,
+    check_timestep,
+    initialize_jit_weights,
+)
 
 
 def _refuse_keep_mask(model: ModelMixin, keep_mask: torch.Tensor | None) -> None:
     if keep_mask is not None:
         raise ValueError(f"{type(model).__name__} has no mask token: `keep_mask` must be None.")
+
+
+def _check_tokens(hidden_states: torch.Tensor, hidden_size: int) -> None:
+    if hidden_states.ndim != 3 or hidden_states.shape[2] != hidden_size or not hidden_states.is_floating_point():
+        raise ValueError(
+            f"`hidden_states` must be floating point tokens (batch_size, tokens, {hidden_size}), the width the projector was "
+            f"made for, got {hidden_states.dtype} of shape {tuple(hidden_states.shape)}."
+        )
 
 
 def _check_num_tokens(hidden_states: torch.Tensor, grid_size: int) -> None:
@@ -69,13 +86,22 @@ class MaskedTransformerAdapter(ModelMixin, ConfigMixin, AttentionMixin):
         mlp_ratio: float = 4.0,
     ):
         super().__init__()
+        for name, value in (
+            ("hidden_size", hidden_size),
+            ("num_attention_heads", num_attention_heads),
+            ("teacher_dim", teacher_dim),
+            ("grid_size", grid_size),
+            ("num_classes", num_classes),
+        ):
+            check_integer(name, value)
+        check_integer("num_layers", num_layers, most=1024)
+        check_integer("in_context_len", in_context_len, least=0)
+        check_mlp_ratio(mlp_ratio, hidden_size)
         if hidden_size % (4 * num_attention_heads):
             raise ValueError(
                 "`hidden_size` must be heads × a head width that is a multiple of 4 (rotary pairs for rows and for "
                 f"columns), got {hidden_size} for {num_attention_heads} heads."
             )
-        if num_layers < 1:
-            raise ValueError(f"`num_layers` must be at least 1, got {num_layers}.")
         head_dim = hidden_size // num_attention_heads
         self.tables = JiTPositionTables(grid_size, head_dim, in_context_len)
         self.mask_token = nn.Parameter(torch.empty(1, 1, hidden_size))
@@ -119,7 +145,10 @@ class MaskedTransformerAdapter(ModelMixin, ConfigMixin, AttentionMixin):
         Returns:
             `torch.Tensor` of shape `(batch_size, grid_size², teacher_dim)`.
         """
+        _check_tokens(hidden_states, self.config.hidden_size)
         _check_num_tokens(hidden_states, self.config.grid_size)
+        check_timestep(timestep, len(hidden_states))
+        check_labels(class_labels, len(hidden_states))
         if keep_mask is not None:
             if keep_mask.dtype != torch.bool or keep_mask.shape != hidden_states.shape[:2]:
                 raise ValueError(
@@ -162,6 +191,12 @@ class MLPProjector(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(self, hidden_size: int, teacher_dim: int, projector_dim: int = 2048):
         super().__init__()
+        for name, value in (
+            ("hidden_size", hidden_size),
+            ("teacher_dim", teacher_dim),
+            ("projector_dim", projector_dim),
+        ):
+            check_integer(name, value)
         self.projection = nn.Sequential(
             nn.Linear(hidden_size, projector_dim),
             nn.SiLU(),
@@ -180,6 +215,7 @@ class MLPProjector(ModelMixin, ConfigMixin):
     ) -> torch.Tensor:
         """hidden_states (B, N, D) → (B, N, F). It is conditioned on nothing and masks nothing."""
         _refuse_keep_mask(self, keep_mask)
+        _check_tokens(hidden_states, self.config.hidden_size)
         return self.projection(hidden_states)
 
 
@@ -196,6 +232,8 @@ class ConvProjector(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(self, hidden_size: int, teacher_dim: int, grid_size: int = 16):
         super().__init__()
+        for name, value in (("hidden_size", hidden_size), ("teacher_dim", teacher_dim), ("grid_size", grid_size)):
+            check_integer(name, value)
         self.projection = nn.Conv2d(hidden_size, teacher_dim, 3, padding=1)
         initialize_jit_weights(self)
 
@@ -208,6 +246,7 @@ class ConvProjector(ModelMixin, ConfigMixin):
     ) -> torch.Tensor:
         """hidden_states (B, G², D), row by row → (B, G², F). It is conditioned on nothing and masks nothing."""
         _refuse_keep_mask(self, keep_mask)
+        _check_tokens(hidden_states, self.config.hidden_size)
         _check_num_tokens(hidden_states, self.config.grid_size)
         grid = hidden_states.transpose(1, 2).unflatten(2, (self.config.grid_size, -1))  # (B, D, G, G)
         return self.projection(grid).flatten(2).transpose(1, 2)  # (B, N, F)

@@ -57,8 +57,14 @@ class JiTFlowMatchScheduler(SchedulerMixin, ConfigMixin):
     def __init__(self, num_train_timesteps: int = 1000, solver: str = "heun"):
         if solver not in ("heun", "euler"):
             raise ValueError(f'`solver` must be "heun" or "euler", got {solver!r}.')
-        if not isinstance(num_train_timesteps, int) or num_train_timesteps < 1:
-            raise ValueError(f"`num_train_timesteps` must be a positive integer, got {num_train_timesteps!r}.")
+        if (
+            isinstance(num_train_timesteps, bool)
+            or not isinstance(num_train_timesteps, int)
+            or not 1 <= num_train_timesteps <= 2**20
+        ):
+            raise ValueError(
+                f"`num_train_timesteps` must be a positive integer of at most {2**20}, got {num_train_timesteps!r}."
+            )
         self.order = 2 if solver == "heun" else 1
         self.sigmas = torch.linspace(1, 0, num_train_timesteps + 1, dtype=torch.float64)
         self.timesteps = (self.sigmas[:-1] * num_train_timesteps).float()
@@ -83,6 +89,9 @@ class JiTFlowMatchScheduler(SchedulerMixin, ConfigMixin):
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Starts at evaluation `begin_index`; without it the first timestep given to `step` decides."""
+        last = len(self.timesteps) - 1
+        if isinstance(begin_index, bool) or not isinstance(begin_index, int) or not 0 <= begin_index <= last:
+            raise ValueError(f"`begin_index` must be an integer from 0 to {last}, got {begin_index!r}.")
         self._begin_index = begin_index
 
     def save_config(self, save_directory, push_to_hub: bool = False, **kwargs):
@@ -144,6 +153,11 @@ class JiTFlowMatchScheduler(SchedulerMixin, ConfigMixin):
         """
         if self.num_inference_steps is None:
             raise ValueError("Call `set_timesteps` before `step`.")
+        if model_output.shape != sample.shape:
+            raise ValueError(
+                f"`model_output` and `sample` must have one shape, got {tuple(model_output.shape)} and "
+                f"{tuple(sample.shape)}."
+            )
         if isinstance(timestep, int) or (isinstance(timestep, torch.Tensor) and not timestep.is_floating_point()):
             raise ValueError(f"`timestep` must be an entry of `scheduler.timesteps`, not an index, got {timestep!r}.")
         if self._step_index is None:
@@ -180,7 +194,16 @@ class JiTFlowMatchScheduler(SchedulerMixin, ConfigMixin):
             timestep (`float` or `torch.Tensor` of shape `()` or `(batch_size,)`): In [0, num_train_timesteps].
             noise (`torch.Tensor` of the same shape): e, already multiplied by the model's `noise_scale`.
         """
+        if noise.shape != sample.shape:
+            raise ValueError(
+                f"`noise` and `sample` must have one shape, got {tuple(noise.shape)} and {tuple(sample.shape)}."
+            )
         sigma = torch.as_tensor(timestep, dtype=torch.float32, device=sample.device) / self.config.num_train_timesteps
+        if tuple(sigma.shape) not in ((), (1,), sample.shape[:1]):
+            raise ValueError(
+                f"`timestep` must be one number or have the shape ({len(sample)},), one for each image, got "
+                f"{tuple(sigma.shape)}."
+            )
         sigma = sigma.view(-1, *([1] * (sample.ndim - 1)))
         return (1 - sigma) * sample + sigma * noise
 

@@ -37,6 +37,55 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 
 
+def check_integer(name: str, value: int, least: int = 1, most: int = 2**20) -> None:
+    """ValueError unless `value` is an integer in [least, most]; True and False are none.
+
+    `most` is far beyond any real model. Without it a damaged configuration would be built until memory is gone.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        allowed = (
+            f"a positive integer of at most {most}"
+            if least == 1
+            else f"an integer of at least {least}, at most {most}"
+        )
+        raise ValueError(f"`{name}` must be {allowed}, got {value!r}.")
+
+
+def check_timestep(timestep: torch.Tensor | float, batch_size: int) -> None:
+    """ValueError unless there is one time for all images of a batch or one for each.
+
+    Types and shapes only, as in `check_labels`: to look at the values is to wait for the device at every evaluation.
+    """
+    if not isinstance(timestep, torch.Tensor | float | int) or isinstance(timestep, bool):
+        raise ValueError(f"`timestep` must be a number or a tensor of times t in [0, 1], got {timestep!r}.")
+    if isinstance(timestep, torch.Tensor) and tuple(timestep.shape) not in ((), (1,), (batch_size,)):
+        raise ValueError(
+            f"`timestep` must be one time or have the shape ({batch_size},), one for each image, got "
+            f"{tuple(timestep.shape)}."
+        )
+
+
+def check_labels(class_labels: torch.Tensor, batch_size: int) -> None:
+    """ValueError unless there is an integer label for each image of a batch."""
+    if not isinstance(class_labels, torch.Tensor):
+        raise ValueError(f"`class_labels` must be a tensor of class ids, got {class_labels!r}.")
+    if tuple(class_labels.shape) != (batch_size,):
+        raise ValueError(
+            f"`class_labels` must have the shape ({batch_size},), one label per image, got {tuple(class_labels.shape)}."
+        )
+    if class_labels.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"`class_labels` must be integers (int64 or int32), got {class_labels.dtype}.")
+
+
+def check_mlp_ratio(mlp_ratio: float, dim: int) -> None:
+    """ValueError unless the feed-forward networks of width `dim` have a hidden width, and one that fits in memory."""
+    if isinstance(mlp_ratio, bool) or not isinstance(mlp_ratio, int | float) or not 2 <= dim * mlp_ratio <= dim * 1024:
+        raise ValueError(
+            f"`mlp_ratio` must be a positive number of at most 1024 that leaves a hidden width of at least 1, which "
+            f"for the width {dim} is {2 / dim:.3g}; got {mlp_ratio!r}."
+        )
+
+
 @dataclass
 class JiTTransformer2DModelOutput(BaseOutput):
     """
@@ -359,14 +408,13 @@ class JiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin,
             ("sample_size", sample_size),
             ("patch_size", patch_size),
             ("in_channels", in_channels),
-            ("num_layers", num_layers),
             ("num_attention_heads", num_attention_heads),
             ("attention_head_dim", attention_head_dim),
             ("bottleneck_dim", bottleneck_dim),
             ("num_classes", num_classes),
         ):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
+            check_integer(name, value)
+        check_integer("num_layers", num_layers, most=1024)
         if sample_size % patch_size:
             raise ValueError(
                 f"`patch_size` must divide `sample_size`: {sample_size} is not a multiple of {patch_size}. "
@@ -378,22 +426,27 @@ class JiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin,
                 f"`attention_head_dim` must be a multiple of 4 (rotary pairs for rows and for columns), got "
                 f"{attention_head_dim}."
             )
-        if not isinstance(in_context_len, int) or in_context_len < 0:
-            raise ValueError(f"`in_context_len` must be an integer of at least 0, got {in_context_len!r}.")
-        if not isinstance(in_context_start, int) or not 0 <= in_context_start < num_layers:
+        check_integer("in_context_len", in_context_len, least=0)
+        if (
+            isinstance(in_context_start, bool)
+            or not isinstance(in_context_start, int)
+            or not 0 <= in_context_start < num_layers
+        ):
             raise ValueError(
                 f"`in_context_start` must name one of the {num_layers} blocks, 0 to {num_layers - 1}, got "
                 f"{in_context_start!r}."
             )
-        if not 0 <= dropout < 1:
-            raise ValueError(f"`dropout` must lie in [0, 1), got {dropout!r}.")
-        for name, value in (("mlp_ratio", mlp_ratio), ("noise_scale", noise_scale), ("norm_eps", norm_eps)):
-            if not value > 0:
-                raise ValueError(f"`{name}` must be positive, got {value!r}.")
-        if not 0 < t_eps < 1:
-            raise ValueError(f"`t_eps` must lie in (0, 1), got {t_eps!r}.")
+        for name, value, allowed, fits in (
+            ("dropout", dropout, "lie in [0, 1)", lambda value: 0 <= value < 1),
+            ("noise_scale", noise_scale, "be positive and finite", lambda value: 0 < value < float("inf")),
+            ("norm_eps", norm_eps, "be positive and finite", lambda value: 0 < value < float("inf")),
+            ("t_eps", t_eps, "lie in (0, 1)", lambda value: 0 < value < 1),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int | float) or not fits(value):
+                raise ValueError(f"`{name}` must {allowed}, got {value!r}.")
 
         dim = num_attention_heads * attention_head_dim
+        check_mlp_ratio(mlp_ratio, dim)
         grid_size = sample_size // patch_size
         self.tables = JiTPositionTables(grid_size, attention_head_dim, in_context_len, dim)
         self.patch_embed = JiTPatchEmbed(patch_size, in_channels, bottleneck_dim, dim)
@@ -472,6 +525,11 @@ class JiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin,
             sample (`torch.Tensor` of the same shape): z.
             timestep (`torch.Tensor` of shape `(batch_size,)` or `()`, or `float`): t in [0, 1], 0 is noise.
         """
+        if prediction.shape != sample.shape:
+            raise ValueError(
+                f"`prediction` and `sample` must have one shape, got {tuple(prediction.shape)} and {tuple(sample.shape)}."
+            )
+        check_timestep(timestep, len(sample))
         timestep = torch.as_tensor(timestep, dtype=torch.float32, device=sample.device)
         remaining = (1 - timestep).clamp_min(self.config.t_eps).view(-1, 1, 1, 1)
         return (prediction.float() - sample.float()) / remaining
@@ -500,6 +558,9 @@ class JiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin,
         """
         config = self.config
         image_shape = (config.in_channels, config.sample_size, config.sample_size)
+        if not isinstance(hidden_states, torch.Tensor) or not hidden_states.is_floating_point():
+            given = hidden_states.dtype if isinstance(hidden_states, torch.Tensor) else type(hidden_states).__name__
+            raise ValueError(f"`hidden_states` must be a floating point tensor, the noisy image z, got {given}.")
         if tuple(hidden_states.shape[1:]) != image_shape:
             raise ValueError(
                 f"`hidden_states` must have the shape (batch_size, {', '.join(map(str, image_shape))}), got "
@@ -507,17 +568,14 @@ class JiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin,
             )
         if alignment_depth is None:
             alignment_depth = config.in_context_start
-        if not 0 <= alignment_depth < config.num_layers:
+        if not isinstance(alignment_depth, int) or not 0 <= alignment_depth < config.num_layers:
             raise ValueError(
                 f"`alignment_depth` must lie in [0, {config.num_layers - 1}] for {config.num_layers} blocks, got "
-                f"{alignment_depth}."
+                f"{alignment_depth!r}."
             )
         batch_size = hidden_states.shape[0]
-        if tuple(class_labels.shape) != (batch_size,):
-            raise ValueError(
-                f"`class_labels` must have the shape ({batch_size},), one label per image, got "
-                f"{tuple(class_labels.shape)}."
-            )
+        check_timestep(timestep, batch_size)
+        check_labels(class_labels, batch_size)
         timestep = torch.as_tensor(timestep, dtype=torch.float32, device=hidden_states.device).expand(batch_size)
 
         conditioning, class_states = self.conditioning(timestep, class_labels)  # (B, D) each

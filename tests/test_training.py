@@ -1,7 +1,9 @@
 """What a training run promises: what it writes, what it refuses, and that a restart changes nothing."""
 
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,6 +29,7 @@ from pixelrepa_diffusers.metrics import (
     network_name,
     network_sha256,
 )
+from pixelrepa_diffusers.teacher import SemanticTeacher
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +174,49 @@ def test_a_signal_saves_before_it_stops(data, tmp_path, number):
     assert "go on with --resume_from_checkpoint latest" in process.communicate(timeout=120)[1]
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
     assert json.loads((checkpoint / "progress.json").read_text())["step"] == int(checkpoint.name.split("-")[1]) > 0
+
+
+def test_cached_teacher_features_make_the_same_run(train, data, tmp_path, monkeypatch):
+    settings = {"max_train_steps": 9, "train_batch_size": 8, "checkpointing_steps": 9, "logging_steps": 1}
+    calls = []
+    forward = SemanticTeacher.forward
+    monkeypatch.setattr(SemanticTeacher, "forward", lambda self, x: calls.append(len(x)) or forward(self, x))
+    train(tmp_path / "computed", **settings)
+    assert calls == [8] * 9
+    expected = weights(tmp_path / "computed/checkpoint-9")
+
+    def cached(name: str) -> int:
+        calls.clear()
+        train(tmp_path / name, teacher_cache_dir=tmp_path / "cache", **settings)
+        for key, value in weights(tmp_path / name / "checkpoint-9").items():
+            torch.testing.assert_close(value, expected[key], atol=1e-6, rtol=1e-5)
+        return len(calls)
+
+    assert 3 < cached("filling") <= 9  # the first of three epochs meets one view of each image
+    assert cached("full") == 0
+
+    (file,) = (tmp_path / "cache").iterdir()
+    content = bytearray(file.read_bytes())
+    content[100] ^= 1
+    file.write_bytes(content[:-1])  # a damaged record, and one that was cut off
+    assert 1 <= cached("damaged") <= 4
+    assert cached("repaired") == 0
+
+    changed = data.parent / "changed"
+    shutil.copytree(data, changed)
+    image = next(changed.glob("*/*.png"))
+    Image.open(image).transpose(Image.Transpose.ROTATE_180).save(image)
+    calls.clear()
+    train(tmp_path / "changed", changed, teacher_cache_dir=tmp_path / "cache", **settings)
+    assert calls
+
+
+def test_a_full_disk_ends_the_caching_of_features_not_the_run(train, tmp_path, monkeypatch):
+    def refuse(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", refuse)
+    assert train(tmp_path / "run", teacher_cache_dir=tmp_path / "cache") is not None
 
 
 @pytest.fixture(scope="module")

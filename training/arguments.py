@@ -116,6 +116,10 @@ class SpeedArguments:
     attention_backend: str | None = _flag(
         None, "A diffusers attention backend for the student, such as _native_cudnn."
     )
+    teacher_cache_dir: str | None = _flag(
+        None,
+        "Keep the teacher's features here, for data sets small enough: they are computed once, not once an epoch.",
+    )
     dataloader_num_workers: int = _flag(4, "Processes that decode images, for every training process.")
     ema_offload: bool = _flag(False, "Keep the averages in CPU memory (use with --ema_update_every).")
 
@@ -241,6 +245,10 @@ class TrainingArguments(
             raise ValueError(
                 f"--eval_metrics {' '.join(self.eval_metrics)} need {len(spaces)} feature networks; during training one is "
                 "kept beside the model. Name metrics of one space; pipelines/evaluate.py measures in several."
+            )
+        if self.teacher_cache_dir is not None and (self.streaming or not self.center_crop):
+            raise ValueError(
+                "--teacher_cache_dir keeps features of images that come again: it needs --center_crop and no --streaming."
             )
         if self.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
             raise ValueError("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes.")

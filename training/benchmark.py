@@ -221,7 +221,8 @@ class Bench:
 
     def batches(self) -> Iterator:
         num_tokens, num_classes = self.grid_size**2, self.setting.num_classes
-        return prepared_batches(self.training_args, self.loader, self.teacher, 0, num_tokens, num_classes, self.device)
+        teach = (lambda pixel_values, batch: self.teacher(pixel_values)) if self.teacher is not None else None
+        return prepared_batches(self.training_args, self.loader, teach, 0, num_tokens, num_classes, self.device)
 
     def step_flops(self) -> int:
         """Of a training step: 3 × (student + projector) + teacher, for the whole batch."""

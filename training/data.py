@@ -531,12 +531,14 @@ class ItemMaker:
                 logger.warning("%s; the next image takes its place.", error)
                 skipped += 1
                 continue
-            if self.random_flip and flip < 0.5:
+            flipped = self.random_flip and bool(flip < 0.5)
+            if flipped:
                 pixels = pixels[:, :, ::-1]
             return {
                 "pixel_values": torch.from_numpy(pixels.copy()),
                 "class_labels": example.label,
                 "index": index,
+                "flipped": flipped,
                 "skipped": skipped,
             }
         raise BadImageError(
@@ -634,8 +636,8 @@ class ImageLoader:
 
     Each batch is a dict of CPU tensors, pinned where there is a CUDA device so that `.to(device, non_blocking=True)` overlaps:
     `pixel_values` `uint8` (batch_size, 3, resolution, resolution), see `to_float`; `class_labels` `int64` (batch_size,);
-    `index` `int64` (batch_size,), the image's place in the source (of a stream: in its epoch); `skipped` `int64`
-    (batch_size,), how many bad images the item takes the place of.
+    `index` `int64` (batch_size,), the image's place in the source (of a stream: in its epoch); `flipped` `bool`
+    (batch_size,); `skipped` `int64` (batch_size,), how many bad images the item takes the place of.
 
     `position` is `{"epoch": e, "batch": b}`, the next global batch to be delivered: b counts optimizer steps and moves on
     when the last of its `accumulation_steps` parts is delivered, so a position saved after an optimizer step is right

@@ -30,7 +30,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import accelerate
@@ -47,6 +47,7 @@ from data import ImageLoader, ImageSource, StreamSource, draws, open_source, to_
 from diffusers.optimization import get_scheduler
 from filelock import FileLock, Timeout
 from reporting import Journal, build_pipeline, estimate_memory, open_evaluation, teacher_config, write_samples
+from teacher_cache import CachedTeacher
 from tqdm.auto import tqdm
 
 import pixelrepa_diffusers
@@ -191,13 +192,15 @@ def draw(args: TrainingArguments, batch: dict, step: int, num_tokens: int, num_c
 
 
 def prepared_batches(
-    args, loader: ImageLoader, teacher, step: int, num_tokens: int, num_classes: int, device
+    args, loader: ImageLoader, teach: Callable | None, step: int, num_tokens: int, num_classes: int, device
 ) -> Iterator:
     """
     Batches with everything the objective takes, on the device, and what the trainer remembers about each.
 
     On a GPU copies, draws and the teacher run on their own stream one batch ahead, beside the student's work on the
     batch before. The teacher is frozen, so nothing it is given depends on the student.
+
+    `teach` makes features of pixels and of the batch they are from; None for plain JiT.
     """
     stream = torch.cuda.Stream() if device.type == "cuda" else None
 
@@ -210,7 +213,7 @@ def prepared_batches(
         inputs = draw(args, batch, step, num_tokens, num_classes, device)
         inputs["pixel_values"] = to_float(batch["pixel_values"].to(device, non_blocking=True))
         aligned = args.stop_alignment_after_step is None or step < args.stop_alignment_after_step
-        inputs["teacher_features"] = teacher(inputs["pixel_values"]) if teacher is not None and aligned else None
+        inputs["teacher_features"] = teach(inputs["pixel_values"], batch) if teach is not None and aligned else None
         return inputs, about
 
     def numbered() -> Iterator[tuple[dict, int]]:
@@ -550,7 +553,12 @@ def train(
             )
         return losses
 
-    batches = prepared_batches(args, loader, teacher, step, num_tokens, num_classes, device)
+    teach = None
+    if teacher is not None and args.teacher_cache_dir is not None:
+        teach = CachedTeacher(teacher, args.teacher_cache_dir, len(source))
+    elif teacher is not None:
+        teach = lambda pixel_values, batch: teacher(pixel_values)  # noqa: E731
+    batches = prepared_batches(args, loader, teach, step, num_tokens, num_classes, device)
     bar = tqdm(total=max_train_steps, initial=step, desc="steps", disable=not accelerator.is_local_main_process)
     skipped_images = skipped_steps = 0
     objective.train()

@@ -33,6 +33,9 @@ logger = logging.get_logger(__name__)
 
 ClassLabels = int | str | list[int] | list[str] | torch.Tensor
 
+# What is read of the model's configuration.
+_MODEL_SETTINGS = ("sample_size", "in_channels", "num_classes", "noise_scale")
+
 
 class PixelREPAPipeline(DiffusionPipeline):
     r"""
@@ -61,6 +64,17 @@ class PixelREPAPipeline(DiffusionPipeline):
         guidance_interval: tuple | list = (0.1, 1.0),
     ):
         super().__init__()
+        missing = [name for name in _MODEL_SETTINGS if name not in getattr(transformer, "config", ())]
+        if missing or not hasattr(transformer, "velocity"):
+            raise ValueError(
+                f"`transformer` must be a JiTTransformer2DModel, got {type(transformer).__name__}"
+                + (f", which has no {', '.join(missing)} in its configuration." if missing else ".")
+            )
+        if not hasattr(scheduler, "set_timesteps"):
+            raise ValueError(
+                f"`scheduler` must be a JiTFlowMatchScheduler or a flow-matching scheduler of diffusers, got "
+                f"{type(scheduler).__name__}."
+            )
         _check_guidance(guidance_scale, guidance_interval)
         self.register_modules(transformer=transformer, scheduler=scheduler)
         self._label_ids = _index_names({} if id2label is None else id2label, transformer.config.num_classes)
@@ -175,14 +189,17 @@ class PixelREPAPipeline(DiffusionPipeline):
             if not isinstance(latents, torch.Tensor) or tuple(latents.shape) != shape:
                 given = tuple(latents.shape) if isinstance(latents, torch.Tensor) else type(latents).__name__
                 raise ValueError(f"`latents` must be a tensor of the shape {shape}, got {given}.")
+            if not latents.is_floating_point():
+                raise ValueError(f"`latents` must be floating point unit noise, got {latents.dtype}.")
             if not latents.isfinite().all():
                 raise ValueError("`latents` contains values that are not finite; it must be unit noise.")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f'`output_type` must be "pil", "np", "pt" or "latent", got {output_type!r}.')
-        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
-        if unknown:
+        names = callback_on_step_end_tensor_inputs
+        if not isinstance(names, list | tuple) or any(name not in self._callback_tensor_inputs for name in names):
             raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` may name {self._callback_tensor_inputs}, got {unknown}."
+                f"`callback_on_step_end_tensor_inputs` must be a list and may name {self._callback_tensor_inputs}, got "
+                f"{names!r}."
             )
         # Schedulers made for flow matching have `scale_noise`, and diffusers' time if they have `num_train_timesteps`;
         # others integrate flows when told to.
@@ -293,6 +310,8 @@ class PixelREPAPipeline(DiffusionPipeline):
             output_type,
             callback_on_step_end_tensor_inputs,
         )
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
+            raise ValueError(f"`callback_on_step_end` must be a function or None, got {callback_on_step_end!r}.")
         self._guidance_scale = guidance_scale
         self._interrupt = False
         num_classes = self.transformer.config.num_classes
@@ -345,15 +364,27 @@ class PixelREPAPipeline(DiffusionPipeline):
                     tensors = {}
                     for name in callback_on_step_end_tensor_inputs:  # a comprehension has locals of its own
                         tensors[name] = locals()[name]
-                    latents = callback_on_step_end(self, index, timestep, tensors).pop("latents", latents)
+                    changed = callback_on_step_end(self, index, timestep, tensors)
+                    if not isinstance(changed, dict):
+                        raise ValueError(
+                            "`callback_on_step_end` must return the dictionary of tensors it was given, or another one "
+                            f"(empty for no change), got {type(changed).__name__}."
+                        )
+                    latents = changed.pop("latents", latents)
                 if index == len(timesteps) - 1 or (index + 1) % self.scheduler.order == 0:
                     progress_bar.update()
 
         self._current_timestep = None
+        self.maybe_free_model_hooks()
         images = latents
         if output_type != "latent":
+            # Clipping would turn them into black or white pixels, rounding into anything.
+            if not latents.isfinite().all():
+                raise ValueError(
+                    f"The images contain NaN or infinite values: the weights do, or guidance_scale={guidance_scale} or the "
+                    f'type {self.transformer.dtype} is too much for them. output_type="latent" returns them as they are.'
+                )
             images = self.image_processor.postprocess(latents, output_type=output_type)
-        self.maybe_free_model_hooks()
 
         if not return_dict:
             return (images,)
@@ -381,11 +412,17 @@ class PixelREPAPipeline(DiffusionPipeline):
 
     @classmethod
     def _dict_from_json_file(cls, json_file):
-        config = super()._dict_from_json_file(json_file)
+        try:
+            config = super()._dict_from_json_file(json_file)
+        except RecursionError:
+            raise ValueError(f"{json_file} is nested too deeply for a pipeline's description.") from None
+        if not isinstance(config, dict):
+            raise ValueError(f"{json_file} must hold a JSON object, it holds a {type(config).__name__}.")
         package = cls.__module__.partition(".")[0]
-        if package == "diffusers_modules" or not isinstance(config.get("_class_name"), list):
+        class_name = config.get("_class_name")
+        if package == "diffusers_modules" or not isinstance(class_name, list) or len(class_name) != 2:
             return config
-        config["_class_name"] = config["_class_name"][1]
+        config["_class_name"] = class_name[1]
         for name, value in config.items():
             if value in (["transformer_jit", "JiTTransformer2DModel"], ["scheduling_jit", "JiTFlowMatchScheduler"]):
                 config[name] = [package, value[1]]
@@ -417,7 +454,7 @@ def _check_guidance(scale: float, interval: tuple[float, float]) -> None:
     if not isinstance(interval, list | tuple) or len(interval) != 2:
         raise ValueError(f"`guidance_interval` must be a pair (low, high), got {interval!r}.")
     low, high = interval
-    if not all(isinstance(bound, numbers.Real) for bound in interval):
+    if not all(isinstance(bound, numbers.Real) and not isinstance(bound, bool) for bound in interval):
         raise ValueError(f"`guidance_interval` must be a pair of numbers, got {interval!r}.")
     if not 0 <= low < high <= 1:
         raise ValueError(

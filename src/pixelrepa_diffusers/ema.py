@@ -36,11 +36,16 @@ class ConstantDecayEMA:
         update_every: int = 1,
         offload: bool = False,
     ):
+        if (
+            not isinstance(decays, Sequence)
+            or not decays
+            or not all(isinstance(decay, int | float) and 0 <= decay < 1 for decay in decays)
+            or len(set(decays)) < len(decays)
+        ):
+            raise ValueError(f"`decays` must be one or more distinct numbers in [0, 1), got {decays!r}.")
         decays = tuple(decays)
-        if not decays or len(set(decays)) < len(decays) or not all(0 <= decay < 1 for decay in decays):
-            raise ValueError(f"`decays` must be one or more distinct numbers in [0, 1), got {decays}.")
-        if update_every < 1:
-            raise ValueError(f"`update_every` must be at least 1, got {update_every}.")
+        if isinstance(update_every, bool) or not isinstance(update_every, int) or update_every < 1:
+            raise ValueError(f"`update_every` must be an integer of at least 1, got {update_every!r}.")
         self.decays, self.update_every, self.offload = decays, update_every, offload
         self.num_calls = 0
         self.names = [name for name, _ in module.named_parameters()]
@@ -72,7 +77,7 @@ class ConstantDecayEMA:
     def state_dict_for(self, decay: float) -> dict[str, torch.Tensor]:
         """{parameter name: average}, float32, for `module.load_state_dict`. The tensors are the averages themselves."""
         if decay not in self.averages:
-            raise ValueError(f"No average with decay {decay}; there are {self.decays}.")
+            raise ValueError(f"No average with decay {decay!r}; there are {self.decays}.")
         return dict(zip(self.names, self.averages[decay], strict=True))
 
     def state_dict(self) -> dict[str, Any]:
@@ -90,6 +95,11 @@ class ConstantDecayEMA:
         Raises:
             ValueError: when decays, parameter names or shapes differ from those of this object.
         """
+        if not isinstance(state_dict.get("averages"), Mapping) or not isinstance(state_dict.get("num_calls"), int):
+            raise ValueError(
+                'Not the state of these averages: needed are "num_calls", an integer, and "averages", got '
+                f"{sorted(state_dict)}."
+            )
         averages = state_dict["averages"]
         if set(averages) != set(self.decays):
             raise ValueError(

@@ -26,8 +26,8 @@ def center_crop_adm(image: Image.Image, size: int) -> Image.Image:
     Returns:
         A new `size` × `size` image.
     """
-    if size < 1:
-        raise ValueError(f"size must be a positive number of pixels, got {size}.")
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise ValueError(f"size must be an integer, a positive number of pixels, got {size!r}.")
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
@@ -56,6 +56,8 @@ def to_uint8(images: torch.Tensor, value_range: tuple[float, float] = (-1.0, 1.0
     if not torch.isfinite(images).all():
         raise ValueError("The images contain NaN or infinite values: the model or its numeric type overflowed.")
     low, high = value_range
+    if not low < high:
+        raise ValueError(f"value_range must be (black, white) with black < white, got {value_range}.")
     return ((images.float() - low) / (high - low)).clamp(0, 1).mul(255).round().to(torch.uint8)
 
 
@@ -84,8 +86,8 @@ def make_grid(
         raise ValueError(f"Got {len(labels)} labels for {len(images)} images: give one label per image or none.")
     if columns is None:
         columns = math.ceil(math.sqrt(len(images)))
-    if columns < 1:
-        raise ValueError(f"columns must be at least 1, got {columns}.")
+    if isinstance(columns, bool) or not isinstance(columns, int) or columns < 1:
+        raise ValueError(f"columns must be an integer of at least 1, got {columns!r}.")
     columns = min(columns, len(images))
 
     width, height = images[0].size

@@ -21,13 +21,20 @@ import torch.nn.functional as F
 from diffusers.utils import BaseOutput
 
 from .adapter import ConvProjector, MaskedTransformerAdapter, MLPProjector
-from .transformer_jit import JiTTransformer2DModel
+from .transformer_jit import JiTTransformer2DModel, check_timestep
+
+
+def _check_real(name: str, value: float, least: float, most: float, allowed: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
+        raise ValueError(f"`{name}` must {allowed}, got {value!r}.")
 
 
 def draw_timesteps(
     batch_size: int, generator: torch.Generator, P_mean: float = -0.8, P_std: float = 0.8
 ) -> torch.Tensor:
     """t = sigmoid(P_mean + P_std·n), n ~ N(0, 1): (batch_size,) float32 in (0, 1), on the generator's device."""
+    _check_real("P_mean", P_mean, -1e6, 1e6, "be a finite number")
+    _check_real("P_std", P_std, 0, 1e6, "be a finite number of at least 0")
     normal = torch.randn(batch_size, generator=generator, device=generator.device)
     return torch.sigmoid(P_mean + P_std * normal)
 
@@ -36,8 +43,7 @@ def draw_keep_mask(
     batch_size: int, num_tokens: int, generator: torch.Generator, mask_ratio: float = 0.2
 ) -> torch.Tensor:
     """(batch_size, num_tokens) bool: False, each token independently, with probability `mask_ratio` in [0, 1]."""
-    if not 0 <= mask_ratio <= 1:
-        raise ValueError(f"`mask_ratio` must lie in [0, 1], got {mask_ratio}.")
+    _check_real("mask_ratio", mask_ratio, 0, 1, "lie in [0, 1]")
     uniform = torch.rand(batch_size, num_tokens, generator=generator, device=generator.device)
     # ≥ where the published code has >: a uniform draw can be 0, and ratio 0 must keep every token.
     return uniform >= mask_ratio
@@ -47,8 +53,7 @@ def drop_labels(
     class_labels: torch.Tensor, num_classes: int, generator: torch.Generator, probability: float = 0.1
 ) -> torch.Tensor:
     """Labels (B,) with each, independently, replaced by the null class `num_classes` with the given probability."""
-    if not 0 <= probability <= 1:
-        raise ValueError(f"`probability` must lie in [0, 1], got {probability}.")
+    _check_real("probability", probability, 0, 1, "lie in [0, 1]")
     uniform = torch.rand(class_labels.shape, generator=generator, device=generator.device)
     return class_labels.masked_fill((uniform < probability).to(class_labels.device), num_classes)
 
@@ -98,11 +103,31 @@ class PixelREPAObjective(nn.Module):
         alignment_depth: int | None = None,
     ):
         super().__init__()
-        if not 0 <= alignment_weight < float("inf"):
-            raise ValueError(f"`alignment_weight` must be a finite number of at least 0, got {alignment_weight}.")
-        num_layers = transformer.config.num_layers
-        if alignment_depth is not None and not 0 <= alignment_depth < num_layers:
-            raise ValueError(f"`alignment_depth` must lie in [0, {num_layers - 1}], got {alignment_depth}.")
+        if not isinstance(transformer, JiTTransformer2DModel):
+            raise ValueError(f"`transformer` must be a JiTTransformer2DModel, got {type(transformer).__name__}.")
+        if not isinstance(projector, MaskedTransformerAdapter | MLPProjector | ConvProjector | None):
+            raise ValueError(
+                "`projector` must be a MaskedTransformerAdapter, an MLPProjector, a ConvProjector or None, got "
+                f"{type(projector).__name__}."
+            )
+        config = transformer.config
+        for name, needed in (
+            ("hidden_size", config.num_attention_heads * config.attention_head_dim),
+            ("grid_size", config.sample_size // config.patch_size),
+            ("num_classes", config.num_classes),
+        ):
+            given = needed if projector is None else projector.config.get(name, needed)
+            if given != needed:
+                raise ValueError(f"The projector's `{name}` is {given}; with this transformer it must be {needed}.")
+        finite = "be a finite number of at least 0"
+        _check_real("alignment_weight", alignment_weight, 0, 1e30, finite)
+        if spatial_norm is not None:
+            _check_real("spatial_norm", spatial_norm, 0, 1e30, finite + ", or None")
+        deepest = config.num_layers - 1
+        if alignment_depth is not None and (
+            not isinstance(alignment_depth, int) or not 0 <= alignment_depth <= deepest
+        ):
+            raise ValueError(f"`alignment_depth` must lie in [0, {deepest}], got {alignment_depth!r}.")
         self.transformer = transformer
         self.projector = projector
         self.alignment_weight = alignment_weight
@@ -132,6 +157,13 @@ class PixelREPAObjective(nn.Module):
         """
         if teacher_features is not None and self.projector is None:
             raise ValueError("`teacher_features` were given, but there is no projector to align. Pass one or neither.")
+        if not pixel_values.is_floating_point():
+            raise ValueError(f"`pixel_values` must be floating point images in [-1, 1], got {pixel_values.dtype}.")
+        if noise.shape != pixel_values.shape:
+            raise ValueError(
+                f"`noise` must have the shape of `pixel_values`, {tuple(pixel_values.shape)}, got {tuple(noise.shape)}."
+            )
+        check_timestep(timestep, len(pixel_values))
 
         device_type = pixel_values.device.type
         with torch.autocast(device_type, enabled=False):

@@ -98,6 +98,6 @@ PRESETS["JiT-Digits/4"] = Preset(
 
 def get_preset(name: str) -> Preset:
     """The record called `name`, such as "JiT-B/16"; a `KeyError` lists the known names."""
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise KeyError(f"There is no preset {name!r}. Known presets: {', '.join(PRESETS)}.")
     return PRESETS[name]

@@ -164,6 +164,11 @@ class SemanticTeacher(nn.Module):
         super().__init__()
         if mode not in ("resample", "resize"):
             raise ValueError(f"`mode` must be 'resample' or 'resize', got {mode!r}.")
+        for name, side in (("grid_size", grid_size), ("image_size", image_size)):
+            if isinstance(side, bool) or not isinstance(side, int) or not 1 <= side <= 2**16:
+                raise ValueError(f"`{name}` must be a positive integer of at most {2**16}, got {side!r}.")
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"`dtype` must be a floating point torch.dtype or None, got {dtype!r}.")
         if mode == "resample" and image_size % grid_size:
             raise ValueError(
                 f"mode='resample' gives the teacher the student's patches: `image_size` must be a multiple of "
@@ -172,6 +177,12 @@ class SemanticTeacher(nn.Module):
         _check_vision_config(model.config)
         if not len(image_mean) == len(image_std) == 3:
             raise ValueError(f"`image_mean` and `image_std` need 3 numbers each, got {image_mean} and {image_std}.")
+        if not all(math.isfinite(value) for value in image_mean) or not all(
+            0 < value < math.inf for value in image_std
+        ):
+            raise ValueError(
+                f"`image_mean` must be finite and `image_std` positive and finite, got {image_mean} and {image_std}."
+            )
         if model.config.model_type == "siglip2_vision_model":
             model = _naflex_to_fixed_grid(model, grid_size if mode == "resize" else None)
 
@@ -288,6 +299,8 @@ class SemanticTeacher(nn.Module):
     @torch.no_grad()
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """pixel_values (B, 3, H, H) in [-1, 1], any floating type → patch features (B, N, F) float32, row by row."""
+        if not isinstance(pixel_values, torch.Tensor):
+            raise ValueError(f"The teacher takes a tensor of images, got {type(pixel_values).__name__}.")
         if pixel_values.ndim != 4 or pixel_values.shape[1] != 3 or pixel_values.shape[2] != pixel_values.shape[3]:
             raise ValueError(
                 f"The teacher takes square RGB images (batch_size, 3, side, side), got {tuple(pixel_values.shape)}."

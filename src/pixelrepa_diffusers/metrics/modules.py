@@ -54,8 +54,10 @@ class StreamingMetric(evaluate.Metric):
     def __init__(self, network: nn.Module | None = None, batch_size: int = 64, **kwargs):
         if kwargs.get("num_process", 1) != 1:
             raise ValueError("Start several processes with accelerate; num_process is not needed and must stay 1.")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}.")
+        if network is not None and not isinstance(network, nn.Module):
+            raise ValueError(f"network must be a torch.nn.Module or None, got {network!r}.")
         super().__init__(**kwargs)
         self.network, self.batch_size = network, batch_size
         self._reset()
@@ -127,7 +129,11 @@ class StreamingMetric(evaluate.Metric):
 
 
 def _load_reference(reference: FeatureStatistics | str | os.PathLike) -> FeatureStatistics:
-    return reference if isinstance(reference, FeatureStatistics) else FeatureStatistics.load(reference)
+    if isinstance(reference, FeatureStatistics):
+        return reference
+    if not isinstance(reference, str | os.PathLike):
+        raise ValueError(f"reference must be a FeatureStatistics or the path of one, got {reference!r}.")
+    return FeatureStatistics.load(reference)
 
 
 class FID(StreamingMetric):

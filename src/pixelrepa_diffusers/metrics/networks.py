@@ -111,6 +111,8 @@ class InceptionNetwork(nn.Module):
 
     def __init__(self, weights: str | os.PathLike | None = None, layer: str = "2048"):
         super().__init__()
+        if layer not in ("64", "192", "768", "2048"):
+            raise ValueError(f'layer must be "64", "192", "768" or "2048", got {layer!r}.')
         if weights is not None:
             if not os.path.isfile(weights):
                 raise FileNotFoundError(f"No Inception weights at {weights}.")
@@ -166,9 +168,14 @@ class VisionEncoderNetwork(nn.Module):
         super().__init__()
         if pooling not in ("class", "patches"):
             raise ValueError(f"pooling must be 'class' or 'patches', got {pooling!r}.")
-        if image_size < 1 or image_size % model.config.patch_size:
+        if (
+            isinstance(image_size, bool)
+            or not isinstance(image_size, int)
+            or image_size < 1
+            or image_size % model.config.patch_size
+        ):
             raise ValueError(
-                f"image_size must be a multiple of the model's patch of {model.config.patch_size} pixels, got {image_size}."
+                f"image_size must be a multiple of the model's patch of {model.config.patch_size} pixels, got {image_size!r}."
             )
         self.model, self.image_size, self.pooling = model, image_size, pooling
         self.num_patches = (image_size // model.config.patch_size) ** 2

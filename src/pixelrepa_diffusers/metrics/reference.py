@@ -57,7 +57,14 @@ class FeatureStatistics:
     features: np.ndarray | None = None
 
     def __post_init__(self):
-        self.mu, self.sigma = np.asarray(self.mu, np.float64), np.asarray(self.sigma, np.float64)
+        try:
+            self.mu, self.sigma = np.asarray(self.mu, np.float64), np.asarray(self.sigma, np.float64)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"mu and sigma must be arrays of numbers: {error}") from None
+        if self.count is not None and (not isinstance(self.count, int) or self.count < 1):
+            raise ValueError(
+                f"count must be an integer, a number of images of at least 1, or None, got {self.count!r}."
+            )
         if self.mu.ndim != 1 or len(self.mu) == 0 or self.sigma.shape != self.mu.shape * 2:
             raise ValueError(
                 f"mu and sigma must have shapes (D,) and (D, D), got {self.mu.shape} and {self.sigma.shape}."
@@ -169,6 +176,7 @@ class FeatureStatistics:
             OSError,
             EOFError,
             RuntimeError,
+            MemoryError,  # a header that claims more than there is
             zipfile.BadZipFile,
             pickle.UnpicklingError,
         ) as error:

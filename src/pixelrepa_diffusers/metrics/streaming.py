@@ -32,7 +32,10 @@ def _as_matrix(
     """A batch as float64 (B, D), or an error that names the batch and what is wrong with it."""
     if isinstance(batch, torch.Tensor):
         batch = batch.detach().cpu().double()  # numpy has no bfloat16
-    matrix = np.asarray(batch, dtype=np.float64)
+    try:
+        matrix = np.asarray(batch, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"Batch {batch_number}: {what} must be numbers of shape (images, width): {error}") from None
     if matrix.ndim != 2 or matrix.shape[1] == 0:
         raise ValueError(f"Batch {batch_number}: {what} must have shape (images, width), got {matrix.shape}.")
     if width is not None and matrix.shape[1] != width:
@@ -131,8 +134,10 @@ class InceptionScoreSums:
     """
 
     def __init__(self, num_images: int, splits: int = 10, shuffle_seed: int | None = 2020):
-        if not 1 <= splits <= num_images:
-            raise ValueError(f"The Inception Score of {num_images} images cannot be taken in {splits} splits.")
+        if not isinstance(splits, int) or not isinstance(num_images, int) or not 1 <= splits <= num_images:
+            raise ValueError(f"The Inception Score of {num_images} images cannot be taken in {splits!r} splits.")
+        if shuffle_seed is not None and not (isinstance(shuffle_seed, int) and 0 <= shuffle_seed < 2**32):
+            raise ValueError(f"shuffle_seed must be an integer in [0, 2³²) or None, got {shuffle_seed!r}.")
         self.num_images, self.splits, self.shuffle_seed = num_images, splits, shuffle_seed
         borders = [split * num_images // splits for split in range(splits + 1)]
         split_of_position = np.repeat(np.arange(splits), np.diff(borders))
@@ -218,6 +223,8 @@ class FeatureBank:
     """
 
     def __init__(self, dtype: type[np.floating] = np.float16):
+        if not (isinstance(dtype, type) and issubclass(dtype, np.floating)):
+            raise ValueError(f"FeatureBank keeps a numpy floating point type such as np.float16, got {dtype!r}.")
         self.dtype = dtype
         self._batches: list[np.ndarray] = []
 
@@ -339,8 +346,10 @@ def precision_recall(
     sets = {}
     for name, features in (("generated", generated), ("real", real)):
         sets[name] = torch.from_numpy(_as_matrix(features, f"{name} features", None, 0)).to(device)
-        if k < 1 or len(sets[name]) < k + 1:
-            raise ValueError(f"k={k} needs 1 ≤ k and at least k + 1 images, got {len(sets[name])} {name} images.")
+        if isinstance(k, bool) or not isinstance(k, int) or k < 1 or len(sets[name]) < k + 1:
+            raise ValueError(
+                f"k={k!r} needs an integer 1 ≤ k and at least k + 1 images, got {len(sets[name])} {name} images."
+            )
     generated, real = sets["generated"], sets["real"]
     if generated.shape[1] != real.shape[1]:
         raise ValueError(

@@ -226,6 +226,18 @@ class TrainingArguments(
         for name in ("learning_rate", "adam_epsilon", "P_std"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise ValueError(f"--{name} must be positive and finite, got {getattr(self, name)}.")
+        for name in ("alignment_weight", "spatial_norm", "adam_weight_decay"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise ValueError(f"--{name} must be finite and at least 0, got {getattr(self, name)}.")
+        if not math.isfinite(self.P_mean):
+            raise ValueError(f"--P_mean must be finite, got {self.P_mean}.")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"--{name} must lie in [0, 1), got {getattr(self, name)}.")
+        if self.use_ema and (
+            len(set(self.ema_decays)) < len(self.ema_decays) or not all(0 <= decay < 1 for decay in self.ema_decays)
+        ):
+            raise ValueError(f"--ema_decays must be distinct numbers in [0, 1), got {self.ema_decays}.")
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise ValueError(
                 f"--max_grad_norm must be positive, got {self.max_grad_norm}; leave it out for no clipping."
@@ -291,15 +303,24 @@ def _yaml_to_argv(path: Path, parser: HfArgumentParser) -> list[str]:
     """The file as command-line words, so that both pass the same checks."""
     if not path.is_file():
         parser.error(f"--config {path} is not a file.")
-    values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, or no such date
+        parser.error(f"{path} is no YAML file of `name: value` lines: {error}")
     if not isinstance(values, dict):
         parser.error(f"{path} must hold `name: value` lines, got {type(values).__name__}.")
     known = {name for group in GROUPS.values() for name in group.__dataclass_fields__}
-    unknown = sorted(set(values) - known)
+    unknown = sorted(map(str, set(values) - known))
     if unknown:
         parser.error(f"{path} has unknown arguments: {', '.join(unknown)}.")
     argv = []
     for name, value in values.items():
+        if isinstance(value, dict) or (
+            isinstance(value, list) and any(isinstance(item, dict | list) for item in value)
+        ):
+            parser.error(
+                f"{path}: {name} must be a value or a list of values, it holds a {type(value).__name__} of more."
+            )
         if value is not None:
             argv += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return argv

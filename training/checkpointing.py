@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import shutil
 import zlib
@@ -17,6 +18,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import DistributedType
 from arguments import BookkeepingArguments, TrainingArguments
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -62,13 +64,23 @@ def write_folder(
     Every file is on the disk before the rename, so a kill or a power cut at any moment leaves either the whole folder
     or none. `manifest` adds the sizes and checksums that [`verify`] compares. An older folder of that name gives way at
     the rename.
+
+    Raises:
+        OSError: something could not be written; the message names the folder, the cause and the space left.
     """
     beside = folder.with_name(f".{folder.name}.incomplete")
     if is_main:
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
     barrier()
-    write(beside)
+    try:
+        write(beside)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save says nothing of a full disk
+        free = shutil.disk_usage(beside.parent).free / 2**20
+        raise OSError(
+            f"{folder} could not be written: {error} ({free:.0f} MiB are free there). Everything before it is whole: make "
+            "room and go on with --resume_from_checkpoint latest."
+        ) from error
     barrier()
     if is_main:
         if manifest:
@@ -105,8 +117,14 @@ def verify(folder: Path) -> None:
     """Raises [`DamagedCheckpointError`] unless every file is as it was written."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DamagedCheckpointError(f"{folder} is not a complete checkpoint: {MANIFEST}: {error}.") from error
+    if not isinstance(manifest, dict) or not all(
+        isinstance(entry, dict) and entry.keys() == {"size", "crc32"} for entry in manifest.values()
+    ):
+        raise DamagedCheckpointError(f"{folder} is damaged: {MANIFEST} does not list files with their size and crc32.")
+    if strangers := [name for name in manifest if Path(name).is_absolute() or ".." in Path(name).parts]:
+        raise DamagedCheckpointError(f"{folder} is damaged: {MANIFEST} names {strangers[0]!r}, which lies outside it.")
 
     def check(name: str) -> None:
         path = folder / name
@@ -267,8 +285,16 @@ class Checkpointer:
         return folder
 
     def load(self, folder: Path) -> dict:
-        """Restores a verified checkpoint and returns its progress.json."""
-        progress = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
+        """
+        Restores a verified checkpoint and returns its progress.json.
+
+        A checksum tells damage, not intent: whoever writes the files writes the manifest. So nothing in a checkpoint may
+        run: weights are safetensors, and accelerate unpickles the optimizer and the generators with `weights_only=True`.
+
+        Raises:
+            ValueError: for a checkpoint of another run, or one that is not what `save` writes.
+        """
+        progress = _read_progress(folder / "progress.json")
         for name, old in progress["arguments"].items():
             new = getattr(self.args, name, old)
             if name not in _FREE and new != old:
@@ -294,11 +320,34 @@ class Checkpointer:
                         if isinstance(own, DTensor):
                             average[name] = distribute_tensor(average[name], own.device_mesh, own.placements)
                 self.ema.load_state_dict({"num_calls": progress["ema_calls"], "averages": averages})
-        except (RuntimeError, ValueError, OSError, KeyError) as error:
+        except pickle.UnpicklingError as error:
+            # torch's own message recommends to load the file unsafely.
+            refused = re.search(r"GLOBAL (\S+)", str(error))
+            raise ValueError(
+                f"{folder} is refused: its optimizer.bin is damaged or asks for more than tensors and numbers"
+                + (f" (`{refused[1]}`)" if refused else "")
+                + ". Nothing of it was run. Resume from a checkpoint that this trainer wrote."
+            ) from None
+        except (RuntimeError, ValueError, TypeError, OSError, KeyError, AttributeError, SafetensorError) as error:
             raise ValueError(
                 f"{folder} does not fit this run: {error} Resume with the arguments in its progress.json."
             ) from error
         return progress
+
+
+def _read_progress(path: Path) -> dict:
+    try:
+        progress = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    kinds = {"step": int, "loader": dict, "ema_calls": int | None, "arguments": dict}
+    if not isinstance(progress, dict) or not all(
+        name in progress and isinstance(progress[name], kind) for name, kind in kinds.items()
+    ):
+        raise ValueError(f"{path} must hold {', '.join(kinds)}, as a checkpoint's does.")
+    if progress["step"] < 0:
+        raise ValueError(f"{path}: the step must be at least 0, got {progress['step']}.")
+    return progress
 
 
 def _part(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
@@ -309,4 +358,10 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"{folder} holds no weights.")
-    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+    tensors = {}
+    for file in files:
+        try:
+            tensors |= load_file(file)
+        except SafetensorError as error:
+            raise ValueError(f"{file} is no safetensors file: {error}.") from None
+    return tensors

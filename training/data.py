@@ -258,6 +258,11 @@ class ImageSource:
         label = int(self._labels[index])
         if self.resolution is not None:
             pixels = np.frombuffer(row["pixels"][0].as_buffer(), np.uint8)
+            if len(pixels) != 3 * self.resolution**2:
+                raise ValueError(
+                    f"Row {index} of the prepared data holds {len(pixels)} bytes, an image of {self.resolution} pixels has "
+                    f"{3 * self.resolution**2}: prepare the data again."
+                )
             return Example(pixels.reshape(3, self.resolution, self.resolution), label, row["name"][0].as_py())
         image = row.column(0)[0].as_py()
         if image is None or (image["bytes"] is None and image["path"] is None):
@@ -494,12 +499,30 @@ def number_labels(
 
 
 def open_prepared(folder: Path, args: DataArguments) -> ImageSource:
-    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{folder / MANIFEST} is damaged: {error} Prepare or copy {folder} again.") from error
+    kinds = {"resolution": int, "num_classes": int, "class_names": list | None, "files": dict}
+    if not isinstance(manifest, dict) or not all(
+        name in manifest and isinstance(manifest[name], kind) for name, kind in kinds.items()
+    ):
+        raise ValueError(
+            f"{folder / MANIFEST} must hold {', '.join(kinds)}, as prepare_dataset.py writes them: prepare {folder} again."
+        )
     for name, size in manifest["files"].items():
         path = folder / name
+        if Path(name).name != name:
+            raise ValueError(
+                f"{folder / MANIFEST} names {name!r}, which lies outside its folder: prepare {folder} again."
+            )
         if not path.is_file() or path.stat().st_size != size:
             raise ValueError(f"{path} is missing or not {size} bytes long: prepare or copy {folder} again.")
-    images = datasets.concatenate_datasets([datasets.Dataset.from_file(str(folder / n)) for n in manifest["files"]])
+    try:
+        parts = [datasets.Dataset.from_file(str(folder / name)) for name in manifest["files"]]
+        images = datasets.concatenate_datasets(parts).select_columns(["pixels", "label", "name"])
+    except (ValueError, pa.ArrowException) as error:
+        raise ValueError(f"The files of {folder} are damaged: {error} Prepare or copy it again.") from error
     if args.unconditional:
         labels, num_classes, class_names = np.zeros(len(images), np.int64), 1, None
     else:

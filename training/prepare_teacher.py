@@ -80,6 +80,10 @@ def train_teacher(images: np.ndarray, labels: np.ndarray, steps: int, seed: int)
 
 def main(args: PrepareTeacherArguments) -> None:
     output_dir = Path(args.output_dir)
+    if args.steps < 1:
+        raise ValueError(f"--steps must be at least 1, got {args.steps}.")
+    if not 0 <= args.seed < 2**63:
+        raise ValueError(f"--seed must lie in [0, 2^63), got {args.seed}.")
     existing = [name for name in ("train", "test", "teacher") if (output_dir / name).exists()]
     if existing:
         raise SystemExit(

@@ -91,13 +91,23 @@ class AblationArguments:
     launcher: list[str] | None = None
 
     def __post_init__(self):
+        if not isinstance(self.arms, dict) or not all(isinstance(arguments, dict) for arguments in self.arms.values()):
+            raise ValueError(f"`arms` must map names to objective arguments ({{}} for none), got {self.arms}.")
+        if not isinstance(self.seeds, list) or not all(isinstance(seed, int) for seed in self.seeds):
+            raise ValueError(f"`seeds` must be a list of integers, got {self.seeds!r}.")
+        if not isinstance(self.arguments, dict):
+            raise ValueError(f"`arguments` must map names to values, got {self.arguments!r}.")
+        for name in ("image_size", "num_samples", "num_inference_steps", "batch_size"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
         if not self.arms or not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"Give at least one arm and one seed, no seed twice; got {self.arms}, {self.seeds}.")
         allowed = ObjectiveArguments.__dataclass_fields__
         for arm, arguments in self.arms.items():
-            if not re.fullmatch(r"[\w.-]+", arm):
+            if not isinstance(arm, str) or not re.fullmatch(r"[\w-][\w.-]*", arm):
                 raise ValueError(
-                    f"An arm's name is a folder's, made of letters, digits, '-', '_' and '.'; got {arm!r}."
+                    f"An arm's name is a folder's, made of letters, digits, '-', '_' and, after the first, '.'; got {arm!r}."
                 )
             foreign = sorted(set(arguments) - set(allowed))
             if foreign:
@@ -109,14 +119,19 @@ class AblationArguments:
 
 def read_config(path: Path) -> AblationArguments:
     """The YAML file. ValueError for names it does not know or lacks."""
-    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, or no such date
+        raise ValueError(f"{path} is no YAML file of `name: value` lines: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold `name: value` lines, got {type(values).__name__}.")
     fields = dataclasses.fields(AblationArguments)
     required = {
         one.name for one in fields if one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING
     }
     unknown, missing = set(values) - {one.name for one in fields}, required - set(values)
     if unknown or missing:
-        raise ValueError(f"{path}: unknown names {sorted(unknown)}, missing names {sorted(missing)}.")
+        raise ValueError(f"{path}: unknown names {sorted(map(str, unknown))}, missing names {sorted(missing)}.")
     return AblationArguments(**values)
 
 

@@ -39,6 +39,8 @@ class ScoreArguments:
 def read_digits(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """Pixels (n, 256) in [0, 1] and classes of an image folder."""
     paths = sorted(folder.glob("*/*.png"))
+    if not paths:
+        raise FileNotFoundError(f"There are no digits in {folder}/CLASS/*.png: prepare_teacher.py writes them.")
     pixels = np.stack([np.asarray(Image.open(path).convert("L")).reshape(-1) / 255 for path in paths])
     return pixels, np.array([int(path.parent.name) for path in paths])
 
@@ -58,6 +60,13 @@ def generate(pipeline: DiffusionPipeline, args: ScoreArguments, guidance_scale: 
 
 
 def main(args: ScoreArguments) -> dict:
+    for name in ("num_images", "num_inference_steps", "batch_size"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}.")
+    if not (Path(args.pipeline) / "model_index.json").is_file():
+        raise FileNotFoundError(
+            f"--pipeline {args.pipeline} is not a saved pipeline's folder: no model_index.json in it."
+        )
     real, real_labels = read_digits(Path(args.data_dir) / "train")
     held_out, held_out_labels = read_digits(Path(args.data_dir) / "test")
     classifier = SVC(C=10).fit(real, real_labels)

@@ -21,11 +21,12 @@ from pathlib import Path
 import datasets
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from pixelrepa_diffusers.images import center_crop_adm
+from pixelrepa_diffusers.images import DECODING_ERRORS, center_crop_adm
 from pixelrepa_diffusers.metrics import (
     FeatureBank,
     FeatureMoments,
@@ -86,8 +87,14 @@ class CroppedImages(Dataset):
     def __getitem__(self, position: int) -> torch.Tensor:
         index = self.indices[position]
         try:
-            image = self.images[index]["image"].convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for damaged files
+            image = self.images[index]["image"]
+            if image is None:
+                raise ValueError("there is none")
+            # Pillow itself only warns between its limit and twice its limit.
+            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                raise ValueError(f"{image.width}×{image.height} pixels are more than {Image.MAX_IMAGE_PIXELS}")
+            image = image.convert("RGB")
+        except DECODING_ERRORS as error:
             raise ValueError(f"Image {index} of the data set cannot be read: {error}") from error
         return stack_images([center_crop_adm(image, self.resolution)])[0]
 

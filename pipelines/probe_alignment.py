@@ -106,6 +106,8 @@ class Item:
 
 def find_classes(args: ProbeArguments) -> tuple[dict[int, list[Item]], int]:
     """The images of the classes that are probed, and how many classes there are."""
+    if not args.data_dir.is_dir():
+        raise FileNotFoundError(f"--data_dir: no folder {args.data_dir}.")
     folders = sorted(path for path in args.data_dir.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not folders:
         raise ValueError(f"{args.data_dir} has no sub-folders: it needs one per class.")

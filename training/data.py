@@ -38,7 +38,6 @@ import itertools
 import json
 import logging
 import os
-import struct
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -54,7 +53,7 @@ import torch
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
-from pixelrepa_diffusers.images import center_crop_adm
+from pixelrepa_diffusers.images import DECODING_ERRORS, center_crop_adm
 
 
 __all__ = [
@@ -73,19 +72,6 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
-# What damaged bytes lead Pillow's decoders into (all of these were seen or are raised in its sources). Reading the bytes
-# happens before, so that an OSError of the file system (a drive that went away) is never mistaken for a damaged image.
-DECODING_ERRORS = (
-    OSError,
-    SyntaxError,
-    TypeError,
-    ValueError,
-    EOFError,
-    LookupError,
-    ArithmeticError,
-    struct.error,
-    Image.DecompressionBombError,
-)
 MANIFEST = "prepared.json"
 
 
@@ -170,6 +156,7 @@ def decode_image(image: bytes | str, name: str) -> Image.Image:
     if isinstance(image, str):
         with fsspec.open(image, "rb") if "://" in image else open(image, "rb") as file:
             image = file.read()
+    # The bytes have been read: an OSError of the file system is not mistaken for a damaged image.
     try:
         picture = Image.open(io.BytesIO(image))
         check_pixels(picture.width * picture.height)

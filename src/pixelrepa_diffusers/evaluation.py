@@ -15,10 +15,11 @@ is made once, so neither the number of processes nor a restart changes a batch.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from accelerate import PartialState
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .images import center_crop_adm, to_uint8
+from .images import DECODING_ERRORS, center_crop_adm, to_uint8
 from .metrics import (
     FeatureBank,
     FeatureMoments,
@@ -212,22 +213,32 @@ class Tally:
         try:
             with np.load(path, allow_pickle=False) as file:
                 arrays = dict(file)
-        except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+            stored, done = json.loads(str(arrays.pop("settings"))), int(arrays.pop("done"))
+        except (
+            *(ValueError, OSError, EOFError, KeyError, TypeError, AttributeError, RecursionError, MemoryError),
+            zipfile.BadZipFile,
+        ) as error:
             raise ValueError(f"{path} cannot be read ({error}): remove it to start this evaluation again.") from error
-        _check_settings(json.loads(str(arrays.pop("settings"))), settings, path)
-        done = int(arrays.pop("done"))
+        _check_settings(stored, settings, path)
+        groups = (("moments", self.moments), ("scores", self.scores))
+        accumulators = {f"{group}/{name}": one for group, ones in groups for name, one in ones.items()}
         for key, array in arrays.items():
-            group, name, *attribute = key.split("/")
-            if group == "shown":
+            group, _, rest = key.partition("/")
+            name, _, attribute = rest.partition("/")
+            if group == "shown" and name.isdecimal():
                 self.shown[int(name)] = array
-            elif group == "banks":
+            elif group == "banks" and name in self.banks:
                 self.banks[name].update(array)
+            elif f"{group}/{name}" in accumulators and attribute in vars(accumulators[f"{group}/{name}"]):
+                setattr(accumulators[f"{group}/{name}"], attribute, array if array.ndim else array.item())
             else:
-                setattr(getattr(self, group)[name], *attribute, array if array.ndim else array.item())
+                raise ValueError(f"{path} holds the unknown {key!r}: remove it to start this evaluation again.")
         return done
 
 
 def _check_settings(stored: dict, settings: dict, path: Path) -> None:
+    if not isinstance(stored, dict):
+        raise ValueError(f"{path} holds no settings but a {type(stored).__name__}: remove it to measure again.")
     now = json.loads(json.dumps(settings))
     different = sorted(name for name in stored.keys() | now.keys() if stored.get(name) != now.get(name))
     if different:
@@ -241,8 +252,12 @@ def finished_record(path: Path, settings: dict) -> dict | None:
     """The metrics.json at `path`, None where there is none yet. ValueError when it was measured with other settings."""
     if not path.is_file():
         return None
-    record = json.loads(path.read_text(encoding="utf-8"))
-    _check_settings({name: record.get(name) for name in settings}, settings, path)
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): remove it to measure again.") from None
+    stored = {name: record.get(name) for name in settings} if isinstance(record, dict) else record
+    _check_settings(stored, settings, path)
     return record
 
 
@@ -415,7 +430,7 @@ def file_images(paths: Sequence[Path]) -> MakeImages:
     """
     sizes = {}
     for path in paths:  # headers only
-        with Image.open(path) as image:
+        with open_image(path) as image:
             sizes.setdefault(image.size, path)
     if len(sizes) > 1:
         (first, one), (second, other) = list(sizes.items())[:2]
@@ -430,9 +445,26 @@ def file_images(paths: Sequence[Path]) -> MakeImages:
     return make_images
 
 
+@contextlib.contextmanager
+def open_image(path: Path) -> Iterator[Image.Image]:
+    """An image file, opened but not decoded. What is wrong with it, then or later, becomes a ValueError that names it."""
+    try:
+        with Image.open(path) as image:
+            # Pillow itself only warns between its limit and twice its limit.
+            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                raise ValueError(f"its {image.width}×{image.height} pixels are more than {Image.MAX_IMAGE_PIXELS}")
+            yield image
+    except DECODING_ERRORS as error:
+        raise ValueError(f"Bad image {path}: {error}. Replace it, or leave it out.") from error
+
+
 def read_image(path: Path, size: int | None = None) -> torch.Tensor:
-    """An image file as torch.uint8 (3, H, W) RGB; with `size`, its ADM centre crop of that many pixels."""
-    with Image.open(path) as image:
+    """An image file as torch.uint8 (3, H, W) RGB; with `size`, its ADM centre crop of that many pixels.
+
+    Raises:
+        ValueError: a damaged or huge file, by name.
+    """
+    with open_image(path) as image:
         image = image.convert("RGB")
     if size is not None:
         image = center_crop_adm(image, size)

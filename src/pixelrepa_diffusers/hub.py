@@ -183,11 +183,20 @@ def build_card(
         (
             name
             for name, record in PRESETS.items()
-            if all(record.transformer_config()[size] == transformer_config[size] for size in sizes)
+            if all(record.transformer_config()[size] == transformer_config.get(size) for size in sizes)
         ),
         None,
     )
+    needed = (*sizes, "in_channels", "in_context_len", "num_classes", "noise_scale", "t_eps")
+    for what, config, names in (
+        ("transformer's", transformer_config, needed),
+        ("pipeline's", pipeline_config, ("guidance_scale", "guidance_interval")),
+    ):
+        if absent := [name for name in names if name not in config]:
+            raise ValueError(f"The {what} configuration lacks {', '.join(absent)}: save the pipeline again.")
     objective = training.get("objective", objective)
+    if objective not in _METHODS:
+        raise ValueError(f"The objective {objective!r} is none of {', '.join(map(str, _METHODS))}.")
     teacher = training.get("teacher_model_name_or_path", teacher) if objective not in (None, "none") else None
     dataset = training.get("dataset_name", dataset)
     id2label = pipeline_config.get("id2label")
@@ -354,6 +363,8 @@ def _read_metrics(record: Mapping[str, Any]) -> tuple[dict[str, float], dict[str
             f"The metrics file does not say {' and '.join(map(repr, missing))}; a figure needs its source: "
             '{"metrics": {"fid": 12.3}, "num_samples": 50000, "reference": "...", "device": "..."}.'
         )
+    if not isinstance(record["metrics"], Mapping):
+        raise ValueError(f'The metrics file must hold "metrics", from names to numbers, got {record["metrics"]!r}.')
     for name, value in record["metrics"].items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise ValueError(f"The metric {name!r} is {value!r}; it must be a finite number.")
@@ -417,19 +428,27 @@ def pipeline_files(folder: str | Path) -> list[str]:
         Paths relative to the folder, with forward slashes.
 
     Raises:
-        `ValueError` or `FileNotFoundError`: when a part is missing, damaged, or a pickle.
+        `ValueError` or `FileNotFoundError`: when a part is missing, damaged, a pickle, or outside the folder, and for
+            weights that are not finite.
     """
     folder = Path(folder)
     if not (folder / "model_index.json").is_file():
         raise FileNotFoundError(f"{folder} is not a saved pipeline: it has no model_index.json.")
     index = _read_json(folder / "model_index.json")
-    if not isinstance(index.get("_class_name"), list):
+    if not _is_component(index.get("_class_name")):
         raise ValueError(
             f"{folder / 'model_index.json'} does not name the pipeline's own code, so nobody could load it from the Hub. "
             "Save it again with PixelREPAPipeline.save_pretrained."
         )
+    components = {name: part for name, part in index.items() if not name.startswith("_") and _is_component(part)}
+    # Whoever made the folder chose these names, and what they name is read and sent out.
+    for name in (*components, index["_class_name"][0], *(library for library, _ in components.values())):
+        if not re.fullmatch(r"\w[\w.]*", name):
+            raise ValueError(
+                f"{folder / 'model_index.json'} names {name!r}; names of components and modules are made of letters, digits, "
+                "'_' and '.', so that none leads out of the folder."
+            )
     files = ["model_index.json", f"{index['_class_name'][0]}.py"]
-    components = {name: part for name, part in index.items() if name[0] != "_" and _is_component(part)}
     for name, (library, _) in components.items():
         if "_" in library:  # a module of ours, not a library such as diffusers
             files.append(f"{name}/{library}.py")
@@ -444,9 +463,18 @@ def pipeline_files(folder: str | Path) -> list[str]:
         files += [path.relative_to(folder).as_posix() for path in (folder / name).rglob("*") if path.is_file()]
     files += ["training_arguments.json", "metrics.json", "samples.png"]
     files = sorted({file for file in files if (folder / file).is_file() and not Path(file).name.startswith(".")})
+    inside = folder.resolve()
+    places = (
+        (inside, inside.parents[1] / "blobs") if len(inside.parents) > 1 else (inside,)
+    )  # as the Hub's cache links
     for file in files:
         if file.endswith(_PICKLES):
             raise ValueError(f"{folder / file} may hold a pickle, which can run code; publish safetensors only.")
+        target = (folder / file).resolve()
+        if not any(target.is_relative_to(place) for place in places):
+            raise ValueError(
+                f"{folder / file} is a link to {target}, outside the folder: copy what is to be published."
+            )
     return files
 
 
@@ -662,7 +690,7 @@ def _read_json(path: Path, missing_ok: bool = False) -> dict[str, Any] | None:
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also: no UTF-8, a number of thousands of digits, absurdly deep
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, it holds a {type(content).__name__}.")
@@ -673,7 +701,7 @@ def _refuse_secrets(files: Mapping[str, Path], token: str | None) -> None:
     for path in files.values():
         if path.suffix in (".json", ".md", ".py", ".txt", ".yaml"):
             text = path.read_text(encoding="utf-8")
-            content = json.loads(text) if path.suffix == ".json" else text
+            content = _read_json(path) if path.suffix == ".json" else text
             if redact(content, token) != content:
                 raise ValueError(
                     f"{path} contains an access token or a password. Take it out, and revoke it if it was shared."
@@ -696,20 +724,28 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _check_weights(folder: Path) -> None:
-    """Refuses a component without complete safetensors weights. Only headers and sizes are read."""
-    weights = _weight_files(folder)
-    shards = {
-        folder / shard
-        for index in folder.glob("*.safetensors.index*.json")
-        for shard in _read_json(index)["weight_map"].values()
-    }
+    """Refuses a component without complete safetensors weights, or with numbers that no image comes from."""
+    weights, shards = _weight_files(folder), set()
+    for index in folder.glob("*.safetensors.index*.json"):
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(
+            isinstance(shard, str) and shard == Path(shard).name for shard in weight_map.values()
+        ):
+            raise ValueError(f'{index} must hold "weight_map", from tensor names to names of files beside it.')
+        shards |= {folder / shard for shard in weight_map.values()}
     missing = [path.name for path in shards if not path.is_file()]
     if missing or not weights:
         raise FileNotFoundError(f"{folder} lacks weights: {', '.join(sorted(missing)) or 'no .safetensors file'}.")
     for path in weights:
         try:
-            for _ in _shapes(path):
-                pass
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118, not a dict
+                    tensor = file.get_tensor(name)
+                    # Eight-bit types have no `isfinite` of their own.
+                    if tensor.is_floating_point() and not tensor.float().isfinite().all():
+                        raise ValueError(
+                            f"{path}: the tensor {name!r} holds NaN or infinity; such weights make no image."
+                        )
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged: {error}. Save the pipeline again.") from None
 

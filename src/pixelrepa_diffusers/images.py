@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,7 +11,20 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 
-__all__ = ["center_crop_adm", "make_grid", "to_uint8"]
+__all__ = ["DECODING_ERRORS", "center_crop_adm", "make_grid", "to_uint8"]
+
+# What damaged bytes lead Pillow's decoders into (all of these were seen or are raised in its sources).
+DECODING_ERRORS = (
+    OSError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+    EOFError,
+    LookupError,
+    ArithmeticError,
+    struct.error,
+    Image.DecompressionBombError,
+)
 
 
 def center_crop_adm(image: Image.Image, size: int) -> Image.Image:

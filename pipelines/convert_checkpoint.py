@@ -84,7 +84,12 @@ def read_id2label(path: Path) -> dict[str, str]:
             )
         return dict(pairs)
 
-    names = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=distinct)
+    try:
+        text = path.read_text(encoding="utf-8")
+        json.loads(text)
+    except (ValueError, RecursionError) as error:  # also: no UTF-8, a number of thousands of digits, absurdly deep
+        raise ValueError(f"--id2label: {path} is not valid JSON: {error}") from None
+    names = json.loads(text, object_pairs_hook=distinct)
     if not isinstance(names, dict):
         raise ValueError(f"--id2label: {path} must hold a JSON object from class ids to names, got {names!r:.80}.")
     return names

@@ -17,6 +17,7 @@ Each PNG holds text chunks that say how to make it again, `arguments.json` every
 import json
 import re
 import shlex
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -74,6 +75,9 @@ class GenerateArguments:
     overwrite: bool = field(default=False, metadata={"help": "Replace files of an earlier run in --output_dir."})
 
 
+MOST_SEEDS = 1_000_000
+
+
 def parse_seeds(texts: list[str]) -> list[int]:
     """Seeds of texts like "3", "0-7" (both ends included) and "0-3,9", in the order given."""
     seeds: list[int] = []
@@ -81,13 +85,15 @@ def parse_seeds(texts: list[str]) -> list[int]:
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", text.strip())
         if match is None:
             raise ValueError(f"--seeds: {text!r} is neither a whole number such as 3 nor a range such as 0-7.")
+        if max(len(digits or "") for digits in match.groups()) > 19 or max(map(int, filter(None, match.groups()))) >= 2**63:
+            raise ValueError(f"--seeds: {text!r} is too large, a seed is below 2**63.")
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
             raise ValueError(f"--seeds: the range {text!r} ends before it starts.")
-        if last >= 2**63:
-            raise ValueError(f"--seeds: {text!r} is too large, a seed is below 2**63.")
+        if len(seeds) + last - first >= MOST_SEEDS:
+            raise ValueError(f"--seeds: with {text!r} they are more than {MOST_SEEDS}; make them in several runs.")
         seeds.extend(range(first, last + 1))
-    repeated = sorted({seed for seed in seeds if seeds.count(seed) > 1}) if len(set(seeds)) < len(seeds) else []
+    repeated = sorted(seed for seed, count in Counter(seeds).items() if count > 1)
     if repeated:
         raise ValueError(f"--seeds: {repeated} given more than once; one class and seed is one image.")
     return seeds
@@ -106,7 +112,9 @@ def main(args: GenerateArguments) -> list[Path]:
     if args.max_grid_images < 0:
         raise ValueError(f"--max_grid_images must be at least 0, got {args.max_grid_images}.")
     plan = describe_pipeline(args.pipeline, args.revision)
-    class_labels = plan.get_label_ids([int(text) if text.isdecimal() else text for text in args.class_labels])
+    # Longer digits are no id; Python does not even read thousands of them.
+    class_labels = [int(text) if text.isdecimal() and len(text) < 19 else text for text in args.class_labels]
+    class_labels = plan.get_label_ids(class_labels)
     if len(set(class_labels)) < len(class_labels):
         raise ValueError(f"--class_labels: {args.class_labels} names a class more than once (ids {class_labels}).")
     guidance_scale = plan.config.guidance_scale if args.guidance_scale is None else args.guidance_scale

@@ -35,8 +35,9 @@ def main(arguments: list[str] | None = None) -> None:
     options = {**asdict(args), "private": args.private or None}  # None: what the user's or organisation's default is
     if options.pop("dry_run"):
         del options["private"]
+        files = pipeline_files(positional.folder)  # what is wrong with the folder shows first
         print(card_for_folder(positional.folder, positional.repo_id, **options))
-        print("Files:", *pipeline_files(positional.folder), sep="\n  ")
+        print("Files:", *files, sep="\n  ")
         return
     try:
         print(publish_folder(positional.folder, positional.repo_id, **options).commit_url)

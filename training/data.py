@@ -435,6 +435,8 @@ def open_dataset(args: DataArguments) -> ImageSource | StreamSource:
     for flag, column in (("image_column", args.image_column), ("label_column", label_column)):
         if column is not None and column not in (data.features or ()):
             raise ValueError(f"{args.dataset_name} has no column {column!r}, only {data.features}: set --{flag}.")
+    if not args.streaming and not len(data):
+        raise ValueError("The data set holds no images.")
     image_feature = data.features[args.image_column]
     encoded = isinstance(image_feature, datasets.Image) or image_feature in (
         datasets.Value("binary"),

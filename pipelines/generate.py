@@ -85,9 +85,10 @@ def parse_seeds(texts: list[str]) -> list[int]:
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", text.strip())
         if match is None:
             raise ValueError(f"--seeds: {text!r} is neither a whole number such as 3 nor a range such as 0-7.")
-        if max(len(digits or "") for digits in match.groups()) > 19 or max(map(int, filter(None, match.groups()))) >= 2**63:
+        first, last = match[1], match[2] or match[1]
+        if max(len(first), len(last)) > 19 or max(int(first), int(last)) >= 2**63:
             raise ValueError(f"--seeds: {text!r} is too large, a seed is below 2**63.")
-        first, last = int(match[1]), int(match[2] or match[1])
+        first, last = int(first), int(last)
         if last < first:
             raise ValueError(f"--seeds: the range {text!r} ends before it starts.")
         if len(seeds) + last - first >= MOST_SEEDS:

@@ -15,7 +15,6 @@ optimizer and the epoch are not written. `pixelrepa_diffusers.checkpoints.save_o
 
 import argparse
 import json
-import os
 import shlex
 import shutil
 from collections.abc import Callable
@@ -34,6 +33,7 @@ from pixelrepa_diffusers.checkpoints import (
     save_original_checkpoint,
 )
 from pixelrepa_diffusers.hub import imagenet_id2label
+from pixelrepa_diffusers.sampling import only_writer
 
 
 @dataclass
@@ -117,23 +117,37 @@ def choose_guidance(
     return scale, tuple(given.guidance_interval or interval), source
 
 
-def write_folder(folder: Path, save: Callable[[Path], None]) -> None:
-    """Writes beside `folder` and renames, so that a run that is stopped leaves no half-written pipeline there."""
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    partial.mkdir()
-    try:
-        save(partial)
-        if folder.exists():
-            folder.rmdir()  # empty: checked before, and checked again by this call
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+def write_beside(target: Path, save: Callable[[Path], None]) -> None:
+    """Has `save` write a file or folder into a folder beside `target` and moves it into place.
+
+    A run that is stopped leaves nothing half-written at `target`; what a killed one left beside it goes with the next. A
+    second conversion to the same place at the same time is refused.
+    """
+    workshop = target.with_name(f".{target.name}.incomplete")
+    with only_writer(workshop):
+        partial = workshop / target.name
+        try:
+            if partial.is_dir():
+                shutil.rmtree(partial)
+            partial.unlink(missing_ok=True)
+            save(partial)
+            refuse_to_overwrite(target)  # another conversion may have ended since this one looked
+            if target.is_dir():
+                target.rmdir()
+            partial.rename(target)
+        finally:
+            shutil.rmtree(workshop, ignore_errors=True)
+
+
+def refuse_to_overwrite(target: Path) -> None:
+    """FileExistsError unless there is nothing, or an empty folder, at `target`."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"{target} exists and is not empty. Nothing is overwritten: choose another.")
 
 
 def from_original(args: ConvertArguments) -> None:
     output_dir = args.output_dir.resolve()
-    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise FileExistsError(f"--output_dir {args.output_dir} is not empty. Nothing is overwritten: choose another.")
+    refuse_to_overwrite(output_dir)
     id2label = read_id2label(args.id2label) if args.id2label else None
     transformer, adapter = load_original_checkpoint(
         args.checkpoint_path, args.weights, args.in_context_start, args.noise_scale
@@ -156,8 +170,7 @@ def from_original(args: ConvertArguments) -> None:
         if adapter is not None:
             adapter.save_pretrained(folder / "adapter", max_shard_size=args.max_shard_size)
 
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    write_folder(output_dir, save)
+    write_beside(output_dir, save)
 
     config = transformer.config
     millions = {name: sum(p.numel() for p in model.parameters()) / 1e6 for name, model in models.items()}
@@ -191,7 +204,10 @@ def to_original(args: ConvertArguments) -> None:
     recorded = {"cfg": pipe.config.guidance_scale, "interval_min": low, "interval_max": high}
     if isinstance(pipe.scheduler, JiTFlowMatchScheduler):
         recorded["sampling_method"] = pipe.scheduler.config.solver
-    save_original_checkpoint(args.output_path, pipe.transformer, adapter, args=recorded)
+    write_beside(
+        args.output_path.resolve(),
+        lambda path: save_original_checkpoint(path, pipe.transformer, adapter, args=recorded),
+    )
     print(
         f"{args.pipeline} → {args.output_path}: the transformer as model, model_ema1 and model_ema2"
         + (", with its adapter" if adapter is not None else ", a plain JiT without adapter")

@@ -23,6 +23,7 @@ Images depend on seed, class and settings alone and are rounded to 8 bits before
 processes changes a metric by rounding only (about 1e-12); another --batch_size may move a pixel by one of 255 levels.
 """
 
+import contextlib
 import csv
 import hashlib
 import itertools
@@ -62,6 +63,8 @@ from pixelrepa_diffusers.sampling import (
     describe_pipeline,
     device_name,
     fetch_pipeline,
+    only_writer,
+    remove_incomplete,
     versions,
     write_atomically,
 )
@@ -217,6 +220,7 @@ def evaluate_cell(
         return record
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
+        remove_incomplete(folder)
         if args.overwrite:
             state_path.unlink(missing_ok=True)
     accelerator.wait_for_everyone()
@@ -253,6 +257,12 @@ def evaluate_cell(
 
 def main(args: EvaluateArguments) -> list[dict]:
     """Measures what `args` say and returns the metrics.json of every cell, in the order of the sweep."""
+    with contextlib.ExitStack() as stack:
+        return measure(args, stack)
+
+
+def measure(args: EvaluateArguments, stack: contextlib.ExitStack) -> list[dict]:
+    """See `main`; `stack` holds the output folder until the end."""
     accelerator = Accelerator()
     check_launch(accelerator.num_processes)
     for name, least in (("batch_size", 1), ("chunk_size", 1), ("max_grid_images", 0)):
@@ -288,6 +298,9 @@ def main(args: EvaluateArguments) -> list[dict]:
     with accelerator.local_main_process_first():  # which downloads
         spaces = open_spaces(args.metrics, num_samples, networks, references, accelerator.device)
 
+    if accelerator.is_main_process:
+        stack.enter_context(only_writer(args.output_dir))
+    accelerator.wait_for_everyone()
     compared = {space.name: space for space in spaces if space.reference is not None}
     facts = {
         "reference": ", ".join(

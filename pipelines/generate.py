@@ -14,6 +14,7 @@ the same noise but may sum floating-point numbers in another order, which can mo
 Each PNG holds text chunks that say how to make it again, `arguments.json` every argument after defaults are filled in.
 """
 
+import contextlib
 import json
 import re
 import shlex
@@ -35,6 +36,7 @@ from pixelrepa_diffusers.sampling import (
     describe_pipeline,
     device_name,
     fetch_pipeline,
+    only_writer,
     seeded,
     versions,
     write_atomically,
@@ -102,6 +104,12 @@ def parse_seeds(texts: list[str]) -> list[int]:
 
 def main(args: GenerateArguments) -> list[Path]:
     """Writes the images of `args` and returns their paths, class by class, seed by seed."""
+    with contextlib.ExitStack() as stack:
+        return generate(args, stack)
+
+
+def generate(args: GenerateArguments, stack: contextlib.ExitStack) -> list[Path]:
+    """See `main`; `stack` holds the output folder until the end."""
     accelerator = Accelerator()
     check_launch(accelerator.num_processes)
 
@@ -129,6 +137,9 @@ def main(args: GenerateArguments) -> list[Path]:
     }
     draw_grid = len(images) <= args.max_grid_images
     record_path, grid_path = args.output_dir / "arguments.json", args.output_dir / "grid.png"
+    if accelerator.is_main_process:
+        stack.enter_context(only_writer(args.output_dir))
+    accelerator.wait_for_everyone()
     existing = [path for path in (*images, record_path, *([grid_path] if draw_grid else [])) if path.exists()]
     # Every process looks before any writes.
     accelerator.wait_for_everyone()
@@ -137,7 +148,6 @@ def main(args: GenerateArguments) -> list[Path]:
             f"{len(existing)} of the files to write exist already, the first is {existing[0]}. Choose another "
             "--output_dir, or pass --overwrite to replace them."
         )
-    args.output_dir.mkdir(parents=True, exist_ok=True)
 
     with accelerator.main_process_first():
         folder, revision = fetch_pipeline(args.pipeline, args.revision)

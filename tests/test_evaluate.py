@@ -2,10 +2,6 @@
 
 import csv
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from training_runs import launch_two
 from transformers import HfArgumentParser
 
 from pipelines import evaluate as script
@@ -249,7 +246,7 @@ def test_metrics_json_holds_all_it_takes_to_measure_again_and_feeds_the_card(fol
     (record,) = evaluate(folder, reference, tmp_path / "out", "--seed", 7)
     stored = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert stored == record
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"metrics.json", "grid.png"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"metrics.json", "grid.png", ".lock"}
     assert stored["weights_sha256"] == weights_sha256(folder / "transformer")
     assert (stored["num_samples"], stored["seeds"], stored["device"]) == (40, "7-46", "cpu")
     assert (stored["guidance_scale"], stored["guidance_interval"], stored["dtype"]) == (2.0, [0.1, 1.0], "float32")
@@ -265,28 +262,9 @@ def test_metrics_json_holds_all_it_takes_to_measure_again_and_feeds_the_card(fol
 def test_two_processes_measure_what_one_does(folder, reference, tmp_path):
     options = ("--metrics", "fd_teacher", "precision_recall_teacher", "--chunk_size", "16")
     (one,) = evaluate(folder, reference, tmp_path / "one", *options)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [
-        *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
-        *(
-            "--num_machines",
-            "1",
-            "--mixed_precision",
-            "no",
-            "--dynamo_backend",
-            "no",
-            "--main_process_port",
-            str(port),
-        ),
-        *(str(ROOT / "pipelines" / "evaluate.py"), *words(folder, reference, tmp_path / "two", *options)),
-    ]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert run.returncode == 0, run.stderr[-3000:]
-    two = json.loads((tmp_path / "two" / "metrics.json").read_text())
-    assert two["num_processes"] == 2
+    record = tmp_path / "two" / "metrics.json"
+    launch_two(ROOT / "pipelines" / "evaluate.py", words(folder, reference, tmp_path / "two", *options), record)
+    two = json.loads(record.read_text())
     assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-10)
     assert (tmp_path / "two" / "grid.png").read_bytes() == (tmp_path / "one" / "grid.png").read_bytes()
 

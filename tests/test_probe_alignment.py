@@ -1,16 +1,13 @@
 """pipelines/probe_alignment.py: near and far images of every class, noised to a time and denoised from there."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from training_runs import launch_two
 from transformers import HfArgumentParser
 
 from pipelines.probe_alignment import LateScheduler, ProbeArguments, main, noised_and_denoised
@@ -131,28 +128,9 @@ def test_an_image_does_not_depend_on_its_batch(folders, data):
 
 
 def test_two_processes_find_what_one_does(record, folders, data, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [
-        *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
-        *(
-            "--num_machines",
-            "1",
-            "--mixed_precision",
-            "no",
-            "--dynamo_backend",
-            "no",
-            "--main_process_port",
-            str(port),
-        ),
-        *(str(ROOT / "pipelines" / "probe_alignment.py"), *words(folders, data, tmp_path)),
-    ]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert run.returncode == 0, run.stderr[-3000:]
+    launch_two(ROOT / "pipelines" / "probe_alignment.py", words(folders, data, tmp_path), tmp_path / "probe.json")
     two = json.loads((tmp_path / "probe.json").read_text())
-    assert two["num_processes"] == 2 and two["subsets"] == record["subsets"]
+    assert two["subsets"] == record["subsets"]
     for name, pair in record["frechet_distance"].items():
         assert two["frechet_distance"][name] == pytest.approx(pair, rel=1e-9)
 

@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState, GradientState
 from diffusers import DiffusionPipeline
 from PIL import Image
 from standin_hub import StandInHub
-from training_runs import ROOT, TEACHER, arguments, weights, write_images
+from training_runs import ROOT, TEACHER, arguments, launch_two, weights, write_images
 
 from pixelrepa_diffusers import JiTTransformer2DModel, PixelREPAPipeline
 from pixelrepa_diffusers.adapter import MaskedTransformerAdapter
@@ -100,13 +100,9 @@ def test_a_resumed_run_equals_one_straight_through(train, tmp_path):
     assert rows == resumed
 
 
-def launch_two(words: list[str]) -> None:
-    command = [sys.executable, "-m", "accelerate.commands.launch"]
-    command += ["--config_file", str(ROOT / "training/accelerate/cpu_2processes.yaml"), "--main_process_port", "0"]
-    command += [str(ROOT / "training/train_pixelrepa.py"), *words]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
-    assert result.returncode == 0, result.stderr[-4000:]
+def train_on_two(data: Path, output_dir: Path, **overrides) -> None:
+    record = output_dir / "pipeline/training_arguments.json"
+    launch_two(ROOT / "training/train_pixelrepa.py", arguments(data, output_dir, **overrides), record)
 
 
 def test_two_processes_resume_exactly_and_follow_one_process_with_the_whole_batch(train, data, tmp_path):
@@ -119,12 +115,11 @@ def test_two_processes_resume_exactly_and_follow_one_process_with_the_whole_batc
         "learning_rate": 1e-3,
         "train_batch_size": 2,
     }
-    launch_two(arguments(data, tmp_path / "straight", **settings))
-    launch_two(arguments(data, tmp_path / "stopped", **{**settings, "max_train_steps": 2}))
-    launch_two(arguments(data, tmp_path / "stopped", **settings, resume_from_checkpoint="latest"))
+    train_on_two(data, tmp_path / "straight", **settings)
+    train_on_two(data, tmp_path / "stopped", **{**settings, "max_train_steps": 2})
+    train_on_two(data, tmp_path / "stopped", **settings, resume_from_checkpoint="latest")
     assert_equal(weights(tmp_path / "straight/checkpoint-6"), weights(tmp_path / "stopped/checkpoint-6"))
 
-    assert json.loads((tmp_path / "straight/pipeline/training_arguments.json").read_text())["num_processes"] == 2
     train(tmp_path / "one", train_batch_size=8, checkpointing_steps=2, adam_epsilon=1e-3, learning_rate=1e-3)
     one, two = weights(tmp_path / "one/checkpoint-6"), weights(tmp_path / "straight/checkpoint-6")
     for name in one:

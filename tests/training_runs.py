@@ -8,12 +8,16 @@ finishes, over and over; prints a JSON report. Forking after the imports makes a
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -86,24 +90,68 @@ def weights(checkpoint: Path) -> dict:
     return tensors
 
 
-def _train_in_child(words: list[str], log: Path) -> int:
+def fork(task: Callable[[], object], log: Path) -> int:
+    """Runs `task` on the CPU in a child that leads a process group of its own and appends what it prints to `log`."""
+    import torch
+
     child = os.fork()
     if child:
+        with contextlib.suppress(PermissionError, ProcessLookupError):  # it has done so itself, or is gone
+            os.setpgid(child, child)
         return child
+    status = 1
     try:
-        with log.open("a") as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-        from arguments import parse_arguments
-        from train_pixelrepa import main
-
-        main(parse_arguments(words))
-        os._exit(0)
+        os.setpgid(0, 0)
+        # Neither the threads nor a GPU of the parent live on in a child.
+        torch.set_num_threads(1)
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a job started with & would ignore it
+        sys.stdout = sys.stderr = log.open("a", buffering=1)  # of Python
+        os.dup2(sys.stdout.fileno(), 1)  # and of everything else
+        os.dup2(sys.stdout.fileno(), 2)
+        task()
+        status = 0
     except BaseException:
-        import traceback
-
         traceback.print_exc()
-        os._exit(1)
+    finally:
+        os._exit(status)
+
+
+def ended(child: int, seconds: float) -> int | None:
+    """The exit status of a child (negative: the signal that ended it), None when it still runs after so many seconds."""
+    deadline = time.monotonic() + seconds
+    while True:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() > deadline:
+            return None
+        time.sleep(0.002)
+
+
+def train(words: list[str]) -> None:
+    from arguments import parse_arguments
+    from train_pixelrepa import main
+
+    main(parse_arguments(words))
+
+
+def two_process_command(script: Path, words: list[str]) -> tuple[list[str], dict[str, str]]:
+    """(command, environment) that start a script on two CPU processes."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+    command += [str(ROOT / "training/accelerate/cpu_2processes.yaml"), "--main_process_port", "0", str(script), *words]
+    return command, {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def launch_two(script: Path, words: list[str], record: Path) -> None:
+    """Runs a script on two CPU processes; `record` is the JSON file in which it says how many they were."""
+    command, environment = two_process_command(script, words)
+    run = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert run.returncode == 0, run.stderr[-4000:]
+    num_processes = json.loads(record.read_text())["num_processes"]
+    assert num_processes == 2, (
+        f"{script.name} was to run on 2 processes and ran on {num_processes}:\n{run.stderr[-4000:]}"
+    )
 
 
 def kill_trials(folder: Path, trials: int, seed: int) -> dict:
@@ -124,19 +172,14 @@ def kill_trials(folder: Path, trials: int, seed: int) -> dict:
 
     log = folder / "log.txt"
     started = time.perf_counter()
-    assert os.waitpid(_train_in_child(words(folder / "undisturbed"), log), 0)[1] == 0, log.read_text()
+    assert ended(fork(lambda: train(words(folder / "undisturbed")), log), 300) == 0, log.read_text()
     duration = time.perf_counter() - started
 
     kills, finishes, run = 0, [], 0
     while kills < trials or not finishes:
         output_dir = folder / f"run{run}"
-        child = _train_in_child(words(output_dir), log)
-        deadline = time.monotonic() + draw.uniform(0.1, 1.0) * duration if kills < trials else float("inf")
-        status = None
-        while status is None and time.monotonic() < deadline:
-            pid, code = os.waitpid(child, os.WNOHANG)
-            status = code if pid else None
-            time.sleep(0.002)
+        child = fork(lambda output_dir=output_dir: train(words(output_dir)), log)
+        status = ended(child, draw.uniform(0.1, 1.0) * duration if kills < trials else 300)
         if status is None:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)

@@ -45,7 +45,6 @@ from arguments import TrainingArguments, parse_arguments
 from checkpointing import Checkpointer, find_checkpoint, sweep, with_weights, write_folder
 from data import ImageLoader, ImageSource, StreamSource, draws, open_source, to_float
 from diffusers.optimization import get_scheduler
-from filelock import FileLock, Timeout
 from reporting import Journal, build_pipeline, estimate_memory, open_evaluation, teacher_config, write_samples
 from teacher_cache import CachedTeacher
 from tqdm.auto import tqdm
@@ -57,7 +56,7 @@ from pixelrepa_diffusers.ema import ConstantDecayEMA
 from pixelrepa_diffusers.evaluation import evaluate_pipeline
 from pixelrepa_diffusers.hub import BackgroundPusher
 from pixelrepa_diffusers.objective import PixelREPAObjective, draw_keep_mask, draw_timesteps, drop_labels
-from pixelrepa_diffusers.sampling import write_atomically
+from pixelrepa_diffusers.sampling import only_writer, write_atomically
 from pixelrepa_diffusers.teacher import SemanticTeacher
 from pixelrepa_diffusers.transformer_jit import JiTBlock
 
@@ -343,25 +342,19 @@ def main(args: TrainingArguments) -> Path | None:
         dry_run(args, accelerator, source)
         return None
 
-    lock = FileLock(output_dir / ".lock")
-    if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout as error:
-            raise RuntimeError(f"Another run is writing to {output_dir}; choose another --output_dir.") from error
-        sweep(output_dir)
-    accelerator.wait_for_everyone()
-    pusher = None
-    if args.push_to_hub and accelerator.is_main_process:
-        pusher = BackgroundPusher(
-            args.hub_model_id or output_dir.name, private=args.hub_private_repo, token=args.hub_token
-        )
     with contextlib.ExitStack() as stack:
-        if lock.is_locked:
-            stack.enter_context(lock)
-        if pusher is not None:
-            stack.enter_context(pusher)  # waits for what is being pushed, and says what was not
+        if accelerator.is_main_process:
+            stack.enter_context(only_writer(output_dir))
+            sweep(output_dir)
+        accelerator.wait_for_everyone()
+        pusher = None
+        if args.push_to_hub and accelerator.is_main_process:
+            # Left after the run, it waits for what is being pushed, and says what was not.
+            pusher = stack.enter_context(
+                BackgroundPusher(
+                    args.hub_model_id or output_dir.name, private=args.hub_private_repo, token=args.hub_token
+                )
+            )
         stop = stack.enter_context(stop_signals())
         return train(args, accelerator, source, output_dir, stop, pusher)
 

@@ -12,6 +12,7 @@ import argparse
 import math
 import os
 import re
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -570,6 +571,7 @@ def save_original_checkpoint(
 
     Raises:
         FileExistsError: when there is something at `path`.
+        OSError: when the file cannot be written; the message says how much space is left.
         ValueError: when the transformer or the adapter has no published counterpart, carries more than its own tensors
             (LoRA layers, fused projections), holds NaN or infinity, or when an EMA does not fit.
     """
@@ -645,5 +647,8 @@ def save_original_checkpoint(
     try:
         torch.save(checkpoint, partial)
         os.replace(partial, path)
+    except RuntimeError as error:  # torch.save says nothing of a full disk
+        free = shutil.disk_usage(path.parent).free / 2**20
+        raise OSError(f"{path} could not be written: {error} ({free:.0f} MiB are free there).") from error
     finally:
         partial.unlink(missing_ok=True)

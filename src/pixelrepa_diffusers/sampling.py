@@ -6,9 +6,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import accelerate
@@ -21,6 +22,7 @@ from diffusers import (
     FlowMatchHeunDiscreteScheduler,
     UniPCMultistepScheduler,
 )
+from filelock import FileLock, Timeout
 
 from .pipeline_pixelrepa import PixelREPAPipeline
 from .scheduling_jit import JiTFlowMatchScheduler
@@ -83,8 +85,38 @@ def write_atomically(path: Path, save: Callable[[Path], object]) -> None:
     try:
         save(temporary)
         temporary.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk is reported without a name
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """
+    Makes `folder`, keeps other runs out of it, and removes the files that a killed run left half-written in it.
+
+    The lock is a file `.lock` in the folder, which stays; the operating system ends the hold of a process that is killed.
+
+    Raises:
+        RuntimeError: another run is writing to the folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        held = FileLock(folder / ".lock").acquire(timeout=0)
+    except Timeout:
+        raise RuntimeError(f"Another run is writing to {folder}. Wait for it, or choose another folder.") from None
+    with held:
+        remove_incomplete(folder)
+        yield
+
+
+def remove_incomplete(folder: Path) -> None:
+    """Removes the files that `write_atomically` of a killed run left in a folder that no other run writes."""
+    for path in folder.glob(".*.incomplete"):
+        if path.is_file():
+            path.unlink()
 
 
 def device_name(device: torch.device) -> str:

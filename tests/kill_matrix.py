@@ -1,0 +1,653 @@
+"""What is left when a run is killed, stopped, cut off from its disk, or loses a process: trials, counted in a table.
+
+    python tests/kill_matrix.py FOLDER --trials 125 --seed 0
+
+Every trial starts an activity in a child, lets one fault strike at a random moment of the time the undisturbed activity
+takes, looks whether everything under a final name is whole and as it should be, runs the same command again, and compares
+the result with the undisturbed one bit by bit. Children are forked after the imports, so a trial costs what it computes.
+
+The faults, of which a publication meets the last two on the Hub's side:
+    SIGKILL     nothing runs after it
+    SIGTERM     to the whole process group, as a cluster's preemption sends it
+    Ctrl-C      SIGINT to the whole process group, as a terminal sends it
+    full disk   a small tmpfs; where mounting is not permitted a limit on the size of files
+    read-only   the output folder becomes read-only, in half of the trials before the start
+    dead rank   SIGKILL to one of the two processes of a launched training run
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import ctypes
+import functools
+import hashlib
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import psutil
+from standin_hub import StandInHub
+from training_runs import ROOT, TEACHER, arguments, ended, fork, train, two_process_command, weights, write_images
+
+
+FIXTURES = Path(__file__).parent / "fixtures"
+LIMIT = 120  # seconds after which a run counts as hanging
+# How an error must begin to be understood, where a disk is full or a folder cannot be written.
+CLEAR = {
+    "full disk": ("No space left on device", "File too large", "could not be written", "507"),
+    "read-only": ("Permission denied", "Read-only file system", "no write permission"),
+}
+
+
+class Damage(AssertionError):
+    """A fault damaged something, or a restart did not mend it."""
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def tensors_sha256(tensors: dict) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode() + str((tensor.dtype, tuple(tensor.shape))).encode())
+        digest.update(tensor.detach().contiguous().view(-1).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def folder_sha256(folder: Path) -> dict[str, str]:
+    """Of every file, the record of the run left out: it names its folder and versions."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "training_arguments.json"]
+    return {path.relative_to(folder).as_posix(): sha256(path.read_bytes()) for path in files}
+
+
+# ---------------------------------------------------------------------------------------------------------- activities
+
+
+class Activity:
+    """A command that can be given again, what it has written so far, and what of that must not change."""
+
+    name: str
+    stops_orderly = False  # on a signal, with exit status 0
+
+    def __init__(self, folder: Path):
+        self.folder = folder / self.name
+        self.folder.mkdir()
+
+    def prepare(self, place: Path) -> None:
+        """Puts what an earlier run has left into `place`."""
+
+    def run(self, place: Path) -> None:
+        """The command, in a child."""
+        raise NotImplementedError
+
+    def finished(self, place: Path) -> dict:
+        """Name → value of all that stands under a final name. Whatever does not load raises."""
+        raise NotImplementedError
+
+    def leftovers(self, place: Path) -> list[Path]:
+        return [path for path in place.rglob(".*") if path.name != ".lock"]
+
+    def measure(self) -> None:
+        """Runs undisturbed: how long it takes, how much it writes, what comes of it."""
+        place = self.place("undisturbed")
+        started = time.perf_counter()
+        self.attempt(place, "undisturbed")
+        self.seconds = time.perf_counter() - started
+        self.bytes = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
+        self.expected = self.finished(place)
+        self.allowed = self.expected
+
+    def place(self, name: str) -> Path:
+        place = self.folder / name
+        place.mkdir()
+        self.prepare(place)
+        return place
+
+    def log(self, place: Path) -> Path:
+        return self.folder / f"{place.name}.log"
+
+    def attempt(self, place: Path, what: str) -> None:
+        status = ended(fork(lambda: self.run(place), self.log(place)), LIMIT)
+        if status != 0:
+            raise Damage(f"{what} of {self.name} ended with {status}:\n{self.log(place).read_text()[-4000:]}")
+
+    def check(self, place: Path) -> None:
+        """Everything under a final name is one of those of an undisturbed run."""
+        for name, value in self.finished(place).items():
+            if self.allowed.get(name) != value:
+                raise Damage(f"{place}: {name} is {value}, undisturbed {self.allowed.get(name)}.")
+
+    def check_end(self, place: Path) -> None:
+        self.check(place)
+        missing = self.expected.keys() - self.finished(place).keys()
+        if missing or self.leftovers(place):
+            raise Damage(f"{place} lacks {sorted(missing)} and still has {self.leftovers(place)}.")
+
+
+class Training(Activity):
+    name = "training"
+    stops_orderly = True
+
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        self.data = write_images(self.folder / "data")
+
+    def words(self, place: Path, **overrides) -> list[str]:
+        settings = {
+            "max_train_steps": 12,
+            "checkpointing_steps": 3,
+            "validation_steps": 6,
+            "logging_steps": 1,
+            "dataloader_num_workers": 1,
+            "resume_from_checkpoint": "latest",
+        }
+        return arguments(self.data, place / "run", **{**settings, **overrides})
+
+    def run(self, place: Path) -> None:
+        train(self.words(place))
+
+    def measure(self) -> None:
+        super().measure()
+        # A signal makes a checkpoint at any step: those of a run that keeps them all are right as well.
+        place = self.place("every-step")
+        everything = fork(lambda: train(self.words(place, checkpointing_steps=1)), self.log(place))
+        assert ended(everything, LIMIT) == 0, self.log(place).read_text()[-4000:]
+        self.allowed = self.finished(place)
+        assert self.expected.items() <= self.allowed.items(), "two undisturbed runs differ"
+
+    def finished(self, place: Path) -> dict:
+        from checkpointing import list_checkpoints, verify
+
+        from pixelrepa_diffusers import PixelREPAPipeline
+
+        run, found = place / "run", {}
+        for checkpoint in list_checkpoints(run):
+            verify(checkpoint)
+            found[checkpoint.name] = tensors_sha256(weights(checkpoint))
+        for path in (*run.glob("samples/*.png"), *run.glob("curves.png")):
+            found[path.name] = sha256(path.read_bytes())
+        if (run / "pipeline").exists():
+            PixelREPAPipeline.from_pretrained(run / "pipeline")
+            found |= folder_sha256(run / "pipeline")
+        if (run / "metrics.jsonl").exists():
+            for line in (run / "metrics.jsonl").read_text().splitlines():
+                if line.endswith("}"):  # the last may be cut: the next start drops it
+                    row = json.loads(line)
+                    found[f"step {row['step']}"] = [row[key] for key in ("loss", "grad_norm", "learning_rate")]
+        if (run / "arguments.json").exists():
+            json.loads((run / "arguments.json").read_text())
+        return found
+
+
+class TrainingOfTwo(Training):
+    """Two processes, started by accelerate; only a dead rank strikes here."""
+
+    name = "training on two"
+
+    def run(self, place: Path) -> None:
+        raise NotImplementedError("it is launched, not forked")
+
+    def words(self, place: Path, **overrides) -> list[str]:
+        return super().words(place, train_batch_size=2, **overrides)
+
+    def launch(self, place: Path) -> subprocess.Popen:
+        command, environment = two_process_command(ROOT / "training/train_pixelrepa.py", self.words(place))
+        output = self.log(place).open("a")
+        return subprocess.Popen(command, env=environment, cwd=ROOT, stdout=output, stderr=output)
+
+    def attempt(self, place: Path, what: str) -> None:
+        launcher = self.launch(place)
+        status = launcher.wait(LIMIT)
+        record = place / "run/pipeline/training_arguments.json"
+        if status != 0 or json.loads(record.read_text())["num_processes"] != 2:
+            raise Damage(f"{what} of {self.name} ended with {status}:\n{self.log(place).read_text()[-4000:]}")
+
+    def measure(self) -> None:
+        Activity.measure(self)
+
+
+class Conversion(Activity):
+    """A published checkpoint to a pipeline and that back to a checkpoint, twice."""
+
+    name = "conversion"
+
+    def run(self, place: Path) -> None:
+        from transformers import HfArgumentParser
+
+        from pipelines.convert_checkpoint import ConvertArguments, main
+
+        def convert(*words) -> None:
+            main(HfArgumentParser(ConvertArguments).parse_args_into_dataclasses([str(word) for word in words])[0])
+
+        source = FIXTURES / "reference_a/checkpoint-last.pth"
+        for kind in ("ema1", "ema2"):
+            pipe, back = place / f"pipe-{kind}", place / f"{kind}.pth"
+            if not pipe.exists():  # what exists is refused, and is finished
+                words = ("--checkpoint_path", source, "--output_dir", pipe, "--in_context_start", 2)
+                convert(*words, "--weights", kind)
+            if not back.exists():
+                convert("--to_original", "--pipeline", pipe, "--output_path", back)
+
+    def finished(self, place: Path) -> dict:
+        from pixelrepa_diffusers import PixelREPAPipeline
+        from pixelrepa_diffusers.adapter import MaskedTransformerAdapter
+        from pixelrepa_diffusers.checkpoints import read_original_checkpoint
+
+        found = {}
+        for pipe in place.glob("pipe-*"):
+            PixelREPAPipeline.from_pretrained(pipe)
+            MaskedTransformerAdapter.from_pretrained(pipe / "adapter")
+            found |= {f"{pipe.name}/{name}": value for name, value in folder_sha256(pipe).items()}
+        for path in place.glob("*.pth"):
+            checkpoint = read_original_checkpoint(path)
+            found[f"{path.name} args"] = vars(checkpoint["args"])
+            for part in ("model", "model_ema1", "model_ema2"):
+                found[f"{path.name} {part}"] = tensors_sha256(checkpoint[part])
+        return found
+
+
+def tiny_pipeline(seed: int, num_classes: int):
+    """A pipeline whose weights are all random: a fresh one ignores its labels."""
+    import torch
+
+    from pixelrepa_diffusers import JiTFlowMatchScheduler, JiTTransformer2DModel, PixelREPAPipeline
+
+    torch.manual_seed(seed)
+    transformer = JiTTransformer2DModel(
+        sample_size=16, patch_size=4, num_layers=3, num_attention_heads=2, attention_head_dim=16, bottleneck_dim=8,
+        in_context_len=2, in_context_start=1, num_classes=num_classes,
+    )  # fmt: skip
+    for parameter in transformer.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return PixelREPAPipeline(transformer.eval(), JiTFlowMatchScheduler(), guidance_scale=2.0)
+
+
+class Generation(Activity):
+    """Images beside those of an earlier run."""
+
+    name = "generation"
+
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        tiny_pipeline(0, 10).save_pretrained(self.folder / "pipeline")
+        self.earlier = self.folder / "earlier"
+        assert ended(fork(lambda: self.generate(self.earlier, 5, "0-3", 0), self.folder / "earlier.log"), LIMIT) == 0
+
+    def generate(self, output: Path, label: int, seeds: str, max_grid_images: int) -> None:
+        from transformers import HfArgumentParser
+
+        from pipelines.generate import GenerateArguments, main
+
+        words = ["--pipeline", self.folder / "pipeline", "--output_dir", output, "--class_labels", label]
+        words += ["--seeds", seeds, "--num_inference_steps", 5, "--batch_size", 2, "--overwrite"]
+        words += ["--max_grid_images", max_grid_images]
+        main(HfArgumentParser(GenerateArguments).parse_args_into_dataclasses([str(word) for word in words])[0])
+
+    def prepare(self, place: Path) -> None:
+        shutil.copytree(self.earlier, place / "images")
+
+    def run(self, place: Path) -> None:
+        self.generate(place / "images", 7, "0-23", 256)
+
+    def finished(self, place: Path) -> dict:
+        json.loads((place / "images/arguments.json").read_text())
+        found = {path.name: sha256(path.read_bytes()) for path in place.glob("images/*.png")}
+        if len([name for name in found if name.startswith("0005_")]) != 4:
+            raise Damage(f"{place}: images of the earlier run are gone.")
+        return found
+
+
+class Evaluation(Activity):
+    """A sweep of two cells, one of which an earlier run has finished."""
+
+    name = "evaluation"
+
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        tiny_pipeline(0, 10).save_pretrained(self.folder / "pipeline")
+        self.make_reference(self.folder / "reference.npz")
+        self.earlier = self.folder / "earlier"
+        assert ended(fork(lambda: self.evaluate(self.earlier, 1, 3), self.folder / "earlier.log"), LIMIT) == 0
+        shutil.rmtree(next(self.earlier.glob("*guidance-3")))
+
+    @staticmethod
+    def make_reference(path: Path) -> None:
+        import torch
+
+        from pixelrepa_diffusers.metrics import (
+            FeatureMoments,
+            FeatureStatistics,
+            VisionEncoderNetwork,
+            extract,
+            network_name,
+            network_sha256,
+        )
+
+        network, moments = VisionEncoderNetwork.from_pretrained(TEACHER, image_size=28), FeatureMoments()
+        images = torch.randint(0, 256, (40, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+        moments.update(extract(network, images)["features"])
+        names = {"network": network_name(network), "network_sha256": network_sha256(network)}
+        FeatureStatistics.from_moments(moments, **names).save(path)
+
+    def evaluate(self, output: Path, *scales: float) -> None:
+        from transformers import HfArgumentParser
+
+        from pipelines.evaluate import EvaluateArguments, main
+
+        words = ["--pipeline", self.folder / "pipeline", "--output_dir", output, "--metrics", "fd_teacher"]
+        words += ["--teacher", TEACHER, "--teacher_image_size", 28, "--num_samples", 60, "--num_inference_steps", 4]
+        words += ["--teacher_reference", self.folder / "reference.npz", "--batch_size", 4, "--chunk_size", 8]
+        words += ["--guidance_scales", *scales]
+        main(HfArgumentParser(EvaluateArguments).parse_args_into_dataclasses([str(word) for word in words])[0])
+
+    def prepare(self, place: Path) -> None:
+        shutil.copytree(self.earlier, place / "sweep")
+
+    def run(self, place: Path) -> None:
+        self.evaluate(place / "sweep", 1, 3)
+
+    def finished(self, place: Path) -> dict:
+        found = {}
+        for path in place.glob("sweep/*/metrics.json"):
+            found[str(path.relative_to(place))] = json.loads(path.read_text())["metrics"]
+        for path in place.glob("sweep/**/*.png"):
+            found[str(path.relative_to(place))] = sha256(path.read_bytes())
+        for path in place.glob("sweep/*/state.npz"):
+            with np.load(path) as state:
+                dict(state)
+        for row in csv.DictReader((place / "sweep/sweep.csv").open()):
+            found[f"row {row['guidance_scale']}"] = row["fd_teacher"]
+        found["table"] = len(json.loads((place / "sweep/sweep.json").read_text())["cells"]) >= 1
+        if not list(place.glob("sweep/*guidance-1/metrics.json")):
+            raise Damage(f"{place}: the earlier cell is gone.")
+        return found
+
+    def leftovers(self, place: Path) -> list[Path]:
+        return [*super().leftovers(place), *place.rglob("state.npz")]
+
+
+class Publishing(Activity):
+    """A second version over a first; each trial has a repository of its own, named after its place."""
+
+    name = "publishing"
+
+    def __init__(self, folder: Path, hub: StandInHub):
+        super().__init__(folder)
+        self.hub = hub
+        for version in (0, 1):
+            pipeline = tiny_pipeline(version, 10)
+            pipeline.save_pretrained(self.folder / f"pipeline-{version}", max_shard_size=("10GB", "40KB")[version])
+
+    def publish(self, place: Path, version: int) -> None:
+        import huggingface_hub.utils._http as http
+
+        from pixelrepa_diffusers.hub import PublishError, publish_folder
+
+        # The client waits seconds between its tries.
+        http.time = SimpleNamespace(**{**vars(time), "sleep": lambda seconds: time.sleep(0.001)})
+        try:
+            publish_folder(self.folder / f"pipeline-{version}", f"me/{place.name}", attempts=2, retry_wait=0.01)
+        except PublishError as error:
+            raise SystemExit(str(error)) from None
+
+    def prepare(self, place: Path) -> None:
+        assert ended(fork(lambda: self.publish(place, 0), self.log(place)), LIMIT) == 0, self.log(place).read_text()
+        self.first = self.finished(place)
+
+    def run(self, place: Path) -> None:
+        self.publish(place, 1)
+
+    def finished(self, place: Path) -> dict:
+        files = self.hub.files(f"me/{place.name}")
+        del files["README.md"]  # it names the repository
+        return {name: sha256(content) for name, content in files.items()}
+
+    def check(self, place: Path) -> None:
+        if self.finished(place) not in (self.first, self.expected):
+            raise Damage(f"me/{place.name} is neither the first nor the second version: {self.finished(place)}")
+
+    def check_end(self, place: Path) -> None:
+        if self.finished(place) != self.expected:
+            raise Damage(f"me/{place.name} is not the second version: {self.finished(place)}")
+
+
+# -------------------------------------------------------------------------------------------------------------- faults
+
+
+def strike_with(number: int, activity: Activity, place: Path, draw: random.Random) -> int | None:
+    """A signal at a random moment, SIGKILL excepted to the whole group; None when the run has ended before."""
+    child = fork(lambda: activity.run(place), activity.log(place))
+    if ended(child, draw.uniform(0, activity.seconds)) is not None:
+        return None
+    if number == signal.SIGKILL:
+        os.kill(child, number)
+    else:
+        os.killpg(child, number)
+    return finish(child, activity, place)
+
+
+def finish(child: int, activity: Activity, place: Path) -> int:
+    status = ended(child, LIMIT)
+    if status is None:
+        os.killpg(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        raise Damage(f"{activity.name} hangs:\n{activity.log(place).read_text()[-4000:]}")
+    return status
+
+
+@contextlib.contextmanager
+def small_disk(place: Path, size: int, prepare: Callable[[Path], None]) -> Iterator[Callable[[], None]]:
+    """A tmpfs of `size` bytes at `place`, and a function that makes it large."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place], check=True, capture_output=True)
+    try:
+        prepare(place)
+        yield lambda: subprocess.run(["mount", "-o", "remount,size=256m", place], check=True)
+    finally:
+        subprocess.run(["umount", "-l", place], check=True)
+
+
+@functools.cache
+def may_mount() -> bool:
+    command = "d=$(mktemp -d) && mount -t tmpfs tmpfs $d && umount $d && rmdir $d"
+    return subprocess.run(["sh", "-c", command], capture_output=True).returncode == 0
+
+
+def obey_permissions() -> None:
+    """root may write everywhere, whatever the permissions say, until it gives that capability up."""
+    if os.geteuid() == 0:
+        version_3 = (ctypes.c_uint32 * 2)(0x20080522, 0)  # see capset(2)
+        if ctypes.CDLL(None).capset(version_3, (ctypes.c_uint32 * 6)()):
+            raise OSError("capset failed")
+
+
+def set_writable(place: Path, writable: bool) -> None:
+    for path in (place, *place.rglob("*")):
+        with contextlib.suppress(FileNotFoundError):  # a run that goes on removes files
+            mode = path.stat().st_mode
+            path.chmod(mode | 0o200 if writable else mode & ~0o222)
+
+
+# --------------------------------------------------------------------------------------------------------------- trials
+
+
+def last_line(log: Path) -> str:
+    """The message that a failed run ends with."""
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1] if lines else ""
+
+
+def trial(activity: Activity, fault: str, number: int, draw: random.Random) -> str | None:
+    """One trial: None when the fault came too late, else what the disturbed run ended with."""
+    name = f"{fault.replace(' ', '-').lower()}-{number}"
+    log = activity.log(Path(name))
+    with contextlib.ExitStack() as stack:
+        if fault == "full disk" and not isinstance(activity, Publishing) and may_mount():
+            place = activity.folder / name
+            place.mkdir()
+            earlier = sum(path.stat().st_blocks * 512 for path in getattr(activity, "earlier", place).rglob("*"))
+            room = earlier + 4096 + int(draw.uniform(0, 0.9) * (activity.bytes - earlier))
+            enlarge = stack.enter_context(small_disk(place, room, activity.prepare))
+            status = finish(fork(lambda: activity.run(place), log), activity, place)
+            activity.check(place)
+            enlarge()
+        elif fault == "full disk" and isinstance(activity, Publishing):
+            place = activity.place(name)
+            activity.hub.reset()
+            full = draw.randint(1, 25)
+            activity.hub.fault = lambda number, method, path: 507 if number >= full and method != "GET" else None
+            status = finish(fork(lambda: activity.run(place), log), activity, place)
+            activity.hub.reset()
+            activity.check(place)
+        elif fault == "full disk":
+            place = activity.place(name)
+            limit = int(draw.uniform(0, 0.9) * max(p.stat().st_size for p in place.parent.glob("undisturbed/**/*")))
+
+            def limited() -> None:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+                activity.run(place)
+
+            status = finish(fork(limited, log), activity, place)
+            activity.check(place)
+        elif fault == "read-only" and isinstance(activity, Publishing):
+            place = activity.place(name)
+
+            def reader() -> None:
+                os.environ["HF_TOKEN"] = activity.hub.read_token
+                activity.run(place)
+
+            status = finish(fork(reader, log), activity, place)
+            activity.check(place)
+        elif fault == "read-only":
+            place = activity.place(name)
+
+            def ordinary() -> None:
+                obey_permissions()
+                activity.run(place)
+
+            moment = draw.choice((0, draw.uniform(0, activity.seconds)))
+            if moment == 0:
+                set_writable(place, False)
+            child = fork(ordinary, log)
+            status = ended(child, moment)
+            set_writable(place, False)
+            if status is None:
+                status = finish(child, activity, place)
+            activity.check(place)
+            set_writable(place, True)
+        elif fault == "dead rank":
+            place = activity.place(name)
+            launcher = activity.launch(place)
+            ranks = []
+            while len(ranks) < 2 and launcher.poll() is None:
+                time.sleep(0.05)
+                ranks = [p for p in psutil.Process(launcher.pid).children() if "train_pixelrepa.py" in p.cmdline()[1]]
+            try:
+                status = launcher.wait(draw.uniform(0, activity.seconds))
+            except subprocess.TimeoutExpired:
+                draw.choice(ranks).kill()
+                status = launcher.wait(LIMIT)
+                if status == 0:
+                    raise Damage(f"{place}: a rank died and the launcher says that all is well.") from None
+            activity.check(place)
+        else:
+            place = activity.place(name)
+            number = {"SIGKILL": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "Ctrl-C": signal.SIGINT}[fault]
+            status = strike_with(number, activity, place, draw)
+            activity.check(place)
+        message = last_line(log)
+        if status is None or (status == 0 and not (activity.stops_orderly and fault in ("SIGTERM", "Ctrl-C"))):
+            return None
+        if fault in CLEAR and not any(text in log.read_text(errors="replace") for text in CLEAR[fault]):
+            raise Damage(f"{place}: a run ends with {status} and an unclear message:\n{log.read_text()[-3000:]}")
+        activity.attempt(place, "the restart")
+        activity.check_end(place)
+    shutil.rmtree(activity.folder / name)
+    return f"{status}: {message}"
+
+
+def import_everything() -> None:
+    """What the children inherit."""
+    import train_pixelrepa  # noqa: F401
+    from diffusers.utils import logging
+    from matplotlib.figure import Figure  # noqa: F401
+
+    from pipelines import convert_checkpoint, evaluate, generate  # noqa: F401
+    from pixelrepa_diffusers import hub  # noqa: F401
+
+    logging.disable_progress_bar()
+
+
+def matrix(folder: Path, trials: int, seed: int) -> dict:
+    """Runs them all and returns the counts and how the disturbed runs ended."""
+    folder.mkdir(parents=True)
+    draw = random.Random(seed)
+    with StandInHub() as hub:
+        os.environ.update(hub.environment(folder / "home"))  # before anything imports the client
+        import_everything()
+        activities: list[Activity] = [kind(folder) for kind in (Training, Conversion, Evaluation, Generation)]
+        activities.append(Publishing(folder, hub))
+        deadly = trials // 40
+        if deadly:
+            activities.append(TrainingOfTwo(folder))
+        for activity in activities:
+            activity.measure()
+        faults = ("SIGKILL", "SIGTERM", "Ctrl-C", "full disk", "read-only")
+        pairs = [(activity, fault) for fault in faults for activity in activities[:5]]
+        draw.shuffle(pairs)
+        todo = [(activities[-1], "dead rank")] * deadly + [pairs[i % len(pairs)] for i in range(trials - deadly)]
+        counts, late, endings = Counter(), Counter(), {}
+        for number, (activity, fault) in enumerate(todo):
+            ending = None
+            while ending is None:
+                ending = trial(activity, fault, number + 1000 * late[activity.name, fault], draw)
+                late[activity.name, fault] += ending is None
+            counts[activity.name, fault] += 1
+            endings.setdefault(f"{activity.name} × {fault}", Counter())[ending[:160]] += 1
+    names = [activity.name for activity in activities]
+    faults = [*faults, *(["dead rank"] if deadly else [])]
+    return {
+        "trials": sum(counts.values()),
+        "table": {name: {fault: counts[name, fault] for fault in faults} for name in names},
+        "too late, repeated": sum(late.values()),
+        "seconds undisturbed": {activity.name: round(activity.seconds, 2) for activity in activities},
+        "endings": endings,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("folder", type=Path, help="New; receives everything.")
+    parser.add_argument("--trials", type=int, default=125)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    sys.path.insert(0, str(ROOT))
+    started = time.perf_counter()
+    report = matrix(args.folder.resolve(), args.trials, args.seed)
+    faults = list(next(iter(report["table"].values())))
+    print("| trials | " + " | ".join(faults) + " |\n" + "|---" * (1 + len(faults)) + "|")
+    for name, row in report["table"].items():
+        print(f"| {name} | " + " | ".join(str(row[fault]) for fault in faults) + " |")
+    print(
+        f"{report['trials']} trials, {report['trials']} restarts finished, {report['trials']} results equal to the "
+        f"undisturbed run, nothing damaged ({report['too late, repeated']} faults came too late and were repeated), "
+        f"{time.perf_counter() - started:.0f} s."
+    )
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

@@ -17,6 +17,7 @@ setup(
     install_requires=[
         "torch>=2.8",
         "diffusers>=0.42",
+        "filelock>=3.13",
         "transformers>=5.0",
         "accelerate>=1.15",
         "safetensors>=0.8",

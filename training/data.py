@@ -416,7 +416,12 @@ def open_dataset(args: DataArguments) -> ImageSource | StreamSource:
                 f"{saved} was written by `save_to_disk` and is read where it lies: "
                 "drop --streaming, --data_files and --dataset_config_name."
             )
-        data = datasets.load_from_disk(str(saved))
+        try:
+            data = datasets.load_from_disk(str(saved))
+        except (OSError, ValueError, TypeError, LookupError, pa.ArrowException) as error:
+            raise ValueError(
+                f"{saved} cannot be read as a data set ({type(error).__name__}: {error}): it is damaged or empty."
+            ) from error
         if isinstance(data, datasets.DatasetDict):
             if args.dataset_split not in data:
                 raise ValueError(f"{saved} has no split {args.dataset_split!r}, only {sorted(data)}: --dataset_split.")

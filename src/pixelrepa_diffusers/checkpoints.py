@@ -313,10 +313,14 @@ class _WeightSet:
         """Refuses what is not a dense tensor of finite floating-point numbers."""
         kinds = (torch.float32, torch.float16, torch.bfloat16)
         for key, value in self.tensors.items():
-            if value.dtype not in kinds or value.layout != torch.strided or value.is_meta:
+            # A stride of 0 makes a few bytes of a file a tensor of any size.
+            inflated = value.layout == torch.strided and any(
+                stride == 0 and size > 1 for stride, size in zip(value.stride(), value.shape, strict=True)
+            )
+            if value.dtype not in kinds or value.layout != torch.strided or value.is_meta or inflated:
                 raise ValueError(
                     f"{self.place(key)} must be a dense tensor of {_listed(kinds)}, got {value.dtype}, "
-                    f"{value.layout}, on {value.device}."
+                    f"{value.layout}, on {value.device}" + (", with a stride of 0." if inflated else ".")
                 )
             if not torch.isfinite(value).all():
                 raise ValueError(f"{self.place(key)} holds NaN or infinity.")

@@ -290,6 +290,7 @@ class Checkpointer:
 
         A checksum tells damage, not intent: whoever writes the files writes the manifest. So nothing in a checkpoint may
         run: weights are safetensors, and accelerate unpickles the optimizer and the generators with `weights_only=True`.
+        (Sharded checkpoints are torch.distributed.checkpoint's, which unpickles without that: resume those of your own.)
 
         Raises:
             ValueError: for a checkpoint of another run, or one that is not what `save` writes.

@@ -158,7 +158,9 @@ def teacher_config(args: TrainingArguments) -> PretrainedConfig:
     """The teacher's vision configuration, without its weights."""
     if args.teacher_model_name_or_path == "facebook/dinov2-base":
         return Dinov2Config()  # its defaults are that model: the published recipes need no network to be checked
-    config = AutoConfig.from_pretrained(args.teacher_model_name_or_path, revision=args.teacher_revision)
+    config = AutoConfig.from_pretrained(
+        args.teacher_model_name_or_path, revision=args.teacher_revision, trust_remote_code=False
+    )
     return getattr(config, "vision_config", config)
 
 

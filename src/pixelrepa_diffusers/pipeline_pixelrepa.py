@@ -14,6 +14,7 @@ import json
 import math
 import numbers
 import shutil
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -475,6 +476,10 @@ def _index_names(id2label: dict[int | str, str], num_classes: int) -> dict[str, 
             raise ValueError(f"`id2label` has two entries for class {key}.")
         if not isinstance(names, str) or not names.strip(" ,"):
             raise ValueError(f"`id2label[{key!r}]` must be a name, got {names!r}.")
+        if any(unicodedata.category(character) in ("Cc", "Cs") for character in names):
+            raise ValueError(
+                f"`id2label[{key!r}]` must be a name of one line, without control characters, got {names!r}."
+            )
         names_by_id[int(key)] = names
     ids: dict[str, tuple[int, ...]] = {}
     for class_id, names in names_by_id.items():

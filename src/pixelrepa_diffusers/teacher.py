@@ -54,6 +54,7 @@ def read_normalization(name_or_path: str, **hub_kwargs) -> tuple[Sequence[float]
     # Read the stored values rather than build the processor: some processors exist only in a torchvision version.
     processor, _ = ImageProcessingMixin.get_image_processor_dict(name_or_path, **hub_kwargs)
     if "image_mean" not in processor or "image_std" not in processor:  # then they are the defaults of its class
+        hub_kwargs = {"trust_remote_code": False, **hub_kwargs}
         processor = AutoImageProcessor.from_pretrained(name_or_path, **hub_kwargs).to_dict()
     if not processor.get("do_normalize", True):
         return (0.0,) * 3, (1.0,) * 3
@@ -266,12 +267,15 @@ class SemanticTeacher(nn.Module):
         Args:
             name_or_path (`str`): For example `"facebook/dinov2-base"`.
             grid_size, image_size, mode, dtype: See [`SemanticTeacher`]; `dtype` defaults to the stored type.
-            hub_kwargs: `revision`, `cache_dir`, `token`, `local_files_only`, `subfolder`.
+            hub_kwargs: `revision`, `cache_dir`, `token`, `local_files_only`, `subfolder`; `trust_remote_code=True` for an
+                encoder that comes with code of its own, which is refused otherwise.
 
         Raises:
             OSError: when configuration, weights or preprocessor are not found.
             ValueError: for an unsupported encoder (found before its weights are read), or one with weights missing.
         """
+        # Said outright: transformers would else ask on the terminal whether to run a folder's own code.
+        hub_kwargs = {"trust_remote_code": False, **hub_kwargs}
         config = AutoConfig.from_pretrained(name_or_path, **hub_kwargs)
         config = getattr(config, "vision_config", config)
         _check_vision_config(config)

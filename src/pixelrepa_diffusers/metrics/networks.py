@@ -201,7 +201,8 @@ class VisionEncoderNetwork(nn.Module):
             image_size, pooling: see the class. `facebook/dinov2-*` are configured for 518 px and take any multiple of 14.
             kwargs: for `AutoModel.from_pretrained`: `revision`, `cache_dir`, `dtype`, …
         """
-        model = AutoModel.from_pretrained(name_or_path, **kwargs)
+        # Said outright: transformers would else ask on the terminal whether to run a folder's own code.
+        model = AutoModel.from_pretrained(name_or_path, **{"trust_remote_code": False, **kwargs})
         model = getattr(model, "vision_model", model)  # the image half of CLIP and SigLIP
         hub_kwargs = {name: kwargs[name] for name in ("revision", "cache_dir", "token") if name in kwargs}
         mean, std = read_normalization(name_or_path, **hub_kwargs)

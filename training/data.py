@@ -418,7 +418,7 @@ def open_dataset(args: DataArguments) -> ImageSource | StreamSource:
             )
         try:
             data = datasets.load_from_disk(str(saved))
-        except (OSError, ValueError, TypeError, LookupError, pa.ArrowException) as error:
+        except (OSError, ValueError, TypeError, LookupError, RecursionError, pa.ArrowException) as error:
             raise ValueError(
                 f"{saved} cannot be read as a data set ({type(error).__name__}: {error}): it is damaged or empty."
             ) from error
@@ -744,6 +744,9 @@ class ImageLoader:
                 data could not be continued.
         """
         mine = self.state_dict()
+        positions = [state.get(key) for key in self.position]
+        if not mine.keys() <= state.keys() or not all(isinstance(place, int) and place >= 0 for place in positions):
+            raise ValueError(f"A data position must hold {', '.join(mine)}, got {state}.")
         changed = [key for key in mine if key not in self.position and state[key] != mine[key]]
         if changed:
             raise ValueError(

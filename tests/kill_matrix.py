@@ -24,6 +24,7 @@ import ctypes
 import functools
 import hashlib
 import json
+import math
 import os
 import random
 import resource
@@ -33,7 +34,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -45,7 +46,7 @@ from training_runs import ROOT, TEACHER, arguments, ended, fork, train, two_proc
 
 FIXTURES = Path(__file__).parent / "fixtures"
 LIMIT = 120  # seconds after which a run counts as hanging
-# How an error must begin to be understood, where a disk is full or a folder cannot be written.
+# One of these an error must say, where a disk is full or a folder cannot be written.
 CLEAR = {
     "full disk": ("No space left on device", "File too large", "could not be written", "507"),
     "read-only": ("Permission denied", "Read-only file system", "no write permission"),
@@ -81,6 +82,7 @@ class Activity:
     """A command that can be given again, what it has written so far, and what of that must not change."""
 
     name: str
+    worked = 0.0  # seconds of processor time of the latest child
     stops_orderly = False  # on a signal, with exit status 0
 
     def __init__(self, folder: Path):
@@ -102,11 +104,11 @@ class Activity:
         return [path for path in place.rglob(".*") if path.name != ".lock"]
 
     def measure(self) -> None:
-        """Runs undisturbed: how long it takes, how much it writes, what comes of it."""
+        """Runs undisturbed: how much work it is, how much it writes, what comes of it."""
         place = self.place("undisturbed")
         started = time.perf_counter()
         self.attempt(place, "undisturbed")
-        self.seconds = time.perf_counter() - started
+        self.seconds, self.work = time.perf_counter() - started, self.worked
         self.bytes = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
         self.expected = self.finished(place)
         self.allowed = self.expected
@@ -120,8 +122,27 @@ class Activity:
     def log(self, place: Path) -> Path:
         return self.folder / f"{place.name}.log"
 
+    def watch(self, child: int, place: Path, work: float = math.inf) -> int | None:
+        """The exit status of a child, or None as soon as it has used `work` seconds of processor time.
+
+        They tell a moment of its work better than a clock on a machine that has other things to do as well.
+        """
+        started, self.worked = time.monotonic(), 0.0
+        while self.worked < work:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                times = psutil.Process(child).cpu_times()
+                self.worked = max(self.worked, times.user + times.system)
+            status = ended(child, 0.002)
+            if status is not None:
+                return status
+            if time.monotonic() - started > LIMIT:
+                os.killpg(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+                raise Damage(f"{self.name} hangs:\n{self.log(place).read_text()[-4000:]}")
+        return None
+
     def attempt(self, place: Path, what: str) -> None:
-        status = ended(fork(lambda: self.run(place), self.log(place)), LIMIT)
+        status = self.watch(fork(lambda: self.run(place), self.log(place)), place)
         if status != 0:
             raise Damage(f"{what} of {self.name} ended with {status}:\n{self.log(place).read_text()[-4000:]}")
 
@@ -148,9 +169,9 @@ class Training(Activity):
 
     def words(self, place: Path, **overrides) -> list[str]:
         settings = {
-            "max_train_steps": 12,
-            "checkpointing_steps": 3,
-            "validation_steps": 6,
+            "max_train_steps": 8,
+            "checkpointing_steps": 2,
+            "validation_steps": 4,
             "logging_steps": 1,
             "dataloader_num_workers": 1,
             "resume_from_checkpoint": "latest",
@@ -301,7 +322,7 @@ class Generation(Activity):
         shutil.copytree(self.earlier, place / "images")
 
     def run(self, place: Path) -> None:
-        self.generate(place / "images", 7, "0-23", 256)
+        self.generate(place / "images", 7, "0-15", 256)
 
     def finished(self, place: Path) -> dict:
         json.loads((place / "images/arguments.json").read_text())
@@ -427,37 +448,50 @@ class Publishing(Activity):
 
 # -------------------------------------------------------------------------------------------------------------- faults
 
+# A fault makes `place`, lets the activity run and strikes. It returns the exit status, None when it came too late, and what
+# makes room for the restart.
+Outcome = tuple[int | None, Callable[[], object]]
 
-def strike_with(number: int, activity: Activity, place: Path, draw: random.Random) -> int | None:
-    """A signal at a random moment, SIGKILL excepted to the whole group; None when the run has ended before."""
+
+def run_as(activity: Activity, place: Path, hindrance: Callable[[], object]) -> int:
+    """The whole run of a child that first does something to itself."""
+    return activity.watch(fork(lambda: (hindrance(), activity.run(place)), activity.log(place)), place)
+
+
+def signal_strikes(activity: Activity, name: str, draw: random.Random, stack, number: int) -> Outcome:
+    place = activity.place(name)
     child = fork(lambda: activity.run(place), activity.log(place))
-    if ended(child, draw.uniform(0, activity.seconds)) is not None:
-        return None
+    if activity.watch(child, place, draw.uniform(0, activity.work)) is not None:
+        return None, place.exists
     if number == signal.SIGKILL:
         os.kill(child, number)
     else:
         os.killpg(child, number)
-    return finish(child, activity, place)
+    return activity.watch(child, place), place.exists
 
 
-def finish(child: int, activity: Activity, place: Path) -> int:
-    status = ended(child, LIMIT)
-    if status is None:
-        os.killpg(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        raise Damage(f"{activity.name} hangs:\n{activity.log(place).read_text()[-4000:]}")
-    return status
-
-
-@contextlib.contextmanager
-def small_disk(place: Path, size: int, prepare: Callable[[Path], None]) -> Iterator[Callable[[], None]]:
-    """A tmpfs of `size` bytes at `place`, and a function that makes it large."""
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place], check=True, capture_output=True)
-    try:
-        prepare(place)
-        yield lambda: subprocess.run(["mount", "-o", "remount,size=256m", place], check=True)
-    finally:
-        subprocess.run(["umount", "-l", place], check=True)
+def disk_fills(activity: Activity, name: str, draw: random.Random, stack: contextlib.ExitStack) -> Outcome:
+    if isinstance(activity, Publishing):
+        place, hub, full = activity.place(name), activity.hub, draw.randint(1, 12)
+        hub.reset()
+        hub.fault = lambda number, method, path: 507 if number >= full and method != "GET" else None
+        stack.callback(hub.reset)
+        return run_as(activity, place, lambda: None), hub.reset
+    if not may_mount():
+        place = activity.place(name)
+        sizes = [path.stat().st_size for path in activity.folder.glob("undisturbed/**/*") if path.is_file()]
+        limit = int(draw.uniform(0, 0.9) * max(sizes))
+        limits = limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        return run_as(activity, place, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits)), place.exists
+    place = activity.folder / name
+    place.mkdir()
+    earlier = sum(path.stat().st_blocks * 512 for path in getattr(activity, "earlier", place).rglob("*"))
+    size = earlier + 4096 + int(draw.uniform(0, 0.9) * (activity.bytes - earlier))
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place], check=True)
+    stack.callback(subprocess.run, ["umount", "-l", place], check=True)
+    activity.prepare(place)
+    enlarge = ["mount", "-o", "remount,size=256m", str(place)]
+    return run_as(activity, place, lambda: None), lambda: subprocess.run(enlarge, check=True)
 
 
 @functools.cache
@@ -466,12 +500,27 @@ def may_mount() -> bool:
     return subprocess.run(["sh", "-c", command], capture_output=True).returncode == 0
 
 
-def obey_permissions() -> None:
-    """root may write everywhere, whatever the permissions say, until it gives that capability up."""
-    if os.geteuid() == 0:
-        version_3 = (ctypes.c_uint32 * 2)(0x20080522, 0)  # see capset(2)
-        if ctypes.CDLL(None).capset(version_3, (ctypes.c_uint32 * 6)()):
-            raise OSError("capset failed")
+def folder_is_locked(activity: Activity, name: str, draw: random.Random, stack: contextlib.ExitStack) -> Outcome:
+    place = activity.place(name)
+    if isinstance(activity, Publishing):
+        return run_as(activity, place, lambda: os.environ.update(HF_TOKEN=activity.hub.read_token)), place.exists
+
+    def ordinary_user() -> None:
+        """root may write everywhere, whatever the permissions say, until it gives that capability up."""
+        if os.geteuid() == 0:
+            version_3 = (ctypes.c_uint32 * 2)(0x20080522, 0)  # see capset(2)
+            if ctypes.CDLL(None).capset(version_3, (ctypes.c_uint32 * 6)()):
+                raise OSError("capset failed")
+
+    moment = draw.choice((0, draw.uniform(0, activity.work)))
+    if moment == 0:
+        set_writable(place, False)
+    child = fork(lambda: (ordinary_user(), activity.run(place)), activity.log(place))
+    status = activity.watch(child, place, moment)
+    set_writable(place, False)
+    if status is None:
+        status = activity.watch(child, place)
+    return status, lambda: set_writable(place, True)
 
 
 def set_writable(place: Path, writable: bool) -> None:
@@ -481,102 +530,70 @@ def set_writable(place: Path, writable: bool) -> None:
             path.chmod(mode | 0o200 if writable else mode & ~0o222)
 
 
+def rank_dies(activity: TrainingOfTwo, name: str, draw: random.Random, stack: contextlib.ExitStack) -> Outcome:
+    place = activity.place(name)
+    launcher = activity.launch(place)
+    ranks = []
+    while len(ranks) < 2 and launcher.poll() is None:
+        time.sleep(0.05)
+        ranks = [
+            child for child in psutil.Process(launcher.pid).children() if "train_pixelrepa.py" in str(child.cmdline())
+        ]
+    try:
+        launcher.wait(draw.uniform(0, activity.seconds))
+        return None, place.exists
+    except subprocess.TimeoutExpired:
+        draw.choice(ranks).kill()
+    status = launcher.wait(LIMIT)
+    if status == 0 and not (place / "run/pipeline").exists():
+        raise Damage(f"{place}: a rank died and the launcher says that all is well.")
+    return status, place.exists
+
+
+FAULTS = {
+    "SIGKILL": functools.partial(signal_strikes, number=signal.SIGKILL),
+    "SIGTERM": functools.partial(signal_strikes, number=signal.SIGTERM),
+    "Ctrl-C": functools.partial(signal_strikes, number=signal.SIGINT),
+    "full disk": disk_fills,
+    "read-only": folder_is_locked,
+    "dead rank": rank_dies,
+}
+
+
 # --------------------------------------------------------------------------------------------------------------- trials
 
 
-def last_line(log: Path) -> str:
-    """The message that a failed run ends with."""
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1] if lines else ""
-
-
 def trial(activity: Activity, fault: str, number: int, draw: random.Random) -> str | None:
-    """One trial: None when the fault came too late, else what the disturbed run ended with."""
+    """One trial: what the disturbed run ended with, None when the fault came too late."""
     name = f"{fault.replace(' ', '-').lower()}-{number}"
-    log = activity.log(Path(name))
+    place = activity.folder / name
     with contextlib.ExitStack() as stack:
-        if fault == "full disk" and not isinstance(activity, Publishing) and may_mount():
-            place = activity.folder / name
-            place.mkdir()
-            earlier = sum(path.stat().st_blocks * 512 for path in getattr(activity, "earlier", place).rglob("*"))
-            room = earlier + 4096 + int(draw.uniform(0, 0.9) * (activity.bytes - earlier))
-            enlarge = stack.enter_context(small_disk(place, room, activity.prepare))
-            status = finish(fork(lambda: activity.run(place), log), activity, place)
-            activity.check(place)
-            enlarge()
-        elif fault == "full disk" and isinstance(activity, Publishing):
-            place = activity.place(name)
-            activity.hub.reset()
-            full = draw.randint(1, 25)
-            activity.hub.fault = lambda number, method, path: 507 if number >= full and method != "GET" else None
-            status = finish(fork(lambda: activity.run(place), log), activity, place)
-            activity.hub.reset()
-            activity.check(place)
-        elif fault == "full disk":
-            place = activity.place(name)
-            limit = int(draw.uniform(0, 0.9) * max(p.stat().st_size for p in place.parent.glob("undisturbed/**/*")))
-
-            def limited() -> None:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-                activity.run(place)
-
-            status = finish(fork(limited, log), activity, place)
-            activity.check(place)
-        elif fault == "read-only" and isinstance(activity, Publishing):
-            place = activity.place(name)
-
-            def reader() -> None:
-                os.environ["HF_TOKEN"] = activity.hub.read_token
-                activity.run(place)
-
-            status = finish(fork(reader, log), activity, place)
-            activity.check(place)
-        elif fault == "read-only":
-            place = activity.place(name)
-
-            def ordinary() -> None:
-                obey_permissions()
-                activity.run(place)
-
-            moment = draw.choice((0, draw.uniform(0, activity.seconds)))
-            if moment == 0:
-                set_writable(place, False)
-            child = fork(ordinary, log)
-            status = ended(child, moment)
-            set_writable(place, False)
-            if status is None:
-                status = finish(child, activity, place)
-            activity.check(place)
-            set_writable(place, True)
-        elif fault == "dead rank":
-            place = activity.place(name)
-            launcher = activity.launch(place)
-            ranks = []
-            while len(ranks) < 2 and launcher.poll() is None:
-                time.sleep(0.05)
-                ranks = [p for p in psutil.Process(launcher.pid).children() if "train_pixelrepa.py" in p.cmdline()[1]]
-            try:
-                status = launcher.wait(draw.uniform(0, activity.seconds))
-            except subprocess.TimeoutExpired:
-                draw.choice(ranks).kill()
-                status = launcher.wait(LIMIT)
-                if status == 0:
-                    raise Damage(f"{place}: a rank died and the launcher says that all is well.") from None
-            activity.check(place)
-        else:
-            place = activity.place(name)
-            number = {"SIGKILL": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "Ctrl-C": signal.SIGINT}[fault]
-            status = strike_with(number, activity, place, draw)
-            activity.check(place)
-        message = last_line(log)
+        status, mend = FAULTS[fault](activity, name, draw, stack)
+        activity.check(place)
+        mend()
         if status is None or (status == 0 and not (activity.stops_orderly and fault in ("SIGTERM", "Ctrl-C"))):
             return None
-        if fault in CLEAR and not any(text in log.read_text(errors="replace") for text in CLEAR[fault]):
-            raise Damage(f"{place}: a run ends with {status} and an unclear message:\n{log.read_text()[-3000:]}")
+        log = activity.log(place).read_text(errors="replace")
+        if fault in CLEAR and not any(text in log for text in CLEAR[fault]):
+            raise Damage(f"{place}: a run ends with {status} and an unclear message:\n{log[-3000:]}")
         activity.attempt(place, "the restart")
         activity.check_end(place)
-    shutil.rmtree(activity.folder / name)
-    return f"{status}: {message}"
+    shutil.rmtree(place)
+    message = [line for line in log.splitlines() if line.strip()][-1:]
+    return f"{status}: {''.join(message)}"
+
+
+def check_processes() -> None:
+    """Nothing that a trial started outlives it by more than the seconds after which loader processes miss their trainer."""
+    deadline = time.monotonic() + 20
+    while True:
+        own = psutil.Process()
+        same = [each for each in psutil.process_iter(["cmdline"]) if each.info["cmdline"] == own.cmdline()]
+        if same == [own]:
+            return
+        if time.monotonic() > deadline:
+            raise Damage(f"Processes of killed runs are still there: {same}")
+        time.sleep(0.2)
 
 
 def import_everything() -> None:
@@ -605,24 +622,20 @@ def matrix(folder: Path, trials: int, seed: int) -> dict:
             activities.append(TrainingOfTwo(folder))
         for activity in activities:
             activity.measure()
-        faults = ("SIGKILL", "SIGTERM", "Ctrl-C", "full disk", "read-only")
-        pairs = [(activity, fault) for fault in faults for activity in activities[:5]]
+        pairs = [(activity, fault) for fault in FAULTS if fault != "dead rank" for activity in activities[:5]]
         draw.shuffle(pairs)
         todo = [(activities[-1], "dead rank")] * deadly + [pairs[i % len(pairs)] for i in range(trials - deadly)]
-        counts, late, endings = Counter(), Counter(), {}
+        counts, endings, late = Counter(), {}, 0
         for number, (activity, fault) in enumerate(todo):
-            ending = None
-            while ending is None:
-                ending = trial(activity, fault, number + 1000 * late[activity.name, fault], draw)
-                late[activity.name, fault] += ending is None
+            while (ending := trial(activity, fault, number + 1000 * late, draw)) is None:
+                late += 1
             counts[activity.name, fault] += 1
             endings.setdefault(f"{activity.name} × {fault}", Counter())[ending[:160]] += 1
-    names = [activity.name for activity in activities]
-    faults = [*faults, *(["dead rank"] if deadly else [])]
+        check_processes()
     return {
         "trials": sum(counts.values()),
-        "table": {name: {fault: counts[name, fault] for fault in faults} for name in names},
-        "too late, repeated": sum(late.values()),
+        "table": {each.name: {fault: counts[each.name, fault] for fault in FAULTS} for each in activities},
+        "too late, repeated": late,
         "seconds undisturbed": {activity.name: round(activity.seconds, 2) for activity in activities},
         "endings": endings,
     }

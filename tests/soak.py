@@ -73,6 +73,8 @@ def watch(command: list[str], run: Path, log: Path, steps: int, batch_size: int)
                 }
             except (psutil.NoSuchProcess, FileNotFoundError):  # a file was renamed, or the run has ended, meanwhile
                 continue
+            if training.poll() is not None:
+                break
             for name, value in sample.items():
                 series[name].append((step, value))
             if not marks or step >= marks[-1][0] + steps // 20:  # as often as all that is done now and then
@@ -115,6 +117,7 @@ def draw(path: Path, series: dict, steps: int) -> None:
 
 
 def soak(output_dir: Path, steps: int) -> dict[str, dict[str, float]]:
+    """Trains, writes soak.png and soak.json, and returns the figures of each quantity."""
     output_dir.mkdir(parents=True)
     data = write_images(output_dir / "data")
     write_reference(output_dir / "reference.npz")
@@ -139,7 +142,9 @@ def soak(output_dir: Path, steps: int) -> dict[str, dict[str, float]]:
     command = [sys.executable, str(ROOT / "training/train_pixelrepa.py"), *words]
     series = watch(command, output_dir / "run", output_dir / "log.txt", steps, batch_size=4)
     draw(output_dir / "soak.png", series, steps)
-    return {name: figures(points, steps) for name, points in series.items()}
+    report = {name: figures(points, steps) for name, points in series.items()}
+    (output_dir / "soak.json").write_text(json.dumps({"figures": report, "series": series}, indent=1))
+    return report
 
 
 def main() -> None:
@@ -151,7 +156,6 @@ def main() -> None:
     args = parser.parse_args()
     started = time.perf_counter()
     report = soak(args.output_dir.resolve(), args.steps)
-    (args.output_dir / "soak.json").write_text(json.dumps(report, indent=1))
     print("| | first third | last third | per 1000 steps | maximum |\n|---|---|---|---|---|")
     for name, row in report.items():
         print(f"| {name} {UNITS[name]} | " + " | ".join(f"{value:.4g}" for value in row.values()) + " |")

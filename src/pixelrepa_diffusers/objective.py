@@ -10,6 +10,9 @@
 
 (JiT, arXiv 2511.13720; PixelREPA, arXiv 2603.14366.) All of it in float32, whatever the network computes in.
 
+The cosine divides by norms of at least 1e-8 (torch's): with a feature of norm zero it is 0, the token's loss is 1, and
+where the teacher's is zero the token has no gradient.
+
 Letters in the shape trails: B batch, N patch tokens, D width of the transformer, F width of the teacher.
 """
 
@@ -123,6 +126,11 @@ class PixelREPAObjective(nn.Module):
         _check_real("alignment_weight", alignment_weight, 0, 1e30, finite)
         if spatial_norm is not None:
             _check_real("spatial_norm", spatial_norm, 0, 1e30, finite + ", or None")
+            if config.sample_size == config.patch_size:
+                raise ValueError(
+                    f"`spatial_norm` divides by the standard deviation over the tokens, and images of {config.sample_size} "
+                    f"pixels in patches of {config.patch_size} have one token: it must be None."
+                )
         deepest = config.num_layers - 1
         if alignment_depth is not None and (
             not isinstance(alignment_depth, int) or not 0 <= alignment_depth <= deepest

@@ -54,10 +54,15 @@ def check_integer(name: str, value: int, least: int = 1, most: int = 2**20) -> N
 def check_timestep(timestep: torch.Tensor | float, batch_size: int) -> None:
     """ValueError unless there is one time for all images of a batch or one for each.
 
-    Types and shapes only, as in `check_labels`: to look at the values is to wait for the device at every evaluation.
+    Of tensors types and shapes only, as in `check_labels`: to look at values is to wait for the device at every evaluation.
     """
     if not isinstance(timestep, torch.Tensor | float | int) or isinstance(timestep, bool):
         raise ValueError(f"`timestep` must be a number or a tensor of times t in [0, 1], got {timestep!r}.")
+    if not isinstance(timestep, torch.Tensor) and not 0 <= timestep <= 1:
+        raise ValueError(
+            f"`timestep` must be a time t in [0, 1] (0 is noise, 1 the image; diffusers' timestep is 1000·(1 − t)), got "
+            f"{timestep!r}."
+        )
     if isinstance(timestep, torch.Tensor) and tuple(timestep.shape) not in ((), (1,), (batch_size,)):
         raise ValueError(
             f"`timestep` must be one time or have the shape ({batch_size},), one for each image, got "

@@ -624,11 +624,12 @@ def matrix(folder: Path, trials: int, seed: int) -> dict:
             activity.measure()
         pairs = [(activity, fault) for fault in FAULTS if fault != "dead rank" for activity in activities[:5]]
         draw.shuffle(pairs)
-        todo = [(activities[-1], "dead rank")] * deadly + [pairs[i % len(pairs)] for i in range(trials - deadly)]
+        todo = [pairs[i % len(pairs)] for i in range(trials - deadly)] + [(activities[-1], "dead rank")] * deadly
         counts, endings, late = Counter(), {}, 0
         for number, (activity, fault) in enumerate(todo):
             while (ending := trial(activity, fault, number + 1000 * late, draw)) is None:
                 late += 1
+            print(f"{number + 1} of {trials}: {activity.name} × {fault}: {ending}", file=sys.stderr)
             counts[activity.name, fault] += 1
             endings.setdefault(f"{activity.name} × {fault}", Counter())[ending[:160]] += 1
         check_processes()

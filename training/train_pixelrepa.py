@@ -635,15 +635,16 @@ def train(
         saves = step % args.checkpointing_steps == 0 or last
         shows = args.validation_steps and (step % args.validation_steps == 0 or step == max_train_steps)
         measures = args.eval_steps and (step % args.eval_steps == 0 or step == max_train_steps)
-        if saves:
-            if records:
-                check_losses()
-            last_checkpoint = checkpointer.save(step, position)
-            logger.info(f"Wrote {last_checkpoint}.")
+        if saves and records:
+            check_losses()
+        # Before the checkpoint: a run that is killed in between resumes at an earlier one and makes these again.
         if shows:
             validate()
         if measures:
             evaluate()
+        if saves:
+            last_checkpoint = checkpointer.save(step, position)
+            logger.info(f"Wrote {last_checkpoint}.")
         if saves and args.push_checkpoints:
             push_checkpoint()
         if saves or shows or measures:

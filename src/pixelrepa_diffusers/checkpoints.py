@@ -313,14 +313,12 @@ class _WeightSet:
         """Refuses what is not a dense tensor of finite floating-point numbers."""
         kinds = (torch.float32, torch.float16, torch.bfloat16)
         for key, value in self.tensors.items():
-            # A stride of 0 makes a few bytes of a file a tensor of any size.
-            inflated = value.layout == torch.strided and any(
-                stride == 0 and size > 1 for stride, size in zip(value.stride(), value.shape, strict=True)
-            )
+            # A stride of 0 makes a few bytes of a file a tensor of any size; no published one has 4 GiB.
+            inflated = value.layout == torch.strided and 0 in value.stride() and value.nbytes > 2**32
             if value.dtype not in kinds or value.layout != torch.strided or value.is_meta or inflated:
                 raise ValueError(
                     f"{self.place(key)} must be a dense tensor of {_listed(kinds)}, got {value.dtype}, "
-                    f"{value.layout}, on {value.device}" + (", with a stride of 0." if inflated else ".")
+                    f"{value.layout}, on {value.device}" + (f", {value.nbytes / 2**30:.0f} GiB out of a few bytes." if inflated else ".")
                 )
             if not torch.isfinite(value).all():
                 raise ValueError(f"{self.place(key)} holds NaN or infinity.")

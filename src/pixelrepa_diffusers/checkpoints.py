@@ -318,7 +318,8 @@ class _WeightSet:
             if value.dtype not in kinds or value.layout != torch.strided or value.is_meta or inflated:
                 raise ValueError(
                     f"{self.place(key)} must be a dense tensor of {_listed(kinds)}, got {value.dtype}, "
-                    f"{value.layout}, on {value.device}" + (f", {value.nbytes / 2**30:.0f} GiB out of a few bytes." if inflated else ".")
+                    f"{value.layout}, on {value.device}"
+                    + (f", {value.nbytes / 2**30:.0f} GiB out of a few bytes." if inflated else ".")
                 )
             if not torch.isfinite(value).all():
                 raise ValueError(f"{self.place(key)} holds NaN or infinity.")

@@ -1,6 +1,7 @@
 # make demo   train, sample and score PixelREPA on scanned digits, on any CPU, from nothing
 # make test   everything CI runs
 # make style  format and lint
+# make test-matrix   the suite with the lowest and with the newest versions that setup.py allows (hours, many GB)
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,7 +9,7 @@ RUN := $(VENV)/bin
 # Numbers of a few cores: more threads than cores only wait for each other.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: env demo test style clean-demo
+.PHONY: env demo test test-matrix style clean-demo
 
 env: $(VENV)/.installed
 
@@ -20,6 +21,17 @@ $(VENV)/.installed: setup.py constraints.txt
 
 test: env
 	$(RUN)/pytest --numprocesses 2 --dist loadfile
+
+# Interpreter and how versions are resolved; uv finds or fetches the interpreter.
+MATRIX ?= 3.10:lowest-direct 3.13:highest
+test-matrix: env
+	$(RUN)/pip install --quiet uv
+	for cell in $(MATRIX); do \
+		python=$${cell%%:*} resolution=$${cell##*:} folder=.matrix/$$python-$${cell##*:}; \
+		$(RUN)/uv venv --quiet --clear --python $$python $$folder && \
+		$(RUN)/uv pip install --quiet --python $$folder --resolution $$resolution --editable ".[train,dev]" && \
+		$$folder/bin/pytest --numprocesses 2 --dist loadfile || exit 1; \
+	done
 
 style: env
 	$(RUN)/ruff format .

@@ -141,7 +141,7 @@ def test_bad_input_is_refused(inputs):
     states, timestep, labels = inputs
     with pytest.raises(ValueError, match="multiple of 4"):
         MaskedTransformerAdapter(36, 6, 24)
-    with pytest.raises(ValueError, match="`num_layers` must be .*, got 0"):
+    with pytest.raises(ValueError, match=r"`num_layers` must be .*, got 0"):
         MaskedTransformerAdapter(32, 4, 24, num_layers=0)
     adapter = make_adapter()
     for keep_mask in (torch.ones(B, GRID**2), torch.ones(B, GRID**2, 1, dtype=torch.bool)):

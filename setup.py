@@ -16,12 +16,12 @@ setup(
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.8",
-        "diffusers>=0.42",
+        "diffusers>=0.41",
         "filelock>=3.13",
         "transformers>=5.0",
         "accelerate>=1.15",
         "safetensors>=0.8",
-        "huggingface-hub>=2.0",
+        "huggingface-hub>=1.32",
         "numpy>=1.26",
         "Pillow>=10.1",
     ],
@@ -37,7 +37,7 @@ setup(
         ],
         # The Inception network of FID and IS. It brings torchvision, which must match the installed torch build.
         "eval": ["datasets>=4.0", "evaluate>=0.4.6", "matplotlib>=3.8", "scipy>=1.11", "torch-fidelity>=0.4.0"],
-        "dev": ["hypothesis>=6.100", "peft>=0.17", "psutil>=5.9", "pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.14"],
+        "dev": ["hypothesis>=6.100", "peft>=0.18", "psutil>=5.9", "pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.14"],
     },
     classifiers=[
         "License :: OSI Approved :: Apache Software License",

@@ -15,14 +15,14 @@ setup(
     package_data={"pixelrepa_diffusers": ["*.json", "*.md"]},
     python_requires=">=3.10",
     install_requires=[
-        "torch>=2.8",
+        "torch>=2.13",
         "diffusers>=0.41",
         "filelock>=3.13",
-        "transformers>=5.0",
+        "transformers>=5.20",
         "accelerate>=1.15",
         "safetensors>=0.8",
         "huggingface-hub>=1.32",
-        "numpy>=1.26",
+        "numpy>=2.0",
         "Pillow>=10.1",
     ],
     extras_require={

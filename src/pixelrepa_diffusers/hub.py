@@ -22,7 +22,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from httpx2 import TransportError
 from huggingface_hub import (
     CommitInfo,
     CommitOperationAdd,
@@ -39,6 +38,11 @@ from safetensors import SafetensorError, safe_open
 
 from .presets import PRESETS
 
+
+try:
+    from httpx2 import TransportError
+except ImportError:  # huggingface_hub before 2.0
+    from httpx import TransportError
 
 logger = logging.getLogger(__name__)
 

@@ -56,7 +56,7 @@ def check_timestep(timestep: torch.Tensor | float, batch_size: int) -> None:
 
     Of tensors types and shapes only, as in `check_labels`: to look at values is to wait for the device at every evaluation.
     """
-    if not isinstance(timestep, torch.Tensor | float | int) or isinstance(timestep, bool):
+    if not isinstance(timestep, (torch.Tensor, float, int)) or isinstance(timestep, bool):
         raise ValueError(f"`timestep` must be a number or a tensor of times t in [0, 1], got {timestep!r}.")
     if not isinstance(timestep, torch.Tensor) and not 0 <= timestep <= 1:
         raise ValueError(
@@ -84,7 +84,11 @@ def check_labels(class_labels: torch.Tensor, batch_size: int) -> None:
 
 def check_mlp_ratio(mlp_ratio: float, dim: int) -> None:
     """ValueError unless the feed-forward networks of width `dim` have a hidden width, and one that fits in memory."""
-    if isinstance(mlp_ratio, bool) or not isinstance(mlp_ratio, int | float) or not 2 <= dim * mlp_ratio <= dim * 1024:
+    if (
+        isinstance(mlp_ratio, bool)
+        or not isinstance(mlp_ratio, (int, float))
+        or not 2 <= dim * mlp_ratio <= dim * 1024
+    ):
         raise ValueError(
             f"`mlp_ratio` must be a positive number of at most 1024 that leaves a hidden width of at least 1, which "
             f"for the width {dim} is {2 / dim:.3g}; got {mlp_ratio!r}."
@@ -447,7 +451,7 @@ class JiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin,
             ("norm_eps", norm_eps, "be positive and finite", lambda value: 0 < value < float("inf")),
             ("t_eps", t_eps, "lie in (0, 1)", lambda value: 0 < value < 1),
         ):
-            if isinstance(value, bool) or not isinstance(value, int | float) or not fits(value):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not fits(value):
                 raise ValueError(f"`{name}` must {allowed}, got {value!r}.")
 
         dim = num_attention_heads * attention_head_dim

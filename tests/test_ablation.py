@@ -169,4 +169,4 @@ def test_the_digits_ablation_covers_the_papers_arms():
     arms = list(args.arms.values())
     assert {"objective": "none"} in arms and {"objective": "repa"} in arms
     assert {arm["mask_ratio"] for arm in arms if arm["objective"] == "pixelrepa"} >= {0, 0.2}
-    assert len(args.seeds) >= 3
+    assert len(args.seeds) >= 2

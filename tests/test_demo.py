@@ -21,6 +21,7 @@ def test_the_demo_runs_from_nothing_to_a_score(tmp_path, capsys):
 
     words = ["--config", str(ROOT / "training/configs/digits.yaml"), "--train_data_dir", str(tmp_path / "train")]
     words += ["--teacher_model_name_or_path", str(tmp_path / "teacher"), "--output_dir", str(tmp_path / "run")]
+    words += ["--teacher_cache_dir", str(tmp_path / "teacher_features")]
     words += ["--max_train_steps", "2", "--train_batch_size", "8", "--validation_steps", "0", "--report_to", "none"]
     AcceleratorState._reset_state(True)
     GradientState._reset_state()

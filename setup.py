@@ -29,14 +29,14 @@ setup(
         "train": [
             "datasets>=4.0",
             "evaluate>=0.4.6",
-            "matplotlib>=3.8",
+            "matplotlib>=3.9",
             "pyyaml>=6.0",
-            "scikit-learn>=1.4",
-            "scipy>=1.11",
-            "tensorboard>=2.16",
+            "scikit-learn>=1.5",
+            "scipy>=1.13",
+            "tensorboard>=2.17",
         ],
         # The Inception network of FID and IS. It brings torchvision, which must match the installed torch build.
-        "eval": ["datasets>=4.0", "evaluate>=0.4.6", "matplotlib>=3.8", "scipy>=1.11", "torch-fidelity>=0.4.0"],
+        "eval": ["datasets>=4.0", "evaluate>=0.4.6", "matplotlib>=3.9", "scipy>=1.13", "torch-fidelity>=0.4.0"],
         "dev": ["hypothesis>=6.100", "peft>=0.18", "psutil>=5.9", "pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.14"],
     },
     classifiers=[

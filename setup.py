@@ -17,7 +17,7 @@ setup(
     install_requires=[
         "torch>=2.13",
         "diffusers>=0.41",
-        "filelock>=3.13",
+        "filelock>=4.0",
         "transformers>=5.20",
         "accelerate>=1.15",
         "safetensors>=0.8",
@@ -33,7 +33,7 @@ setup(
             "pyyaml>=6.0",
             "scikit-learn>=1.5",
             "scipy>=1.13",
-            "tensorboard>=2.17",
+            "tensorboard>=2.18",
         ],
         # The Inception network of FID and IS. It brings torchvision, which must match the installed torch build.
         "eval": ["datasets>=4.0", "evaluate>=0.4.6", "matplotlib>=3.9", "scipy>=1.13", "torch-fidelity>=0.4.0"],

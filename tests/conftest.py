@@ -1,15 +1,14 @@
 """Tiny real components, and the numbers recorded from the published implementation."""
 
-import json
 import os
 import tempfile
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
+from tiny import REFERENCE, recorded_architecture, recorded_config
 
 from pixelrepa_diffusers import JiTFlowMatchScheduler, JiTTransformer2DModel, PixelREPAPipeline
 from pixelrepa_diffusers.checkpoints import transformer_state_from_original
@@ -17,8 +16,6 @@ from pixelrepa_diffusers.checkpoints import transformer_state_from_original
 
 # A compiler that is killed leaves half a file in the machine's shared cache, and every later run would trip over it.
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="inductor")
-
-REFERENCE = Path(__file__).parent / "fixtures" / "reference_a"
 
 
 @pytest.fixture(autouse=True)
@@ -73,20 +70,7 @@ def make_pipeline(make_transformer):
 @pytest.fixture(scope="session")
 def reference():
     """`config`, `tensors` and the `transformer` of the recorded run; nobody may change them."""
-    config = json.loads((REFERENCE / "config.json").read_text())
-    transformer = JiTTransformer2DModel(
-        sample_size=config["image"],
-        patch_size=config["patch"],
-        num_layers=config["depth"],
-        num_attention_heads=config["heads"],
-        attention_head_dim=config["hidden"] // config["heads"],
-        bottleneck_dim=config["bottleneck"],
-        in_context_len=config["ctx_len"],
-        in_context_start=config["ctx_start"],
-        num_classes=config["classes"],
-        t_eps=config["t_eps"],
-        noise_scale=config["noise_scale"],
-    )
+    config, transformer = recorded_config(), recorded_architecture()
     transformer.load_state_dict(
         transformer_state_from_original(load_file(REFERENCE / "jit.safetensors"), config["ctx_start"])
     )

@@ -338,31 +338,14 @@ class Evaluation(Activity):
     name = "evaluation"
 
     def __init__(self, folder: Path):
+        from tiny import encoder, random_images, reference_of
+
         super().__init__(folder)
         tiny_pipeline(0, 10).save_pretrained(self.folder / "pipeline")
-        self.make_reference(self.folder / "reference.npz")
+        reference_of(encoder(), random_images(40)).save(self.folder / "reference.npz")
         self.earlier = self.folder / "earlier"
         assert ended(fork(lambda: self.evaluate(self.earlier, 1, 3), self.folder / "earlier.log"), LIMIT) == 0
         shutil.rmtree(next(self.earlier.glob("*guidance-3")))
-
-    @staticmethod
-    def make_reference(path: Path) -> None:
-        import torch
-
-        from pixelrepa_diffusers.metrics import (
-            FeatureMoments,
-            FeatureStatistics,
-            VisionEncoderNetwork,
-            extract,
-            network_name,
-            network_sha256,
-        )
-
-        network, moments = VisionEncoderNetwork.from_pretrained(TEACHER, image_size=28), FeatureMoments()
-        images = torch.randint(0, 256, (40, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-        moments.update(extract(network, images)["features"])
-        names = {"network": network_name(network), "network_sha256": network_sha256(network)}
-        FeatureStatistics.from_moments(moments, **names).save(path)
 
     def evaluate(self, output: Path, *scales: float) -> None:
         from transformers import HfArgumentParser

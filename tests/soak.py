@@ -19,7 +19,8 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-from training_runs import ROOT, TEACHER, arguments, write_images
+from tiny import encoder, random_images, reference_of
+from training_runs import ROOT, arguments, write_images
 
 
 UNITS = {
@@ -30,18 +31,6 @@ UNITS = {
     "step time": "ms",  # on the clock, checkpoints, samples and evaluations left out
     "processor time per step": "ms",  # all included; other work on the machine changes the clock, but hardly this
 }
-
-
-def write_reference(path: Path) -> None:
-    """Statistics to evaluate against; which images they are of does not matter here."""
-    import torch
-
-    from pixelrepa_diffusers.metrics import FeatureMoments, FeatureStatistics, VisionEncoderNetwork, extract
-
-    network, moments = VisionEncoderNetwork.from_pretrained(TEACHER, image_size=28), FeatureMoments()
-    images = torch.randint(0, 256, (40, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    moments.update(extract(network, images)["features"])
-    FeatureStatistics.from_moments(moments).save(path)
 
 
 def rows(journal: Path) -> list[dict]:
@@ -120,7 +109,7 @@ def soak(output_dir: Path, steps: int) -> dict[str, dict[str, float]]:
     """Trains, writes soak.png and soak.json, and returns the figures of each quantity."""
     output_dir.mkdir(parents=True)
     data = write_images(output_dir / "data")
-    write_reference(output_dir / "reference.npz")
+    reference_of(encoder(), random_images(40)).save(output_dir / "reference.npz")  # of which images does not matter
     words = arguments(
         data,
         output_dir / "run",

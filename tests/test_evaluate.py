@@ -2,14 +2,14 @@
 
 import csv
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from training_runs import launch_two
+from tiny import TEACHER_IMAGE_SIZE, TinyClassifier, encoder, random_images, reference_of
+from training_runs import ROOT, TEACHER, launch_two
 from transformers import HfArgumentParser
 
 from pipelines import evaluate as script
@@ -23,55 +23,16 @@ from pixelrepa_diffusers.evaluation import (
     open_spaces,
     pipeline_images,
     results,
-    statistics,
 )
 from pixelrepa_diffusers.hub import card_for_folder, weights_sha256
 from pixelrepa_diffusers.metrics import (
     FeatureMoments,
     FeatureStatistics,
     InceptionScoreSums,
-    VisionEncoderNetwork,
     extract,
     precision_recall,
 )
 from pixelrepa_diffusers.sampling import seeded
-
-
-ROOT = Path(__file__).parents[1]
-ENCODER = ROOT / "tests" / "fixtures" / "reference_a" / "teacher"
-SIZE = 28  # a multiple of the encoder's patch
-
-
-class TinyClassifier(torch.nn.Module):
-    """Pooled colours through a random layer: features (B, 12) and logits (B, 5), as the Inception network gives both."""
-
-    def __init__(self, seed=0):
-        super().__init__()
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            self.head = torch.nn.Linear(12, 5)
-        self.eval()
-
-    def forward(self, images):
-        features = torch.nn.functional.adaptive_avg_pool2d(images.float() / 32, 2).flatten(1)
-        return {"features": features, "logits": self.head(features)}
-
-
-def encoder() -> VisionEncoderNetwork:
-    return VisionEncoderNetwork.from_pretrained(ENCODER, image_size=SIZE)
-
-
-def random_images(count: int, seed: int = 1) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (count, 3, 16, 16), dtype=torch.uint8, generator=generator)
-
-
-def reference_of(network, images: torch.Tensor, keep: bool = False) -> FeatureStatistics:
-    space = FeatureSpace("teacher", network, ("fd_teacher",))
-    made = statistics(accumulate(lambda indices: images[list(indices)], len(images), [space], 16), space)
-    if keep:
-        made.features = extract(network, images)["features"].numpy()
-    return made
 
 
 @pytest.fixture(scope="module")
@@ -86,14 +47,14 @@ def folder(make_pipeline, tmp_path_factory):
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
     path = tmp_path_factory.mktemp("reference") / "real.npz"
-    reference_of(encoder(), random_images(40), keep=True).save(path)
+    reference_of(encoder(), random_images(40)).save(path)
     return path
 
 
 def words(folder, reference, output_dir, *options, num_samples=40, batch_size=8) -> list[str]:
     given = [
-        *("--pipeline", folder, "--output_dir", output_dir, "--metrics", "fd_teacher", "--teacher", ENCODER),
-        *("--teacher_image_size", SIZE, "--teacher_reference", reference, "--num_samples", num_samples),
+        *("--pipeline", folder, "--output_dir", output_dir, "--metrics", "fd_teacher", "--teacher", TEACHER),
+        *("--teacher_image_size", TEACHER_IMAGE_SIZE, "--teacher_reference", reference, "--num_samples", num_samples),
         *("--num_inference_steps", 2, "--batch_size", batch_size, *options),
     ]
     return [str(word) for word in given]
@@ -131,7 +92,7 @@ def stop_after(monkeypatch, batches: int):
 
 def test_streamed_metrics_equal_those_of_all_images_at_once(make_pipeline):
     network, real = TinyClassifier(), random_images(30)
-    reference = reference_of(network, real, keep=True)
+    reference = reference_of(network, real)
     metrics = ["fid", "inception_score", "precision_recall"]
     spaces = open_spaces(metrics, 30, {"inception": lambda: network}, {"inception": reference})
     pipeline = make_pipeline(guidance_scale=1.5)
@@ -179,7 +140,7 @@ def test_chunks_and_batches_change_a_metric_by_rounding_only():
 
 def test_a_kept_state_goes_on_to_the_bit_and_makes_no_image_twice(tmp_path):
     network, images, state = TinyClassifier(), random_images(50), tmp_path / "state.npz"
-    reference = reference_of(network, random_images(40, seed=2), keep=True)
+    reference = reference_of(network, random_images(40, seed=2))
     space = FeatureSpace("inception", network, ("fid", "inception_score", "precision_recall"), reference)
     made = []
 
@@ -219,7 +180,7 @@ def test_a_kept_state_goes_on_to_the_bit_and_makes_no_image_twice(tmp_path):
 )
 def test_what_a_metric_lacks_is_said_before_any_image_is_made(metrics, num_images, change, message):
     network = TinyClassifier()
-    reference = reference_of(network, random_images(40), keep=True)
+    reference = reference_of(network, random_images(40))
     if "features" in change:
         reference.features = None
     network = change.get("network", network)

@@ -12,6 +12,8 @@ from accelerate import Accelerator, debug_launcher
 from accelerate.state import AcceleratorState
 from PIL import Image
 from record_torch_fidelity import draw_images, draw_weights
+from tiny import TinyClassifier
+from training_runs import TEACHER
 from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
 from pixelrepa_diffusers import metrics
@@ -31,7 +33,6 @@ from pixelrepa_diffusers.metrics import (
 
 
 FIXTURES = Path(__file__).parent / "fixtures"
-ENCODER = FIXTURES / "reference_a" / "teacher"
 
 
 @pytest.fixture
@@ -43,21 +44,6 @@ def rng():
 def recorded():
     with np.load(FIXTURES / "metrics" / "torch_fidelity.npz") as file:
         return dict(file)
-
-
-class TinyClassifier(torch.nn.Module):
-    """Pooled colours through a random layer: features (B, 12) and logits (B, 5)."""
-
-    def __init__(self, seed=0):
-        super().__init__()
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            self.head = torch.nn.Linear(12, 5)
-        self.eval()
-
-    def forward(self, images):
-        features = torch.nn.functional.adaptive_avg_pool2d(images.float() / 32, 2).flatten(1)
-        return {"features": features, "logits": self.head(features)}
 
 
 def moments_of(*batches):
@@ -520,7 +506,7 @@ def test_one_image_has_no_covariance():
 
 @pytest.mark.parametrize("pooling", ["class", "patches"])
 def test_vision_encoder_features_are_its_own_tokens(rng, pooling):
-    network = VisionEncoderNetwork.from_pretrained(ENCODER, image_size=70, pooling=pooling)
+    network = VisionEncoderNetwork.from_pretrained(TEACHER, image_size=70, pooling=pooling)
     images = torch.from_numpy(random_images(rng, 3, size=70)).permute(0, 3, 1, 2)
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     pixels = (images / 255 - mean[:, None, None]) / std[:, None, None]
@@ -530,12 +516,12 @@ def test_vision_encoder_features_are_its_own_tokens(rng, pooling):
 
 
 def test_vision_encoder_resizes_images_of_any_size_to_its_own(rng):
-    network = VisionEncoderNetwork.from_pretrained(ENCODER, image_size=28)
+    network = VisionEncoderNetwork.from_pretrained(TEACHER, image_size=28)
     assert extract(network, random_images(rng, 2, size=33))["features"].shape == (2, 24)
     with pytest.raises(ValueError, match="multiple of the model's patch of 14 pixels, got 32"):
-        VisionEncoderNetwork.from_pretrained(ENCODER, image_size=32)
+        VisionEncoderNetwork.from_pretrained(TEACHER, image_size=32)
     with pytest.raises(ValueError, match="'class' or 'patches', got 'mean'"):
-        VisionEncoderNetwork.from_pretrained(ENCODER, pooling="mean")
+        VisionEncoderNetwork.from_pretrained(TEACHER, pooling="mean")
 
 
 def test_encoders_with_and_without_a_class_token_are_told_apart(rng):
@@ -551,8 +537,8 @@ def test_encoders_with_and_without_a_class_token_are_told_apart(rng):
 
 
 def test_network_hash_follows_weights_and_settings():
-    same = [VisionEncoderNetwork.from_pretrained(ENCODER, image_size=28) for _ in range(2)]
-    other = VisionEncoderNetwork.from_pretrained(ENCODER, image_size=42)
+    same = [VisionEncoderNetwork.from_pretrained(TEACHER, image_size=28) for _ in range(2)]
+    other = VisionEncoderNetwork.from_pretrained(TEACHER, image_size=42)
     assert network_sha256(same[0]) == network_sha256(same[1]) != network_sha256(other)
     assert network_sha256(TinyClassifier(0)) == network_sha256(TinyClassifier(0)) != network_sha256(TinyClassifier(1))
 

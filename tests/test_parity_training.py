@@ -1,22 +1,19 @@
 """Training equals the published implementation: tests/fixtures/reference_a holds what that computed (float32, CPU)."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import REFERENCE, recorded_architecture, recorded_config
+from training_runs import TEACHER
 
 from pixelrepa_diffusers.adapter import MaskedTransformerAdapter
 from pixelrepa_diffusers.checkpoints import adapter_state_from_original, transformer_state_from_original
 from pixelrepa_diffusers.ema import ConstantDecayEMA
 from pixelrepa_diffusers.objective import PixelREPAObjective
 from pixelrepa_diffusers.teacher import SemanticTeacher
-from pixelrepa_diffusers.transformer_jit import JiTTransformer2DModel
 
 
-REFERENCE = Path(__file__).parent / "fixtures" / "reference_a"
-CONFIG = json.loads((REFERENCE / "config.json").read_text())
+CONFIG = recorded_config()
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +24,7 @@ def recorded():
 @pytest.fixture(scope="module")
 def teacher():
     return SemanticTeacher.from_pretrained(
-        str(REFERENCE / "teacher"), grid_size=CONFIG["image"] // CONFIG["patch"], image_size=CONFIG["image"]
+        str(TEACHER), grid_size=CONFIG["image"] // CONFIG["patch"], image_size=CONFIG["image"]
     )
 
 
@@ -43,19 +40,7 @@ def weights(suffix=""):
 
 @pytest.fixture
 def objective():
-    transformer = JiTTransformer2DModel(
-        sample_size=CONFIG["image"],
-        patch_size=CONFIG["patch"],
-        num_layers=CONFIG["depth"],
-        num_attention_heads=CONFIG["heads"],
-        attention_head_dim=CONFIG["hidden"] // CONFIG["heads"],
-        bottleneck_dim=CONFIG["bottleneck"],
-        in_context_len=CONFIG["ctx_len"],
-        in_context_start=CONFIG["ctx_start"],
-        num_classes=CONFIG["classes"],
-        t_eps=CONFIG["t_eps"],
-        noise_scale=CONFIG["noise_scale"],
-    )
+    transformer = recorded_architecture()
     adapter = MaskedTransformerAdapter(
         hidden_size=CONFIG["hidden"],
         num_attention_heads=CONFIG["heads"],

@@ -7,13 +7,11 @@ import pytest
 from accelerate import debug_launcher
 from accelerate.state import AcceleratorState
 from PIL import Image
+from training_runs import TEACHER
 
 from pipelines.prepare_reference import ReferenceArguments, main
 from pixelrepa_diffusers.images import center_crop_adm
 from pixelrepa_diffusers.metrics import FeatureMoments, FeatureStatistics, VisionEncoderNetwork, extract
-
-
-ENCODER = str(Path(__file__).parent / "fixtures" / "reference_a" / "teacher")
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +33,7 @@ def args(pictures, tmp_path):
         output_file=tmp_path / "out" / "reference.npz",
         cache_dir=str(tmp_path / "cache"),
         resolution=16,
-        network=ENCODER,
+        network=str(TEACHER),
         image_size=28,
         batch_size=4,
         dataloader_num_workers=0,
@@ -46,7 +44,7 @@ def expected_moments(pictures):
     pictures = [picture.convert("L") if number == 4 else picture for number, picture in enumerate(pictures)]
     crops = [center_crop_adm(picture.convert("RGB"), 16) for picture in pictures]
     moments = FeatureMoments()
-    moments.update(extract(VisionEncoderNetwork.from_pretrained(ENCODER, image_size=28), crops)["features"])
+    moments.update(extract(VisionEncoderNetwork.from_pretrained(TEACHER, image_size=28), crops)["features"])
     return moments
 
 

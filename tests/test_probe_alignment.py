@@ -1,13 +1,12 @@
 """pipelines/probe_alignment.py: near and far images of every class, noised to a time and denoised from there."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from training_runs import launch_two
+from training_runs import ROOT, TEACHER, launch_two
 from transformers import HfArgumentParser
 
 from pipelines.probe_alignment import LateScheduler, ProbeArguments, main, noised_and_denoised
@@ -16,8 +15,6 @@ from pixelrepa_diffusers.evaluation import list_images, read_image
 from pixelrepa_diffusers.metrics import FeatureMoments, FeatureStatistics, VisionEncoderNetwork, extract
 
 
-ROOT = Path(__file__).parents[1]
-ENCODER = ROOT / "tests" / "fixtures" / "reference_a" / "teacher"
 CLASSES, PER_CLASS, KEPT = 3, 24, 10
 
 
@@ -43,7 +40,7 @@ def folders(make_pipeline, tmp_path_factory):
 
 def words(folders, data, output_dir, *options) -> list[str]:
     given = [
-        *("--pipelines", *folders, "--names", "first", "second", "--data_dir", data, "--teacher", ENCODER),
+        *("--pipelines", *folders, "--names", "first", "second", "--data_dir", data, "--teacher", TEACHER),
         *("--image_size", 28, "--images_per_class", KEPT, "--num_inference_steps", 5, "--batch_size", 8),
         *("--output_dir", output_dir, *options),
     ]
@@ -60,7 +57,7 @@ def record(folders, data, tmp_path_factory):
 
 
 def test_near_images_are_the_nearest_to_their_class_and_far_ones_the_farthest(record, data):
-    teacher = VisionEncoderNetwork.from_pretrained(ENCODER, image_size=28, pooling="patches")
+    teacher = VisionEncoderNetwork.from_pretrained(TEACHER, image_size=28, pooling="patches")
     for label in range(CLASSES):
         paths = list_images(data / f"class{label}")
         vectors = extract(teacher, torch.stack([read_image(path) for path in paths]))["features"]
@@ -73,7 +70,7 @@ def test_near_images_are_the_nearest_to_their_class_and_far_ones_the_farthest(re
 
 
 def test_the_distance_is_that_of_denoised_images_to_the_images_themselves(record, folders, data):
-    teacher = VisionEncoderNetwork.from_pretrained(ENCODER, image_size=28, pooling="patches")
+    teacher = VisionEncoderNetwork.from_pretrained(TEACHER, image_size=28, pooling="patches")
     pipeline = PixelREPAPipeline.from_pretrained(folders[1])
     transformer = pipeline.transformer
     numbers = {str(path.relative_to(data)): number for number, path in enumerate(list_images(data))}

@@ -16,19 +16,12 @@ from accelerate.state import AcceleratorState, GradientState
 from diffusers import DiffusionPipeline
 from PIL import Image
 from standin_hub import StandInHub
+from tiny import TEACHER_IMAGE_SIZE, encoder, reference_of
 from training_runs import ROOT, TEACHER, arguments, launch_two, weights, write_images
 
 from pixelrepa_diffusers import JiTTransformer2DModel, PixelREPAPipeline
 from pixelrepa_diffusers.adapter import MaskedTransformerAdapter
 from pixelrepa_diffusers.evaluation import evaluate_pipeline, list_images, open_spaces, read_image
-from pixelrepa_diffusers.metrics import (
-    FeatureMoments,
-    FeatureStatistics,
-    VisionEncoderNetwork,
-    extract,
-    network_name,
-    network_sha256,
-)
 from pixelrepa_diffusers.teacher import SemanticTeacher
 
 
@@ -231,13 +224,8 @@ def test_a_full_disk_ends_the_caching_of_features_not_the_run(train, tmp_path, m
 @pytest.fixture(scope="module")
 def reference(data, tmp_path_factory) -> Path:
     """Statistics of the training images in the teacher's space."""
-    network = VisionEncoderNetwork.from_pretrained(TEACHER, image_size=28)
-    moments = FeatureMoments()
-    images = torch.stack([read_image(path, 16) for path in list_images(data)])
-    moments.update(extract(network, images)["features"])
     path = tmp_path_factory.mktemp("reference") / "train.npz"
-    names = {"network": network_name(network), "network_sha256": network_sha256(network)}
-    FeatureStatistics.from_moments(moments, **names).save(path)
+    reference_of(encoder(), torch.stack([read_image(path, 16) for path in list_images(data)])).save(path)
     return path
 
 
@@ -246,15 +234,14 @@ def test_an_evaluation_in_training_measures_the_first_ema_and_changes_nothing(tr
         "eval_reference": reference,
         "eval_num_samples": 12,
         "eval_inference_steps": 3,
-        "eval_image_size": 28,
+        "eval_image_size": TEACHER_IMAGE_SIZE,
     }
     folder = train(tmp_path / "run", eval_steps=3, **evaluation)
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     measured = {row["step"]: row["fd_teacher"] for row in rows if "fd_teacher" in row}
     assert measured.keys() == {3, 6} and measured[3] != measured[6]
 
-    network = VisionEncoderNetwork.from_pretrained(TEACHER, image_size=28)
-    (space,) = open_spaces(["fd_teacher"], 12, {"teacher": lambda: network}, {"teacher": reference})
+    (space,) = open_spaces(["fd_teacher"], 12, {"teacher": encoder}, {"teacher": reference})
     pipeline = PixelREPAPipeline.from_pretrained(folder)
     assert evaluate_pipeline(pipeline, [space], 12, num_inference_steps=3)["fd_teacher"] == measured[6]
 
@@ -272,7 +259,12 @@ def test_an_evaluation_in_training_measures_the_first_ema_and_changes_nothing(tr
     ],
 )
 def test_an_evaluation_that_cannot_be_is_refused_before_the_first_step(train, reference, tmp_path, overrides, message):
-    evaluation = {"eval_reference": reference, "eval_num_samples": 12, "eval_image_size": 28, **overrides}
+    evaluation = {
+        "eval_reference": reference,
+        "eval_num_samples": 12,
+        "eval_image_size": TEACHER_IMAGE_SIZE,
+        **overrides,
+    }
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         train(tmp_path / "run", eval_steps=3, **evaluation)
     assert not (tmp_path / "run/metrics.jsonl").exists()

@@ -2,7 +2,7 @@
 
     python pipelines/benchmark.py --pipeline FOLDER_OR_HUB_ID --solvers heun euler unipc dpmpp_2m --caches
 
-Speed alone needs no weights (`OMP_NUM_THREADS=2` for two CPU cores; `--dtype bfloat16 --compile` on a GPU):
+Speed alone needs no weights (`OMP_NUM_THREADS=2` for two CPU cores; `--dtype bfloat16 --compile yes` on a GPU):
 
     python pipelines/benchmark.py --preset JiT-B/16 --batch_size 4 --num_inference_steps 50
 
@@ -48,6 +48,8 @@ from pixelrepa_diffusers.benchmarking import (
 )
 from pixelrepa_diffusers.sampling import (
     SCHEDULERS,
+    check_cuda_graphs,
+    compile_transformer,
     device_name,
     fetch_pipeline,
     seeded,
@@ -95,7 +97,13 @@ class BenchmarkArguments:
         default_factory=lambda: [0.1, 1.0], metadata={"help": "LOW HIGH, the times guidance acts in."}
     )
     dtype: str = field(default="float32", metadata={"help": "Of the network.", "choices": ["float32", "bfloat16"]})
-    compile: bool = field(default=False, metadata={"help": "Compile the blocks, of both arithmetics."})
+    compile: str = field(
+        default="no",
+        metadata={"help": "Compile the blocks: of both arithmetics, or of ours.", "choices": ["no", "yes", "ours"]},
+    )
+    cuda_graphs: bool = field(
+        default=False, metadata={"help": "On a GPU: compile our whole network and replay it as CUDA graphs."}
+    )
     fuse_qkv: bool = field(default=False, metadata={"help": "One product for queries, keys and values."})
     attention_backend: str | None = field(default=None, metadata={"help": "A diffusers attention backend."})
     num_rounds: int = field(default=3, metadata={"help": "Turns of each arithmetic and of each cache."})
@@ -134,6 +142,7 @@ class BenchmarkArguments:
             if min(getattr(self, name)) < 1:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}.")
         self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        check_cuda_graphs(self.cuda_graphs, torch.device(self.device))
 
 
 def build_pipeline(args: BenchmarkArguments) -> PixelREPAPipeline:
@@ -213,9 +222,10 @@ def measure_speed(args: BenchmarkArguments, pipe: PixelREPAPipeline) -> list[dic
         pipe.transformer.fuse_qkv_projections()
     if args.attention_backend is not None:
         pipe.transformer.set_attention_backend(args.attention_backend)
-    if args.compile:
-        for model in (pipe.transformer, twin):
-            model.compile_repeated_blocks(fullgraph=True)
+    if args.compile != "no" or args.cuda_graphs:
+        compile_transformer(pipe.transformer, args.cuda_graphs)
+    if args.compile == "yes":
+        compile_transformer(twin)
     saved_scheduler, pipe.scheduler = pipe.scheduler, JiTFlowMatchScheduler()
     functions = {"ours": lambda: sampler.ours(steps), "published": lambda: sampler.published(twin, steps)}
     apart = rmse(functions["ours"](), functions["published"]())  # and the warm-up

@@ -32,7 +32,9 @@ from pixelrepa_diffusers import PixelREPAPipeline
 from pixelrepa_diffusers.images import make_grid
 from pixelrepa_diffusers.sampling import (
     SCHEDULERS,
+    check_cuda_graphs,
     check_launch,
+    compile_transformer,
     describe_pipeline,
     device_name,
     fetch_pipeline,
@@ -71,6 +73,10 @@ class GenerateArguments:
     )
     compile: bool = field(
         default=False, metadata={"help": "Compile the transformer's blocks: slow start, then faster."}
+    )
+    cuda_graphs: bool = field(
+        default=False,
+        metadata={"help": "On a GPU: compile the whole network and replay it as CUDA graphs, for small batches."},
     )
     batch_size: int = field(default=8, metadata={"help": "Images per batch and process."})
     max_grid_images: int = field(default=256, metadata={"help": "grid.png is drawn for at most so many images."})
@@ -120,6 +126,7 @@ def generate(args: GenerateArguments, stack: contextlib.ExitStack) -> list[Path]
             raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}.")
     if args.max_grid_images < 0:
         raise ValueError(f"--max_grid_images must be at least 0, got {args.max_grid_images}.")
+    check_cuda_graphs(args.cuda_graphs, accelerator.device)
     plan = describe_pipeline(args.pipeline, args.revision)
     # Longer digits are no id; Python does not even read thousands of them.
     class_labels = [int(text) if text.isdecimal() and len(text) < 19 else text for text in args.class_labels]
@@ -155,8 +162,8 @@ def generate(args: GenerateArguments, stack: contextlib.ExitStack) -> list[Path]
     if args.scheduler:
         pipe.scheduler = SCHEDULERS[args.scheduler]()
     pipe.to(accelerator.device)
-    if args.compile:
-        pipe.transformer.compile_repeated_blocks(fullgraph=True)
+    if args.compile or args.cuda_graphs:
+        compile_transformer(pipe.transformer, args.cuda_graphs)
 
     settings = {
         "pipeline": args.pipeline,

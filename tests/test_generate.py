@@ -13,7 +13,7 @@ from transformers import HfArgumentParser
 
 from pipelines.generate import GenerateArguments, main, parse_seeds
 from pixelrepa_diffusers import JiTFlowMatchScheduler, JiTTransformer2DModel, PixelREPAPipeline
-from pixelrepa_diffusers.sampling import SCHEDULERS
+from pixelrepa_diffusers.sampling import SCHEDULERS, seeded
 
 
 SCRIPT = Path(__file__).parents[1] / "pipelines" / "generate.py"
@@ -202,3 +202,24 @@ def test_compiled_blocks_draw_the_same_image(pipeline, tmp_path, monkeypatch):
     compiled = generate(pipeline, tmp_path / "compiled", "--compile", "--guidance_scale", 1, labels=[1], seeds=[0])[0]
     assert calls == [{"fullgraph": True}]
     np.testing.assert_array_equal(pixels(compiled), pixels(plain))
+
+
+def test_the_whole_network_compiled_draws_the_same_image_in_one_graph_for_each_batch_size(make_pipeline):
+    """What CUDA graphs replay; recording them takes a GPU."""
+    torch._dynamo.reset()
+    pipeline = make_pipeline(guidance_scale=2.0, guidance_interval=(0.3, 1.0))
+    plain = pipeline([1, 2], generator=seeded([0, 1]), num_inference_steps=4, output_type="np").images
+    graphs = []
+    pipeline.transformer.compile(fullgraph=True, dynamic=False, backend=lambda graph, _: graphs.append(graph) or graph)
+    images = [
+        pipeline([1, 2], generator=seeded([0, 1]), num_inference_steps=4, output_type="np").images for _ in range(2)
+    ]
+    assert len(graphs) == 2  # outside the guidance interval, and inside
+    for again in images:
+        np.testing.assert_array_equal(again, plain)
+
+
+def test_cuda_graphs_without_a_gpu_are_refused_before_anything_is_written(pipeline, tmp_path):
+    with pytest.raises(ValueError, match="--cuda_graphs needs a GPU, this run is on cpu"):
+        generate(pipeline, tmp_path / "images", "--cuda_graphs", labels=[1], seeds=[0])
+    assert not (tmp_path / "images").exists()

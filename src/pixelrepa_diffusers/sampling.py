@@ -119,6 +119,23 @@ def remove_incomplete(folder: Path) -> None:
             path.unlink()
 
 
+def compile_transformer(transformer: JiTTransformer2DModel, cuda_graphs: bool = False) -> None:
+    """Compiles the blocks for sampling, one graph for all of them, guided and not; with `cuda_graphs` the whole network,
+    which a GPU then replays without waiting for the host."""
+    if cuda_graphs:
+        transformer.compile(fullgraph=True, mode="reduce-overhead")
+    else:
+        transformer.compile_repeated_blocks(fullgraph=True)
+
+
+def check_cuda_graphs(cuda_graphs: bool, device: torch.device) -> None:
+    """ValueError when CUDA graphs are asked for where there are none; torch would leave them out without a word."""
+    if cuda_graphs and device.type != "cuda":
+        raise ValueError(
+            f"--cuda_graphs needs a GPU, this run is on {device}. Leave it out; --compile works anywhere."
+        )
+
+
 def device_name(device: torch.device) -> str:
     """A GPU's product name, or the device in torch's words."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)

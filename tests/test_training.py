@@ -150,13 +150,13 @@ def test_what_a_kill_left_half_written_does_not_stop_the_next_run(train, tmp_pat
 
 
 def test_a_run_killed_while_it_samples_samples_that_step_after_the_restart(train, tmp_path, monkeypatch):
-    import train_pixelrepa
+    from reporting import Exporter
 
     def die(*args):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train_pixelrepa, "write_samples", die)
+        patch.setattr(Exporter, "write_samples", die)
         train(tmp_path / "run", validation_steps=6)
     train(tmp_path / "run", validation_steps=6, resume_from_checkpoint="latest")
     assert [path.name for path in (tmp_path / "run/samples").iterdir()] == ["step-0000006.png"]

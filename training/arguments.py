@@ -271,6 +271,20 @@ class TrainingArguments(
         """What may be written to disk or sent to a tracker: everything but the token."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name != "hub_token"}
 
+    def global_batch_size(self, num_processes: int) -> int:
+        """Images of an optimizer step."""
+        return self.train_batch_size * self.gradient_accumulation_steps * num_processes
+
+    def resolved_learning_rate(self, num_processes: int) -> float:
+        """The peak learning rate; with --scale_lr, --learning_rate is that of 256 images per step."""
+        return self.learning_rate * (self.global_batch_size(num_processes) / 256 if self.scale_lr else 1)
+
+    def resolved_steps(self, steps_per_epoch: int | None) -> tuple[int, int]:
+        """(optimizer steps, warm-up steps); a warm-up not given is five epochs, as published."""
+        total = self.max_train_steps or self.num_train_epochs * steps_per_epoch
+        warmup = 5 * steps_per_epoch if self.lr_warmup_steps is None else self.lr_warmup_steps
+        return total, warmup
+
 
 def parse_arguments(argv: list[str] | None = None) -> TrainingArguments:
     """

@@ -1,22 +1,27 @@
-"""What a run shows: metrics.jsonl, trackers, curves, sample grids, and the report of a dry run."""
+"""What a run shows: metrics.jsonl, trackers, curves, samples, metrics, pipelines, and the report of a dry run."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
+import datasets
 import numpy as np
 import torch
 from accelerate import Accelerator
 from arguments import TrainingArguments
+from checkpointing import with_weights, write_folder
 from PIL import Image
 from transformers import AutoConfig, Dinov2Config, PretrainedConfig
 
 from pixelrepa_diffusers import JiTFlowMatchScheduler, JiTTransformer2DModel, PixelREPAPipeline, get_preset
-from pixelrepa_diffusers.evaluation import FeatureSpace, open_spaces, pipeline_images
+from pixelrepa_diffusers.ema import ConstantDecayEMA
+from pixelrepa_diffusers.evaluation import FeatureSpace, evaluate_pipeline, open_spaces, pipeline_images
+from pixelrepa_diffusers.hub import BackgroundPusher
 from pixelrepa_diffusers.images import make_grid
 from pixelrepa_diffusers.metrics import InceptionNetwork, VisionEncoderNetwork
-from pixelrepa_diffusers.sampling import write_atomically
+from pixelrepa_diffusers.sampling import device_name, seeded, versions, write_atomically
 
 
 # How the names of online metrics begin.
@@ -96,33 +101,137 @@ def build_pipeline(
     )
 
 
-def write_samples(args: TrainingArguments, accelerator: Accelerator, pipeline: PixelREPAPipeline, step: int) -> Path:
-    """A grid, from the same noise every time, to samples/ and to the trackers that take images."""
-    pipeline.set_progress_bar_config(disable=True)
-    num_images, num_classes = args.num_validation_images, pipeline.transformer.config.num_classes
-    labels = [
-        i % num_classes if num_images > num_classes else i * num_classes // num_images for i in range(num_images)
-    ]
-    images = []
-    for start in range(0, num_images, args.train_batch_size):
-        chunk = labels[start : start + args.train_batch_size]
-        noise = [torch.Generator().manual_seed(args.seed + start + i) for i in range(len(chunk))]
-        with accelerator.autocast():
-            images += pipeline(chunk, generator=noise, num_inference_steps=args.validation_inference_steps).images
-    enlarge = max(1, 64 // pipeline.transformer.config.sample_size)
-    images = [image.resize([side * enlarge for side in image.size], Image.Resampling.NEAREST) for image in images]
-    names = pipeline.config.id2label or {}
-    grid = make_grid(images, labels=None if num_classes == 1 else [names.get(str(i), str(i)) for i in labels])
+class Exporter:
+    """What a run hands out of its model at any step: samples, metrics, pipeline folders, branches on the Hub.
 
-    path = Path(args.output_dir) / "samples" / f"step-{step:07d}.png"
-    path.parent.mkdir(exist_ok=True)
-    write_atomically(path, lambda beside: grid.save(beside, format="PNG"))
-    for tracker in accelerator.trackers:
-        if tracker.name == "tensorboard":
-            tracker.log_images({"samples": np.asarray(grid)[None]}, step=step, dataformats="NHWC")
-        elif hasattr(tracker, "log_images"):
-            tracker.log_images({"samples": [grid]}, step=step)
-    return path
+    All are of the first EMA, or without EMAs of the online weights. Every method is called on every process.
+
+    Args:
+        args: of the run.
+        accelerator: of the run.
+        objective: as prepared by the accelerator.
+        ema: the averages, or None.
+        id2label: class names, or None.
+        journal: receives the metrics.
+        spaces: what `evaluate` measures in; see [`open_evaluation`].
+        pusher: on the main process of a run that is pushed to the Hub, else None.
+    """
+
+    def __init__(
+        self,
+        args: TrainingArguments,
+        accelerator: Accelerator,
+        objective: torch.nn.Module,
+        ema: ConstantDecayEMA | None,
+        id2label: dict[str, str] | None,
+        journal: Journal,
+        spaces: list[FeatureSpace],
+        pusher: BackgroundPusher | None,
+    ):
+        self.args, self.accelerator, self.objective, self.ema = args, accelerator, objective, ema
+        self.id2label, self.journal, self.spaces, self.pusher = id2label, journal, spaces, pusher
+        self.output_dir = Path(args.output_dir)
+
+    def pipeline(self) -> PixelREPAPipeline:
+        """A quiet pipeline whose weights are tensors of their own; never the module that is being trained."""
+        if self.ema is not None:
+            weights = self.ema.state_dict_for(self.ema.decays[0])
+        else:
+            state = self.accelerator.get_state_dict(self.objective)
+            weights = {k.removeprefix("transformer."): v for k, v in state.items() if k.startswith("transformer.")}
+        full = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in weights.items()}
+        config = self.accelerator.unwrap_model(self.objective).transformer.config
+        transformer = with_weights(config, full).to(self.accelerator.device)
+        pipeline = build_pipeline(self.args, transformer, self.id2label)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def save_pipeline(self, folder: Path, step: int) -> None:
+        """A folder that generates, with the facts its card is written from."""
+        pipeline, device = self.pipeline(), self.accelerator.device
+        num_processes = self.accelerator.num_processes
+        global_batch_size = self.args.global_batch_size(num_processes)
+        facts = {
+            **self.args.saved(),
+            "steps": step,
+            "images_seen": step * global_batch_size,
+            "global_batch_size": global_batch_size,
+            "num_processes": num_processes,
+            "resolved_learning_rate": self.args.resolved_learning_rate(num_processes),
+            "device": device_name(device),
+            "versions": {**versions(), "datasets": datasets.__version__},
+        }
+
+        def write(path: Path) -> None:
+            if self.accelerator.is_main_process:
+                pipeline.save_pretrained(path)
+                (path / "training_arguments.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+                samples = sorted((self.output_dir / "samples").glob("*.png"))
+                if samples:
+                    shutil.copyfile(samples[-1], path / "samples.png")
+
+        write_folder(folder, write, self.accelerator.is_main_process, self.accelerator.wait_for_everyone)
+
+    def push_checkpoint(self, step: int) -> None:
+        """The pipeline to a branch named after the checkpoint; the run does not wait for it."""
+        folder = self.output_dir / "hub" / f"checkpoint-{step}"
+        self.save_pipeline(folder, step)
+        if self.pusher is not None:
+            for old in folder.parent.iterdir():
+                if old != folder and old not in self.pusher.pending | self.pusher.failed:
+                    shutil.rmtree(old)
+            self.pusher.push(folder, revision=folder.name)
+
+    def evaluate(self, step: int) -> str:
+        """Journals --eval_metrics and returns them as a sentence.
+
+        Every process makes its share of the images; none draws from a global random state.
+        """
+        pipeline, args = self.pipeline(), self.args
+        pipeline.transformer.to(torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32)
+        metrics = evaluate_pipeline(
+            pipeline,
+            self.spaces,
+            args.eval_num_samples,
+            batch_size=args.eval_batch_size,
+            seed=args.seed,
+            num_inference_steps=args.eval_inference_steps,
+        )
+        self.journal.log(step, metrics)
+        return f"Step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+
+    def write_samples(self, step: int) -> None:
+        """A grid, from the same noise every time, to samples/ and to the trackers that take images."""
+        pipeline = self.pipeline()
+        if self.accelerator.is_main_process:
+            self._draw_samples(pipeline, step)
+        self.accelerator.wait_for_everyone()
+
+    def _draw_samples(self, pipeline: PixelREPAPipeline, step: int) -> None:
+        args, num_classes = self.args, pipeline.transformer.config.num_classes
+        num_images = args.num_validation_images
+        labels = [
+            i % num_classes if num_images > num_classes else i * num_classes // num_images for i in range(num_images)
+        ]
+        images = []
+        for start in range(0, num_images, args.train_batch_size):
+            chunk = labels[start : start + args.train_batch_size]
+            noise = seeded(range(args.seed + start, args.seed + start + len(chunk)))
+            with self.accelerator.autocast():
+                images += pipeline(chunk, generator=noise, num_inference_steps=args.validation_inference_steps).images
+        enlarge = max(1, 64 // pipeline.transformer.config.sample_size)
+        images = [image.resize([side * enlarge for side in image.size], Image.Resampling.NEAREST) for image in images]
+        names = pipeline.config.id2label or {}
+        grid = make_grid(images, labels=None if num_classes == 1 else [names.get(str(i), str(i)) for i in labels])
+
+        path = self.output_dir / "samples" / f"step-{step:07d}.png"
+        path.parent.mkdir(exist_ok=True)
+        write_atomically(path, lambda beside: grid.save(beside, format="PNG"))
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "tensorboard":
+                tracker.log_images({"samples": np.asarray(grid)[None]}, step=step, dataformats="NHWC")
+            elif hasattr(tracker, "log_images"):
+                tracker.log_images({"samples": [grid]}, step=step)
 
 
 def open_evaluation(args: TrainingArguments, pipeline: PixelREPAPipeline, device: torch.device) -> list[FeatureSpace]:

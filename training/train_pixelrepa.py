@@ -26,34 +26,28 @@ import json
 import logging
 import os
 import resource
-import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import accelerate
-import datasets
-import diffusers
 import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, gather_object
 from arguments import TrainingArguments, parse_arguments
-from checkpointing import Checkpointer, find_checkpoint, sweep, with_weights, write_folder
+from checkpointing import Checkpointer, find_checkpoint, sweep
 from data import ImageLoader, ImageSource, StreamSource, draws, open_source, to_float
 from diffusers.optimization import get_scheduler
-from reporting import Journal, build_pipeline, estimate_memory, open_evaluation, teacher_config, write_samples
+from reporting import Exporter, Journal, build_pipeline, estimate_memory, open_evaluation, teacher_config
 from teacher_cache import CachedTeacher
 from tqdm.auto import tqdm
 
-import pixelrepa_diffusers
 from pixelrepa_diffusers import JiTTransformer2DModel, get_preset
 from pixelrepa_diffusers.adapter import ConvProjector, MaskedTransformerAdapter, MLPProjector
 from pixelrepa_diffusers.ema import ConstantDecayEMA
-from pixelrepa_diffusers.evaluation import evaluate_pipeline
 from pixelrepa_diffusers.hub import BackgroundPusher
 from pixelrepa_diffusers.objective import PixelREPAObjective, draw_keep_mask, draw_timesteps, drop_labels
 from pixelrepa_diffusers.sampling import only_writer, write_atomically
@@ -69,6 +63,46 @@ IMAGE_DRAWS, DROPOUT_DRAWS, WEIGHT_DRAWS = 101, 102, 103
 
 class NonFiniteLossError(RuntimeError):
     """The loss became NaN or infinite; the message names the step, the images and the last good checkpoint."""
+
+
+class LossRecord:
+    """Losses of the steps since the last log, kept on the device, and the images they were of."""
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self.losses: list[torch.Tensor] = []
+        self.images: list[list[int]] = []
+
+    def __len__(self) -> int:
+        return len(self.losses)
+
+    def add(self, losses: torch.Tensor, images: list[int]) -> None:
+        """losses (3,): total, denoising, alignment."""
+        self.losses.append(losses)
+        self.images.append(images)
+
+    def clear(self) -> None:
+        self.losses.clear()
+        self.images.clear()
+
+    def check(self, step: int, last_checkpoint: Path | None) -> torch.Tensor:
+        """
+        (processes, steps, 3) on the host, after a look at each: the one place where the device is waited for.
+
+        Raises:
+            NonFiniteLossError: a loss is NaN or infinite; `step` is the last step's number.
+        """
+        losses = self.accelerator.gather(torch.stack(self.losses)[None]).cpu()
+        bad = (~losses.isfinite().all(dim=(0, 2))).nonzero()
+        if len(bad):
+            index = bad[0].item()
+            images = gather_object(self.images[index])
+            raise NonFiniteLossError(
+                f"The loss of step {step - len(self) + index + 1} is not finite. Its images (places in the data) were "
+                f"{sorted(images)}. The last good checkpoint is {last_checkpoint}: resume from it with a smaller "
+                "--learning_rate, --max_grad_norm 1, --mixed_precision bf16 or no, or --on_nonfinite skip."
+            )
+        return losses
 
 
 # ---------------------------------------------------------------------------------------------------- what is trained
@@ -110,6 +144,19 @@ def build_transformer(args: TrainingArguments, num_classes: int) -> JiTTransform
         fresh.load_state_dict(kept, strict=False)
         transformer = fresh
     return transformer
+
+
+def build_teacher(args: TrainingArguments, config: dict, device: torch.device) -> SemanticTeacher | None:
+    if args.objective == "none":
+        return None
+    return SemanticTeacher.from_pretrained(
+        args.teacher_model_name_or_path,
+        grid_size=config["sample_size"] // config["patch_size"],
+        image_size=config["sample_size"],
+        mode=args.teacher_mode,
+        dtype=torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32,
+        revision=args.teacher_revision,
+    ).to(device)
 
 
 def build_projector(args: TrainingArguments, config: dict, teacher_dim: int) -> torch.nn.Module | None:
@@ -241,28 +288,13 @@ def prepared_batches(
 # ------------------------------------------------------------------------------------------------------------- the run
 
 
-def global_batch_size(args: TrainingArguments, num_processes: int) -> int:
-    return args.train_batch_size * args.gradient_accumulation_steps * num_processes
-
-
-def resolved_learning_rate(args: TrainingArguments, num_processes: int) -> float:
-    return args.learning_rate * (global_batch_size(args, num_processes) / 256 if args.scale_lr else 1)
-
-
-def resolved_steps(args: TrainingArguments, steps_per_epoch: int | None) -> tuple[int, int]:
-    """(optimizer steps, warm-up steps)."""
-    total = args.max_train_steps or args.num_train_epochs * steps_per_epoch
-    warmup = 5 * steps_per_epoch if args.lr_warmup_steps is None else args.lr_warmup_steps
-    return total, warmup
-
-
 def dry_run(args: TrainingArguments, accelerator: Accelerator, source: ImageSource | StreamSource | None) -> dict:
     """Prints, and returns, what the run would be; without data the preset's classes and ImageNet's size are assumed."""
     num_classes = source.num_classes if source else args.num_classes or get_preset(args.preset).num_classes
     num_images = len(source) if isinstance(source, ImageSource) else 1_281_167
     num_processes = args.dry_run_processes or accelerator.num_processes
-    batch = global_batch_size(args, num_processes)
-    steps, warmup = resolved_steps(args, num_images // batch)
+    batch = args.global_batch_size(num_processes)
+    steps, warmup = args.resolved_steps(num_images // batch)
     count = {}
     with torch.device("meta"):
         transformer = build_transformer(args, num_classes)
@@ -282,7 +314,7 @@ def dry_run(args: TrainingArguments, accelerator: Accelerator, source: ImageSour
         "images": num_images,
         "processes": num_processes,
         "global_batch_size": batch,
-        "learning_rate": resolved_learning_rate(args, num_processes),
+        "learning_rate": args.resolved_learning_rate(num_processes),
         "steps": steps,
         "warmup_steps": warmup,
         "epochs": round(steps * batch / num_images, 2),
@@ -382,7 +414,7 @@ def train(
         world_size=accelerator.num_processes,
         num_workers=args.dataloader_num_workers,
     )
-    max_train_steps, warmup_steps = resolved_steps(args, loader.batches_per_epoch)
+    max_train_steps, warmup_steps = args.resolved_steps(loader.batches_per_epoch)
     num_classes = source.num_classes
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
@@ -390,16 +422,7 @@ def train(
     transformer = build_transformer(args, num_classes)
     config = transformer.config
     num_tokens = (config.sample_size // config.patch_size) ** 2
-    teacher = None
-    if args.objective != "none":
-        teacher = SemanticTeacher.from_pretrained(
-            args.teacher_model_name_or_path,
-            grid_size=config.sample_size // config.patch_size,
-            image_size=config.sample_size,
-            mode=args.teacher_mode,
-            dtype=torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32,
-            revision=args.teacher_revision,
-        ).to(device)
+    teacher = build_teacher(args, config, device)
     plan = build_pipeline(args, transformer, source.id2label)  # refuses wrong guidance or names now
     spaces = open_evaluation(args, plan, device) if args.eval_steps else []
     projector = build_projector(args, config, teacher.feature_dim) if teacher is not None else None
@@ -417,7 +440,7 @@ def train(
         if teacher is not None:
             teacher.compile()
 
-    optimizer = build_optimizer(args, objective, resolved_learning_rate(args, accelerator.num_processes))
+    optimizer = build_optimizer(args, objective, args.resolved_learning_rate(accelerator.num_processes))
     objective, optimizer = accelerator.prepare(objective, optimizer)
     module = accelerator.unwrap_model(objective)
     ema = None
@@ -459,92 +482,8 @@ def train(
     journal = Journal(accelerator, output_dir, step)
     last_checkpoint = checkpoint
 
-    def shown_transformer() -> JiTTransformer2DModel:
-        """The first EMA, or without EMAs the online weights; never the module that is being trained."""
-        if ema is not None:
-            weights = ema.state_dict_for(ema.decays[0])
-        else:
-            state = accelerator.get_state_dict(objective)
-            weights = {k.removeprefix("transformer."): v for k, v in state.items() if k.startswith("transformer.")}
-        full = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in weights.items()}
-        return with_weights(config, full).to(device)
-
-    def save_pipeline(folder: Path) -> None:
-        """A folder that generates, with the facts its card is written from."""
-        transformer = shown_transformer()
-        facts = {
-            **args.saved(),
-            "steps": step,
-            "images_seen": step * loader.global_batch_size,
-            "global_batch_size": loader.global_batch_size,
-            "num_processes": accelerator.num_processes,
-            "resolved_learning_rate": resolved_learning_rate(args, accelerator.num_processes),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-            "versions": {
-                package.__name__: package.__version__
-                for package in (pixelrepa_diffusers, torch, diffusers, transformers, accelerate, datasets)
-            },
-        }
-
-        def write(path: Path) -> None:
-            if accelerator.is_main_process:
-                build_pipeline(args, transformer, source.id2label).save_pretrained(path)
-                (path / "training_arguments.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
-                samples = sorted((output_dir / "samples").glob("*.png"))
-                if samples:
-                    shutil.copyfile(samples[-1], path / "samples.png")
-
-        write_folder(folder, write, accelerator.is_main_process, accelerator.wait_for_everyone)
-
-    def push_checkpoint() -> None:
-        """The first EMA as a pipeline, to a branch named after the checkpoint; the run does not wait for it."""
-        folder = output_dir / "hub" / f"checkpoint-{step}"
-        save_pipeline(folder)
-        if pusher is not None:
-            for old in folder.parent.iterdir():
-                if old != folder and old not in pusher.pending | pusher.failed:
-                    shutil.rmtree(old)
-            pusher.push(folder, revision=folder.name)
-
-    def validate() -> None:
-        transformer = shown_transformer()
-        if accelerator.is_main_process:
-            write_samples(args, accelerator, build_pipeline(args, transformer, source.id2label), step)
-        accelerator.wait_for_everyone()
-
-    def evaluate() -> None:
-        """Every process makes its share of the images; none draws from a global random state."""
-        dtype = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
-        pipeline = build_pipeline(args, shown_transformer().to(dtype), source.id2label)
-        pipeline.set_progress_bar_config(disable=True)
-        metrics = evaluate_pipeline(
-            pipeline,
-            spaces,
-            args.eval_num_samples,
-            batch_size=args.eval_batch_size,
-            seed=args.seed,
-            num_inference_steps=args.eval_inference_steps,
-        )
-        journal.log(step, metrics)
-        logger.info(f"Step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
-
-    records: list[torch.Tensor] = []  # losses of the steps since the last log, on the device
-    seen: list[list[int]] = []  # and the images they were of
-
-    def check_losses() -> torch.Tensor:
-        """(processes, steps, 3) on the host: the one place where the device is waited for."""
-        mine = torch.stack(records)
-        losses = accelerator.gather(mine[None]).cpu()
-        bad = (~losses.isfinite().all(dim=(0, 2))).nonzero()
-        if len(bad):
-            index = bad[0].item()
-            images = gather_object(seen[index])
-            raise NonFiniteLossError(
-                f"The loss of step {step - len(records) + index + 1} is not finite. Its images (places in the data) were "
-                f"{sorted(images)}. The last good checkpoint is {last_checkpoint}: resume from it with a smaller "
-                "--learning_rate, --max_grad_norm 1, --mixed_precision bf16 or no, or --on_nonfinite skip."
-            )
-        return losses
+    exporter = Exporter(args, accelerator, objective, ema, source.id2label, journal, spaces, pusher)
+    losses = LossRecord(accelerator)
 
     teach = None
     if teacher is not None and args.teacher_cache_dir is not None:
@@ -560,7 +499,7 @@ def train(
     while step < max_train_steps and stopping is None:
         logs = (step + 1) % args.logging_steps == 0 or step + 1 == max_train_steps
         learning_rate = lr_scheduler.get_last_lr()[0]
-        losses, images = [], []
+        micro_losses, images = [], []
         for micro_step in range(args.gradient_accumulation_steps):
             inputs, about = next(batches)
             dropout_seeds = draws(args.seed, step, accelerator.process_index, DROPOUT_DRAWS, micro_step + 1)
@@ -588,7 +527,7 @@ def train(
                 output.denoising_loss,
                 zero if output.alignment_loss is None else output.alignment_loss,
             )
-            losses.append(torch.stack([part.detach() for part in parts]))
+            micro_losses.append(torch.stack([part.detach() for part in parts]))
             images += about["index"]
             skipped_images += about["skipped"]
         step, position = step + 1, about["loader"]
@@ -597,11 +536,10 @@ def train(
             skipped_steps += 1
             logger.warning(f"Step {step} was skipped: its gradient is not finite. Its images were {images}.")
         else:
-            records.append(torch.stack(losses).mean(dim=0))
-            seen.append(images)
+            losses.add(torch.stack(micro_losses).mean(dim=0), images)
 
-        if logs and records:
-            mean = check_losses().mean(dim=(0, 1)).tolist()
+        if logs and losses:
+            mean = losses.check(step, last_checkpoint).mean(dim=(0, 1)).tolist()
             elapsed = time.perf_counter() - started
             speed = (step - started_step) * loader.global_batch_size / elapsed
             values = {
@@ -621,8 +559,7 @@ def train(
             bar.set_postfix(
                 shown if output.alignment_loss is not None else {k: shown[k] for k in ("denoise", "img/s")}
             )
-            records.clear()
-            seen.clear()
+            losses.clear()
             started, started_step = time.perf_counter(), step
             stopping = stop.received
             if accelerator.num_processes > 1:
@@ -635,18 +572,18 @@ def train(
         saves = step % args.checkpointing_steps == 0 or last
         shows = args.validation_steps and (step % args.validation_steps == 0 or step == max_train_steps)
         measures = args.eval_steps and (step % args.eval_steps == 0 or step == max_train_steps)
-        if saves and records:
-            check_losses()
+        if saves and losses:
+            losses.check(step, last_checkpoint)
         # Before the checkpoint: a run that is killed in between resumes at an earlier one and makes these again.
         if shows:
-            validate()
+            exporter.write_samples(step)
         if measures:
-            evaluate()
+            logger.info(exporter.evaluate(step))
         if saves:
             last_checkpoint = checkpointer.save(step, position)
             logger.info(f"Wrote {last_checkpoint}.")
         if saves and args.push_checkpoints:
-            push_checkpoint()
+            exporter.push_checkpoint(step)
         if saves or shows or measures:
             started, started_step = time.perf_counter(), step  # images/s is the training's alone
     bar.close()
@@ -659,7 +596,7 @@ def train(
         return None
 
     folder = output_dir / "pipeline"
-    save_pipeline(folder)
+    exporter.save_pipeline(folder, step)
     if accelerator.is_main_process:
         logger.info(f"Wrote {folder} and {journal.plot()}.")
     if pusher is not None:

@@ -309,7 +309,8 @@ def test_a_published_checkpoint_of_absurd_size_is_refused_without_its_memory(tmp
 )
 def test_a_json_bomb_in_a_saved_pipeline_ends_in_an_error(folder, place, text):
     (folder / place).write_text(text, encoding="latin-1")
-    with pytest.raises((ValueError, OSError, RecursionError, TypeError, AttributeError)):
+    said = "is nested too deeply|must hold a JSON object|is not a valid JSON file|limit .* for integer string"
+    with pytest.raises((ValueError, OSError), match=said):
         PixelREPAPipeline.from_pretrained(folder)
     if not place.startswith("scheduler"):
         with pytest.raises(ValueError, match=rf"{Path(place).name} (is not valid JSON|must hold a JSON object)"):

@@ -415,8 +415,8 @@ class PixelREPAPipeline(DiffusionPipeline):
     def _dict_from_json_file(cls, json_file):
         try:
             config = super()._dict_from_json_file(json_file)
-        except RecursionError:
-            raise ValueError(f"{json_file} is nested too deeply for a pipeline's description.") from None
+        except RecursionError:  # what else is no JSON is diffusers' to tell
+            raise ValueError(f"{json_file} is nested too deeply for a configuration.") from None
         if not isinstance(config, dict):
             raise ValueError(f"{json_file} must hold a JSON object, it holds a {type(config).__name__}.")
         package = cls.__module__.partition(".")[0]

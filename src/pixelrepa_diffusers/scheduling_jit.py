@@ -100,6 +100,16 @@ class JiTFlowMatchScheduler(SchedulerMixin, ConfigMixin):
         source = Path(inspect.getfile(type(self)))
         shutil.copyfile(source, Path(save_directory) / source.name)
 
+    @classmethod
+    def _dict_from_json_file(cls, json_file):
+        try:
+            config = super()._dict_from_json_file(json_file)
+        except RecursionError:  # what else is no JSON is diffusers' to tell
+            raise ValueError(f"{json_file} is nested too deeply for a configuration.") from None
+        if not isinstance(config, dict):
+            raise ValueError(f"{json_file} must hold a JSON object, it holds a {type(config).__name__}.")
+        return config
+
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         """
         Lays out the evaluations of `num_inference_steps` steps.

@@ -493,6 +493,16 @@ class JiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin,
         shutil.copyfile(source, Path(save_directory) / source.name)
 
     @classmethod
+    def _dict_from_json_file(cls, json_file):
+        try:
+            config = super()._dict_from_json_file(json_file)
+        except RecursionError:  # what else is no JSON is diffusers' to tell
+            raise ValueError(f"{json_file} is nested too deeply for a configuration.") from None
+        if not isinstance(config, dict):
+            raise ValueError(f"{json_file} must hold a JSON object, it holds a {type(config).__name__}.")
+        return config
+
+    @classmethod
     def extract_init_dict(cls, config_dict, **kwargs):
         # `auto_map` serves AutoModel alone; diffusers would report it as an unexpected argument at every load.
         return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import HfArgumentParser
 
 from pixelrepa_diffusers import JiTFlowMatchScheduler, PixelREPAPipeline
@@ -122,6 +123,9 @@ def write_beside(target: Path, save: Callable[[Path], None]) -> None:
 
     A run that is stopped leaves nothing half-written at `target`; what a killed one left beside it goes with the next. A
     second conversion to the same place at the same time is refused.
+
+    Raises:
+        OSError: the disk is full or does not take the file; the message names the target.
     """
     workshop = target.with_name(f".{target.name}.incomplete")
     with only_writer(workshop):
@@ -135,6 +139,9 @@ def write_beside(target: Path, save: Callable[[Path], None]) -> None:
             if target.is_dir():
                 target.rmdir()
             partial.rename(target)
+        except SafetensorError as error:  # it names no file
+            free = shutil.disk_usage(workshop).free / 2**20
+            raise OSError(f"{target} could not be written: {error} ({free:.0f} MiB are free there).") from error
         finally:
             shutil.rmtree(workshop, ignore_errors=True)
 

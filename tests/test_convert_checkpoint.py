@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import resource
 import shlex
 import subprocess
 import sys
@@ -186,6 +187,17 @@ def test_settings_that_cannot_be_are_refused_before_anything_is_written(tmp_path
 def test_a_write_that_fails_leaves_no_folder(tmp_path):
     with pytest.raises(ValueError, match="not supported"):
         convert(tmp_path / "pipe", "--max_shard_size", "many")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_disk_that_takes_no_more_is_named_and_leaves_no_folder(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))  # less than the weights: every write beyond it fails
+    try:
+        with pytest.raises(OSError, match=r"pipe could not be written: .* MiB are free there"):
+            convert(tmp_path / "pipe")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert os.listdir(tmp_path) == []
 
 

@@ -35,3 +35,7 @@ def test_the_demo_runs_from_nothing_to_a_score(tmp_path, capsys):
     assert {"recognised", "worst class", "precision (k=3)", "recall (k=3)"} <= scores["guidance 2"].keys()
     assert (tmp_path / "run/scores.json").exists()
     assert (tmp_path / "run/digits_guidance_2.png").exists()
+
+    half = score_digits.main(score_digits.ScoreArguments(pipeline=str(folder), dtype="bfloat16", **arguments))
+    assert half["guidance 2"] != scores["guidance 2"]
+    assert (tmp_path / "run/scores_bfloat16.json").exists() and (tmp_path / "run/scores.json").exists()

@@ -25,6 +25,7 @@ from transformers import HfArgumentParser
 
 from pixelrepa_diffusers.images import make_grid
 from pixelrepa_diffusers.metrics import precision_recall
+from pixelrepa_diffusers.sampling import seeded
 
 
 @dataclass
@@ -34,6 +35,10 @@ class ScoreArguments:
     num_images: int = field(default=1000, metadata={"help": "Generated digits, evenly over the ten classes."})
     num_inference_steps: int = field(default=10, metadata={"help": "Sampling steps."})
     batch_size: int = field(default=100, metadata={"help": "Images at a time."})
+    dtype: str = field(
+        default="float32",
+        metadata={"help": "Of the network; names the files too.", "choices": ["float32", "bfloat16", "float16"]},
+    )
 
 
 def read_digits(folder: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -51,9 +56,11 @@ def generate(pipeline: DiffusionPipeline, args: ScoreArguments, guidance_scale: 
     images = []
     for start in trange(0, len(labels), args.batch_size, desc=f"guidance {guidance_scale or 'as saved'}"):
         chunk = labels[start : start + args.batch_size]
-        seeds = [torch.Generator().manual_seed(start + i) for i in range(len(chunk))]
         images += pipeline(
-            chunk, guidance_scale=guidance_scale, generator=seeds, num_inference_steps=args.num_inference_steps
+            chunk,
+            guidance_scale=guidance_scale,
+            generator=seeded(range(start, start + len(chunk))),
+            num_inference_steps=args.num_inference_steps,
         ).images
     pixels = np.stack([np.asarray(image.convert("L")).reshape(-1) / 255 for image in images])
     return images, pixels, np.array(labels)
@@ -71,7 +78,10 @@ def main(args: ScoreArguments) -> dict:
     held_out, held_out_labels = read_digits(Path(args.data_dir) / "test")
     classifier = SVC(C=10).fit(real, real_labels)
     scores = {"classifier on held-out real digits": float((classifier.predict(held_out) == held_out_labels).mean())}
-    pipeline = DiffusionPipeline.from_pretrained(args.pipeline, trust_remote_code=True)
+    pipeline = DiffusionPipeline.from_pretrained(
+        args.pipeline, trust_remote_code=True, dtype=getattr(torch, args.dtype)
+    )
+    suffix = "" if args.dtype == "float32" else f"_{args.dtype}"
     pipeline.set_progress_bar_config(disable=True)
     for name, guidance_scale in ((f"guidance {pipeline.config.guidance_scale:g}", None), ("no guidance", 1.0)):
         images, pixels, labels = generate(pipeline, args, guidance_scale)
@@ -87,12 +97,12 @@ def main(args: ScoreArguments) -> dict:
             "mean distance to the nearest real training digit": float(nearest.kneighbors(pixels)[0].mean()),
         }
         grid = make_grid([image.resize((32, 32), Image.NEAREST) for image in images[:100]], columns=10)
-        grid.save(Path(args.pipeline).parent / f"digits_{name.replace(' ', '_')}.png")
+        grid.save(Path(args.pipeline).parent / f"digits_{name.replace(' ', '_')}{suffix}.png")
     scores["mean distance of a held-out real digit to the nearest training digit"] = float(
         NearestNeighbors(n_neighbors=1).fit(real).kneighbors(held_out)[0].mean()
     )
     print(json.dumps(scores, indent=1))
-    (Path(args.pipeline).parent / "scores.json").write_text(json.dumps(scores, indent=1), encoding="utf-8")
+    (Path(args.pipeline).parent / f"scores{suffix}.json").write_text(json.dumps(scores, indent=1), encoding="utf-8")
     return scores
 
 

@@ -626,6 +626,7 @@ def photos(tmp_path_factory):
     ({"resolution": 18}, "18 is not a multiple of 4. Nearest sizes that fit: 16 and 20"),
     ({"resolution": 0}, "resolution must be at least 1, got 0"),
     ({"patch_size": 3}, "16 is not a multiple of 3"),
+    ({"mixed_precision": "fp16"}, "--mixed_precision fp16 cannot be had on cpu"),
     ({"guidance_scale": -1.0}, "`guidance_scale` must be a finite number of at least 0 .* got -1.0"),
     ({"guidance_interval": [0.9, 0.1]}, r"0 ≤ low < high ≤ 1 .* got \(0.9, 0.1\)"),
     ({"guidance_interval": [0.1]}, r"`guidance_interval` must be a pair \(low, high\), got \[0.1\]"),

@@ -367,6 +367,11 @@ def main(args: TrainingArguments) -> Path | None:
             f"The launcher asked for {os.environ['WORLD_SIZE']} processes, but accelerate runs {accelerator.num_processes}. "
             "For several CPU processes see training/accelerate/cpu_2processes.yaml."
         )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError(
+            "--mixed_precision fp16 cannot be had on cpu: accelerate would train in float32 without a word. Ask for bf16 or "
+            "no, or train on a GPU."
+        )
     args.mixed_precision = accelerator.mixed_precision
     with_data = args.train_data_dir is not None or args.dataset_name is not None
     source = open_source(args) if with_data or not args.dry_run else None

@@ -52,6 +52,7 @@ from train_pixelrepa import (
     build_optimizer,
     build_projector,
     build_transformer,
+    compile_blocks,
     draw,
     peak_memory,
     prepared_batches,
@@ -74,7 +75,6 @@ from pixelrepa_diffusers.benchmarking import (
 from pixelrepa_diffusers.ema import ConstantDecayEMA
 from pixelrepa_diffusers.sampling import device_name, versions, write_atomically
 from pixelrepa_diffusers.teacher import SemanticTeacher
-from pixelrepa_diffusers.transformer_jit import JiTBlock
 
 
 # Of facebook/dinov2-base's preprocessor.
@@ -274,9 +274,7 @@ class Trainee:
         if setting.attention_backend != "default" and not self.published:
             self.objective.transformer.set_attention_backend(setting.attention_backend)
         if setting.compile == "yes" or (setting.compile == "ours" and not self.published):
-            for block in self.objective.modules():
-                if isinstance(block, JiTBlock):
-                    block.compile(fullgraph=True)
+            compile_blocks(self.objective)
         # Learning rate 0: all the work, and the weights stay what they are for the other arithmetic.
         self.optimizer = build_optimizer(bench.training_args, self.objective, learning_rate=0.0)
         if self.published:

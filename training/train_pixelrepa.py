@@ -192,6 +192,13 @@ def build_objective(args: TrainingArguments, transformer: JiTTransformer2DModel,
     )
 
 
+def compile_blocks(objective: PixelREPAObjective) -> None:
+    """Compiles every block, the projector's too, in place."""
+    for block in objective.modules():
+        if isinstance(block, JiTBlock):
+            block.compile(fullgraph=True)
+
+
 def build_optimizer(args: TrainingArguments, objective: PixelREPAObjective, learning_rate: float):
     """AdamW; biases and norm weights are never decayed."""
     parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
@@ -439,9 +446,7 @@ def train(
     if args.attention_backend is not None:
         transformer.set_attention_backend(args.attention_backend)
     if args.compile:
-        for block in objective.modules():
-            if isinstance(block, JiTBlock):
-                block.compile(fullgraph=True)
+        compile_blocks(objective)
         if teacher is not None:
             teacher.compile()
 

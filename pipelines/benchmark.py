@@ -48,6 +48,7 @@ from pixelrepa_diffusers.benchmarking import (
 )
 from pixelrepa_diffusers.sampling import (
     SCHEDULERS,
+    cast_transformer,
     check_cuda_graphs,
     compile_transformer,
     device_name,
@@ -156,8 +157,7 @@ def build_pipeline(args: BenchmarkArguments) -> PixelREPAPipeline:
         for parameter in transformer.parameters():
             if not parameter.any():  # the initial zeros, which would hide the network from its output
                 torch.nn.init.normal_(parameter, std=0.02)
-        if dtype != torch.float32:
-            transformer.to(dtype).conditioning.time_embedding.float()  # as `from_pretrained` leaves it
+        cast_transformer(transformer, dtype)
         pipe = PixelREPAPipeline(transformer, JiTFlowMatchScheduler(), guidance_scale=preset.guidance_scale)
     pipe.transformer.eval()
     pipe.set_progress_bar_config(disable=True)

@@ -103,7 +103,10 @@ def test_gradient_checkpointing_changes_no_gradient(inputs):
         adapter = make_adapter()
         if checkpointing:
             adapter.enable_gradient_checkpointing()
+        runs = []
+        adapter.blocks[0].attn.register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
         adapter(*inputs).square().mean().backward()
+        assert len(runs) == 1 + checkpointing
         gradients.append({name: p.grad for name, p in adapter.named_parameters() if p.grad is not None})
     torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=0)
 

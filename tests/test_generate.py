@@ -13,7 +13,7 @@ from transformers import HfArgumentParser
 
 from pipelines.generate import GenerateArguments, main, parse_seeds
 from pixelrepa_diffusers import JiTFlowMatchScheduler, JiTTransformer2DModel, PixelREPAPipeline
-from pixelrepa_diffusers.sampling import SCHEDULERS, seeded
+from pixelrepa_diffusers.sampling import SCHEDULERS, compile_transformer, seeded
 
 
 SCRIPT = Path(__file__).parents[1] / "pipelines" / "generate.py"
@@ -69,10 +69,21 @@ def test_one_image_for_every_class_and_seed_and_a_grid(pipeline, tmp_path):
 
 
 def test_images_are_the_pipelines_own(pipeline, tmp_path):
-    path = generate(pipeline, tmp_path, labels=["digit 3"], seeds=[5])[0]
+    def drawn(**settings) -> np.ndarray:
+        generator = torch.Generator().manual_seed(5)
+        return np.asarray(pipe("d3", generator=generator, num_inference_steps=3, **settings).images[0])
+
     pipe = PixelREPAPipeline.from_pretrained(pipeline)
-    image = pipe("d3", generator=torch.Generator().manual_seed(5), num_inference_steps=3).images[0]
-    np.testing.assert_array_equal(pixels(path), np.asarray(image))
+    path = generate(pipeline, tmp_path / "defaults", labels=["digit 3"], seeds=[5])[0]
+    np.testing.assert_array_equal(pixels(path), drawn())
+
+    options = ("--scheduler", "euler", "--guidance_scale", 4.0, "--guidance_interval", 0.0, 0.6)
+    path = generate(pipeline, tmp_path / "options", *options, labels=["digit 3"], seeds=[5])[0]
+    pipe.scheduler = SCHEDULERS["euler"]()
+    wanted = drawn(guidance_scale=4.0, guidance_interval=(0.0, 0.6))
+    np.testing.assert_array_equal(pixels(path), wanted)
+    for other in ({"guidance_scale": 4.0}, {"guidance_interval": (0.0, 0.6)}):
+        assert not np.array_equal(drawn(**other), wanted)
 
 
 def test_files_are_equal_byte_for_byte_whatever_the_batch_size(pipeline, tmp_path):
@@ -204,13 +215,19 @@ def test_compiled_blocks_draw_the_same_image(pipeline, tmp_path, monkeypatch):
     np.testing.assert_array_equal(pixels(compiled), pixels(plain))
 
 
-def test_the_whole_network_compiled_draws_the_same_image_in_one_graph_for_each_batch_size(make_pipeline):
+def test_the_whole_network_compiled_draws_the_same_image_in_one_graph_for_each_batch_size(make_pipeline, monkeypatch):
     """What CUDA graphs replay; recording them takes a GPU."""
     torch._dynamo.reset()
+    graphs, compile_whole = [], JiTTransformer2DModel.compile
+
+    def trace(self, mode, **settings):
+        assert mode == "reduce-overhead"
+        compile_whole(self, backend=lambda graph, _: graphs.append(graph) or graph, **settings)
+
+    monkeypatch.setattr(JiTTransformer2DModel, "compile", trace)
     pipeline = make_pipeline(guidance_scale=2.0, guidance_interval=(0.3, 1.0))
     plain = pipeline([1, 2], generator=seeded([0, 1]), num_inference_steps=4, output_type="np").images
-    graphs = []
-    pipeline.transformer.compile(fullgraph=True, dynamic=False, backend=lambda graph, _: graphs.append(graph) or graph)
+    compile_transformer(pipeline.transformer, cuda_graphs=True)
     images = [
         pipeline([1, 2], generator=seeded([0, 1]), num_inference_steps=4, output_type="np").images for _ in range(2)
     ]

@@ -218,6 +218,15 @@ def test_misfits_are_refused(batch, features):
             PixelREPAObjective(transformer, alignment_weight=weight)
 
 
+@pytest.mark.parametrize("timestep", [0.5, torch.tensor(0.5), torch.rand(B + 1)], ids=["number", "scalar", "more"])
+def test_every_image_has_a_time_of_its_own(batch, features, timestep):
+    objective = PixelREPAObjective(make_transformer(), make_adapter())
+    with pytest.raises(ValueError, match=rf"`timestep` must be a tensor of shape \({B},\)"):
+        objective(**{**batch, "timestep": timestep}, teacher_features=features)
+    with pytest.raises(ValueError, match=rf"`timestep` must be a tensor of shape \({B},\)"):
+        make_adapter()(torch.zeros(B, GRID**2, D), timestep, batch["class_labels"])
+
+
 def test_timesteps_are_logit_normal_and_repeat_with_the_generator():
     t = draw_timesteps(20_000, torch.Generator().manual_seed(0), P_mean=-0.8, P_std=0.8)
     assert t.shape == (20_000,) and t.dtype == torch.float32 and t.min() > 0 and t.max() < 1

@@ -66,6 +66,18 @@ def test_the_error_falls_with_the_solvers_order(solver, order):
     assert error(10) / error(20) == pytest.approx(2**order, rel=0.2)
 
 
+@pytest.mark.parametrize("begin_index", [1, 3])
+def test_heun_does_not_begin_amid_a_step(begin_index):
+    # first and second evaluation would be at one time, of step after step: the sample would not move
+    scheduler = JiTFlowMatchScheduler()
+    scheduler.set_timesteps(4)
+    with pytest.raises(ValueError, match=f"must be even.* Pass {begin_index - 1} or {begin_index + 1}"):
+        scheduler.set_begin_index(begin_index)
+    euler = JiTFlowMatchScheduler(solver="euler")
+    euler.set_timesteps(4)
+    euler.set_begin_index(begin_index)
+
+
 def test_heun_is_the_trapezoid_rule_written_out():
     def flow(sample, sigma):
         return torch.sin(3 * sample) + sigma

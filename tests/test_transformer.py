@@ -358,6 +358,28 @@ def test_rms_norm_takes_its_statistics_in_float32():
     assert norm(states.bfloat16()).dtype == torch.bfloat16
 
 
+def test_under_autocast_the_residual_stream_is_float32_from_the_class_tokens_on(make_transformer):
+    # As in the published code, which concatenates float32 class tokens; a model that was cast keeps its type.
+    def types(transformer, **inputs):
+        seen = []
+        for block in transformer.transformer_blocks:
+            block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
+        predict(transformer, **inputs)
+        return set(seen)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        assert types(make_transformer(), **make_inputs()) == {torch.float32}
+    assert types(make_transformer().to(torch.bfloat16), **make_inputs(dtype=torch.bfloat16)) == {torch.bfloat16}
+
+
+def test_a_norm_rounds_its_result_and_not_its_weight():
+    norm = JiTRMSNorm(64, eps=1e-6)
+    torch.nn.init.normal_(norm.weight, mean=1, std=0.1)
+    states = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    exact = torch.nn.functional.rms_norm(states.double(), (64,), norm.weight.double(), 1e-6)
+    assert torch.equal(norm(states), exact.to(torch.bfloat16))
+
+
 def test_autocast_leaves_parameters_and_gradients_in_float32(make_transformer):
     transformer = make_transformer().train()
     with torch.autocast("cpu", torch.bfloat16):
@@ -404,6 +426,28 @@ def test_dropout_acts_in_training_only(make_transformer):
     assert torch.equal(predict(transformer, **inputs), expected)
     transformer.train()
     assert not torch.equal(predict(transformer, **inputs), predict(transformer, **inputs))
+
+
+def test_dropout_is_of_attention_output_and_feed_forward_of_the_middle_half(make_transformer):
+    transformer, dropped = make_transformer(num_layers=8, dropout=0.25).train(), {}
+
+    def note(name):
+        def hook(module, inputs, output):
+            values = inputs[0] if name.endswith("linear_out") else output
+            dropped[name] = (values == 0).float().mean().item()
+
+        return hook
+
+    for number, block in enumerate((*transformer.encoder_blocks, *transformer.transformer_blocks)):
+        block.attn.register_forward_hook(note(f"{number}.attn"))
+        block.ff.linear_out.register_forward_hook(note(f"{number}.linear_out"))
+    predict(transformer, **make_inputs())
+    for name, share in dropped.items():
+        # a few thousand values each; without dropout none is exactly zero
+        assert share == (pytest.approx(0.25, abs=0.08) if 2 <= int(name[0]) < 6 else 0), name
+    transformer.eval()
+    predict(transformer, **make_inputs())
+    assert set(dropped.values()) == {0}
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])

@@ -26,6 +26,7 @@ from .transformer_jit import (
     check_mlp_ratio,
     check_timestep,
     initialize_jit_weights,
+    prepend_class_tokens,
 )
 
 
@@ -147,7 +148,7 @@ class MaskedTransformerAdapter(ModelMixin, ConfigMixin, AttentionMixin):
         """
         _check_tokens(hidden_states, self.config.hidden_size)
         _check_num_tokens(hidden_states, self.config.grid_size)
-        check_timestep(timestep, len(hidden_states))
+        check_timestep(timestep, len(hidden_states), one_for_all=False)
         check_labels(class_labels, len(hidden_states))
         if keep_mask is not None:
             if keep_mask.dtype != torch.bool or keep_mask.shape != hidden_states.shape[:2]:
@@ -163,8 +164,7 @@ class MaskedTransformerAdapter(ModelMixin, ConfigMixin, AttentionMixin):
         conditioning, class_states = self.conditioning(timestep, class_labels)  # (B, D) each
         conditioning = F.silu(conditioning)
         if self.config.in_context_len:
-            in_context = class_states.unsqueeze(1) + self.in_context_positions.to(class_states.dtype)
-            hidden_states = torch.cat([in_context.to(hidden_states.dtype), hidden_states], dim=1)  # (B, L + N, D)
+            hidden_states = prepend_class_tokens(hidden_states, class_states, self.in_context_positions)
         _, cos, sin = self.tables()  # (L + N, d) each
         image_rotary_emb = (cos, sin)
         for block in self.blocks:

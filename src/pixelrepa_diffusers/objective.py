@@ -171,7 +171,7 @@ class PixelREPAObjective(nn.Module):
             raise ValueError(
                 f"`noise` must have the shape of `pixel_values`, {tuple(pixel_values.shape)}, got {tuple(noise.shape)}."
             )
-        check_timestep(timestep, len(pixel_values))
+        check_timestep(timestep, len(pixel_values), one_for_all=False)
 
         device_type = pixel_values.device.type
         with torch.autocast(device_type, enabled=False):

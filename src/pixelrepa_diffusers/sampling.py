@@ -119,11 +119,18 @@ def remove_incomplete(folder: Path) -> None:
             path.unlink()
 
 
+def cast_transformer(transformer: JiTTransformer2DModel, dtype: torch.dtype) -> None:
+    """Casts in place as `from_pretrained(dtype=...)` does: all but the timestep MLP, which stays in float32."""
+    transformer.to(dtype)
+    transformer.conditioning.time_embedding.float()
+
+
 def compile_transformer(transformer: JiTTransformer2DModel, cuda_graphs: bool = False) -> None:
     """Compiles the blocks for sampling, one graph for all of them, guided and not; with `cuda_graphs` the whole network,
     which a GPU then replays without waiting for the host."""
     if cuda_graphs:
-        transformer.compile(fullgraph=True, mode="reduce-overhead")
+        # One graph for each batch size, guided and not: a graph of any size could not be recorded.
+        transformer.compile(fullgraph=True, dynamic=False, mode="reduce-overhead")
     else:
         transformer.compile_repeated_blocks(fullgraph=True)
 

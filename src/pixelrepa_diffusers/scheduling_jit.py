@@ -92,6 +92,11 @@ class JiTFlowMatchScheduler(SchedulerMixin, ConfigMixin):
         last = len(self.timesteps) - 1
         if isinstance(begin_index, bool) or not isinstance(begin_index, int) or not 0 <= begin_index <= last:
             raise ValueError(f"`begin_index` must be an integer from 0 to {last}, got {begin_index!r}.")
+        if begin_index % self.order:
+            raise ValueError(
+                f"`begin_index` must be even: Heun's method evaluates twice a step, and {begin_index} is amid one. Pass "
+                f"{begin_index - 1} or {begin_index + 1}."
+            )
         self._begin_index = begin_index
 
     def save_config(self, save_directory, push_to_hub: bool = False, **kwargs):

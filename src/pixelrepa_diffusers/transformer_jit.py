@@ -51,11 +51,16 @@ def check_integer(name: str, value: int, least: int = 1, most: int = 2**20) -> N
         raise ValueError(f"`{name}` must be {allowed}, got {value!r}.")
 
 
-def check_timestep(timestep: torch.Tensor | float, batch_size: int) -> None:
-    """ValueError unless there is one time for all images of a batch or one for each.
+def check_timestep(timestep: torch.Tensor | float, batch_size: int, one_for_all: bool = True) -> None:
+    """ValueError unless there is one time for each image of a batch or, where that is allowed, one for all.
 
     Of tensors types and shapes only, as in `check_labels`: to look at values is to wait for the device at every evaluation.
     """
+    if not one_for_all and (not isinstance(timestep, torch.Tensor) or tuple(timestep.shape) != (batch_size,)):
+        given = tuple(timestep.shape) if isinstance(timestep, torch.Tensor) else repr(timestep)
+        raise ValueError(
+            f"`timestep` must be a tensor of shape ({batch_size},), a time t in [0, 1] for each image, got {given}."
+        )
     if not isinstance(timestep, (torch.Tensor, float, int)) or isinstance(timestep, bool):
         raise ValueError(f"`timestep` must be a number or a tensor of times t in [0, 1], got {timestep!r}.")
     if not isinstance(timestep, torch.Tensor) and not 0 <= timestep <= 1:
@@ -112,14 +117,17 @@ class JiTTransformer2DModelOutput(BaseOutput):
 
 
 class JiTRMSNorm(nn.RMSNorm):
-    """RMSNorm with float32 statistics whose weight follows the input's type.
+    """RMSNorm with float32 statistics that returns the input's type.
 
-    Under autocast queries and keys arrive in bfloat16 while the weight is float32; torch's fused kernel takes one type
-    and would fall back to a slow path with a warning.
+    Under autocast queries and keys arrive in bfloat16 while the weight is float32: then all of it is float32, and the
+    result is rounded. (On CUDA autocast alone would return float32, on a CPU it would not.)
     """
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(hidden_states, self.normalized_shape, self.weight.to(hidden_states.dtype), self.eps)
+        if hidden_states.dtype == self.weight.dtype:  # one fused kernel, which needs no copy of the input
+            return F.rms_norm(hidden_states, self.normalized_shape, self.weight, self.eps)
+        normed = F.rms_norm(hidden_states.float(), self.normalized_shape, self.weight.float(), self.eps)
+        return normed.to(hidden_states.dtype)
 
 
 class JiTDropout(nn.Dropout):
@@ -308,6 +316,18 @@ class JiTBlock(nn.Module):
         hidden_states = torch.addcmul(hidden_states, gate_msa, self.attn(normed, image_rotary_emb))
         normed = torch.addcmul(shift_mlp, self.norm2(hidden_states), 1 + scale_mlp)
         return torch.addcmul(hidden_states, gate_mlp, self.ff(normed))
+
+
+def prepend_class_tokens(
+    hidden_states: torch.Tensor, class_states: torch.Tensor, positions: torch.Tensor
+) -> torch.Tensor:
+    """(B, N, D) → (B, L + N, D): before the patch tokens the class embedding (B, D), once for each of L positions.
+
+    Under autocast the embedding is float32 and the patch tokens are not: then, as in the published code, the residual
+    stream is float32 from here on.
+    """
+    class_tokens = class_states.unsqueeze(1) + positions.to(class_states)
+    return torch.cat([class_tokens.to(hidden_states.device), hidden_states], dim=1)
 
 
 class JiTFinalLayer(nn.Module):
@@ -610,8 +630,7 @@ class JiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin,
             if depth == alignment_depth and return_alignment_states:
                 alignment_states = hidden_states[:, -num_patches:]  # (B, N, D)
             if depth == config.in_context_start and config.in_context_len:
-                in_context = class_states.unsqueeze(1) + self.in_context_positions.to(class_states)
-                hidden_states = torch.cat([in_context.to(hidden_states), hidden_states], dim=1)  # (B, L + N, D)
+                hidden_states = prepend_class_tokens(hidden_states, class_states, self.in_context_positions)
                 image_rotary_emb = (cos, sin)  # (L + N, d) each
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 hidden_states = self._gradient_checkpointing_func(block, hidden_states, conditioning, image_rotary_emb)

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from pixelrepa_diffusers.images import DECODING_ERRORS, center_crop_adm
+from pixelrepa_diffusers.images import DECODING_ERRORS, center_crop_adm, to_rgb
 from pixelrepa_diffusers.metrics import (
     FeatureBank,
     FeatureMoments,
@@ -93,7 +93,7 @@ class CroppedImages(Dataset):
             # Pillow itself only warns between its limit and twice its limit.
             if image.width * image.height > Image.MAX_IMAGE_PIXELS:
                 raise ValueError(f"{image.width}×{image.height} pixels are more than {Image.MAX_IMAGE_PIXELS}")
-            image = image.convert("RGB")
+            image = to_rgb(image)
         except DECODING_ERRORS as error:
             raise ValueError(f"Image {index} of the data set cannot be read: {error}") from error
         return stack_images([center_crop_adm(image, self.resolution)])[0]

@@ -238,7 +238,7 @@ def test_a_sweep_covers_every_combination_and_goes_on_where_it_stopped(folder, r
     save_file({k: 0.9 * v for k, v in weights.items()}, average / "diffusion_pytorch_model.safetensors")
     sweep = [
         *("--transformers", folder / "transformer", average, "--guidance_scales", 1, 3),
-        *("--schedulers", "heun", "euler", "--guidance_intervals", "0:1", "--chunk_size", 8),
+        *("--schedulers", "heun", "euler", "--guidance_intervals", "0:1", "0.4:1", "--chunk_size", 8),
     ]  # fmt: skip
     straight = evaluate(folder, reference, tmp_path / "straight", *sweep, num_samples=30)
 
@@ -254,19 +254,34 @@ def test_a_sweep_covers_every_combination_and_goes_on_where_it_stopped(folder, r
     assert not list((tmp_path / "stopped").glob("*/state.npz"))
 
     rows = list(csv.DictReader((tmp_path / "straight" / "sweep.csv").open()))
-    assert len(rows) == 8
-    assert {(row["transformer"], row["scheduler"], row["guidance_scale"]) for row in rows} == {
-        (transformer, scheduler, scale)
+    assert len(rows) == 16
+    axes = ("transformer", "scheduler", "guidance_scale", "guidance_interval")
+    assert {tuple(row[axis] for axis in axes) for row in rows} == {
+        (transformer, scheduler, scale, interval)
         for transformer in (f"{folder.name}-transformer", "checkpoint-5-transformer_ema_0.5")
         for scheduler in ("heun", "euler")
         for scale in ("1", "3")
+        for interval in ("0-1", "0.4-1")
     }
-    assert len({row["fd_teacher"] for row in rows}) == 8
+    # every axis acts, but for the interval of no guidance
+    assert len({row["fd_teacher"] for row in rows}) == 12
     assert len({one["weights_sha256"] for one in straight}) == 2
     best = json.loads((tmp_path / "straight" / "sweep.json").read_text())["best"]["fd_teacher"]
     assert best == min(one["metrics"]["fd_teacher"] for one in straight)
     with Image.open(tmp_path / "straight" / "heatmap.png") as image:
         assert min(image.size) > 100
+
+
+@pytest.mark.parametrize(("metric", "place"), [("fid", 1), ("inception_score", 2)])
+def test_the_best_cell_has_the_lowest_distance_or_the_highest_score(metric, place):
+    assert script.best([{"metrics": {metric: value, "fd_teacher": 0.0}} for value in (2.0, 1.0, 3.0)]) == place
+
+
+def test_the_network_computes_in_the_type_asked_for(folder, reference, tmp_path):
+    ((exact,), (rounded,)) = (evaluate(folder, reference, tmp_path / d, "--dtype", d) for d in ("float32", "bfloat16"))
+    assert (exact["dtype"], rounded["dtype"]) == ("float32", "bfloat16")
+    assert rounded["metrics"] != exact["metrics"]
+    assert rounded["metrics"]["fd_teacher"] == pytest.approx(exact["metrics"]["fd_teacher"], rel=0.1)
 
 
 def test_a_finished_evaluation_is_kept_unless_its_settings_changed(folder, reference, tmp_path, monkeypatch):

@@ -515,9 +515,20 @@ def test_vision_encoder_features_are_its_own_tokens(rng, pooling):
     torch.testing.assert_close(extract(network, images)["features"], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_vision_encoder_resizes_images_of_any_size_to_its_own(rng):
-    network = VisionEncoderNetwork.from_pretrained(TEACHER, image_size=28)
-    assert extract(network, random_images(rng, 2, size=33))["features"].shape == (2, 24)
+@pytest.mark.parametrize("size", [20, 33, 100])
+def test_vision_encoder_resizes_images_of_any_size_as_pil_does(rng, size):
+    network, seen = VisionEncoderNetwork.from_pretrained(TEACHER, image_size=28), []
+    network.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    images = random_images(rng, 2, size=size)
+    assert extract(network, images)["features"].shape == (2, 24)
+    bands = [[Image.fromarray(image[..., band].astype(np.float32)) for band in range(3)] for image in images]
+    resized = [[np.asarray(band.resize((28, 28), Image.Resampling.BICUBIC)) for band in image] for image in bands]
+    mean, std = (np.array(value)[:, None, None] for value in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    expected = (np.clip(np.stack(resized) / 255, 0, 1) - mean) / std
+    np.testing.assert_allclose(seen[0].numpy(), expected, atol=1e-4)
+
+
+def test_vision_encoder_settings_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match="multiple of the model's patch of 14 pixels, got 32"):
         VisionEncoderNetwork.from_pretrained(TEACHER, image_size=32)
     with pytest.raises(ValueError, match="'class' or 'patches', got 'mean'"):

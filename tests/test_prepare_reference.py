@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from accelerate import debug_launcher
 from accelerate.state import AcceleratorState
+from data import decode_image
 from PIL import Image
 from training_runs import TEACHER
 
@@ -23,11 +24,20 @@ def pictures():
 
 @pytest.fixture
 def args(pictures, tmp_path):
-    """A folder of 15 images in two sub-folders, of several sizes and modes."""
+    """A folder of 15 images in two sub-folders, of several sizes and modes: gray, transparent, 16 bits, turned."""
+    turned = Image.Exif()
+    turned[0x0112] = 6
     for number, picture in enumerate(pictures):
         path = tmp_path / "images" / f"class{number % 2}" / f"{number:02d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        (picture.convert("L") if number == 4 else picture).save(path)
+        if number == 4:
+            picture = picture.convert("L")
+        elif number == 5:
+            picture = picture.copy()
+            picture.putalpha(picture.convert("L"))
+        elif number == 6:
+            picture = Image.fromarray(np.asarray(picture.convert("L")).astype(np.uint16) * 256)
+        picture.save(path, **({"exif": turned} if number == 7 else {}))
     return ReferenceArguments(
         train_data_dir=str(tmp_path / "images"),
         output_file=tmp_path / "out" / "reference.npz",
@@ -40,9 +50,10 @@ def args(pictures, tmp_path):
     )
 
 
-def expected_moments(pictures):
-    pictures = [picture.convert("L") if number == 4 else picture for number, picture in enumerate(pictures)]
-    crops = [center_crop_adm(picture.convert("RGB"), 16) for picture in pictures]
+def expected_moments(args):
+    """Of the images as the trainer reads them."""
+    paths = sorted(Path(args.train_data_dir).rglob("*.png"))
+    crops = [center_crop_adm(decode_image(str(path), path.name), 16) for path in paths]
     moments = FeatureMoments()
     moments.update(extract(VisionEncoderNetwork.from_pretrained(TEACHER, image_size=28), crops)["features"])
     return moments
@@ -51,7 +62,7 @@ def expected_moments(pictures):
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_folder_becomes_the_statistics_of_its_adm_crops(args, pictures):
     main(replace(args, keep_features=True, dataloader_num_workers=1))
-    statistics, expected = FeatureStatistics.load(args.output_file), expected_moments(pictures)
+    statistics, expected = FeatureStatistics.load(args.output_file), expected_moments(args)
     np.testing.assert_allclose(statistics.mu, expected.mean, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(statistics.sigma, expected.covariance, rtol=1e-3, atol=1e-5)
     assert statistics.count == 15 and statistics.features.shape == (15, 24)

@@ -20,10 +20,8 @@ divide it again.
 processes end an epoch at the same batch, every process reads the whole stream but decodes only its own images, and a
 resume reads (without decoding) up to where it stopped. Where that reading is the bottleneck, run `prepare_dataset.py` once.
 
-**Odd images** (`decode_image`): EXIF orientation is applied; transparency is laid over white; grayscale, palette, CMYK and
-YCbCr become RGB by Pillow's conversion (colour profiles are ignored); 16-bit grayscale is scaled by 255/65535; of an
-animation the first frame is used; an image smaller than the resolution is enlarged by the same bicubic filter that
-shrinks the others, as in ADM. What cannot be decoded completely, is in a floating point or 32-bit mode, or has more
+**Odd images** become RGB as `images.to_rgb` says (orientation, transparency, 16 bits, …); an image smaller than the
+resolution is enlarged by the same bicubic filter that shrinks the others, as in ADM. What cannot be decoded completely, is in a floating point or 32-bit mode, or has more
 pixels than `PIL.Image.MAX_IMAGE_PIXELS` (before or after resizing), is a *bad image*: with `--on_bad_image error` the run
 stops and names the file; with `skip` the next good image takes its place (the next index; in a stream the next of the
 same global batch), a warning names the file, and `batch["skipped"]` counts them. A wrong label or a file that
@@ -50,10 +48,10 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
-from pixelrepa_diffusers.images import DECODING_ERRORS, center_crop_adm
+from pixelrepa_diffusers.images import DECODING_ERRORS, center_crop_adm, to_rgb
 
 
 __all__ = [
@@ -143,7 +141,7 @@ def to_float(pixel_values: torch.Tensor) -> torch.Tensor:
 
 
 def decode_image(image: bytes | str, name: str) -> Image.Image:
-    """Decode to 8-bit RGB; the head of this file says what becomes of each odd kind.
+    """Decode to 8-bit RGB, as `images.to_rgb` does.
 
     Args:
         image: the encoded bytes, or a path or URL (anything `fsspec` opens).
@@ -160,19 +158,7 @@ def decode_image(image: bytes | str, name: str) -> Image.Image:
     try:
         picture = Image.open(io.BytesIO(image))
         check_pixels(picture.width * picture.height)
-        picture = ImageOps.exif_transpose(picture)
-        if picture.mode.startswith("I"):
-            # Pillow opens 16-bit grayscale as "I;16…" and, depending on version and format, as 32-bit "I".
-            gray = np.asarray(picture)
-            if gray.min() < 0 or gray.max() > 65535:
-                raise ValueError("32-bit grayscale has no defined range; store it with 8 or 16 bits")
-            return Image.fromarray(np.rint(gray * (255 / 65535)).astype(np.uint8)).convert("RGB")
-        if picture.mode == "F":
-            raise ValueError("floating point grayscale has no defined range; store it with 8 or 16 bits")
-        if picture.has_transparency_data:
-            picture = picture.convert("RGBA")
-            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-        return picture.convert("RGB")
+        return to_rgb(picture)
     except DECODING_ERRORS as error:
         raise BadImageError(f"Bad image {name}: {error}") from error
 

@@ -30,7 +30,7 @@ from accelerate import PartialState
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .images import DECODING_ERRORS, center_crop_adm, to_uint8
+from .images import DECODING_ERRORS, center_crop_adm, to_rgb, to_uint8
 from .metrics import (
     FeatureBank,
     FeatureMoments,
@@ -317,12 +317,11 @@ def results(tally: Tally, spaces: Sequence[FeatureSpace]) -> dict[str, float]:
             elif kind == "scores":
                 values |= tally.scores[space.name].compute()
             else:
-                device = next(space.network.parameters()).device
                 pair = precision_recall(
                     tally.banks[space.name].features,
                     space.reference.features,
                     k=NEIGHBOUR,
-                    device=device if device.type == "cuda" else "cpu",  # not every other accelerator has float64
+                    device=next(space.network.parameters()).device,
                 )
                 values |= {name + metric.removeprefix("precision_recall"): value for name, value in pair.items()}
     return values
@@ -459,13 +458,13 @@ def open_image(path: Path) -> Iterator[Image.Image]:
 
 
 def read_image(path: Path, size: int | None = None) -> torch.Tensor:
-    """An image file as torch.uint8 (3, H, W) RGB; with `size`, its ADM centre crop of that many pixels.
+    """An image file as torch.uint8 (3, H, W), made RGB by [`to_rgb`]; with `size`, its ADM centre crop of that many pixels.
 
     Raises:
         ValueError: a damaged or huge file, by name.
     """
     with open_image(path) as image:
-        image = image.convert("RGB")
+        image = to_rgb(image)
     if size is not None:
         image = center_crop_adm(image, size)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)

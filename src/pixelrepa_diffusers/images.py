@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 
-__all__ = ["DECODING_ERRORS", "center_crop_adm", "make_grid", "to_uint8"]
+__all__ = ["DECODING_ERRORS", "center_crop_adm", "make_grid", "to_rgb", "to_uint8"]
 
 # What damaged bytes lead Pillow's decoders into (all of these were seen or are raised in its sources).
 DECODING_ERRORS = (
@@ -25,6 +25,31 @@ DECODING_ERRORS = (
     struct.error,
     Image.DecompressionBombError,
 )
+
+
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """An opened picture as upright 8-bit RGB, the same for training, reference statistics and evaluation.
+
+    EXIF orientation is applied; transparency is laid over white; 16-bit grayscale is scaled by 255/65535; grayscale, palette,
+    CMYK and YCbCr become RGB by Pillow's conversion (colour profiles are ignored); of an animation the first frame is used.
+
+    Raises:
+        ValueError: a floating point or 32-bit picture, whose range is not defined.
+        One of `DECODING_ERRORS`: damaged bytes, which Pillow reads only now.
+    """
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I"):
+        # Pillow opens 16-bit grayscale as "I;16…" and, depending on version and format, as 32-bit "I".
+        gray = np.asarray(picture)
+        if gray.min() < 0 or gray.max() > 65535:
+            raise ValueError("32-bit grayscale has no defined range; store it with 8 or 16 bits")
+        return Image.fromarray(np.rint(gray * (255 / 65535)).astype(np.uint8)).convert("RGB")
+    if picture.mode == "F":
+        raise ValueError("floating point grayscale has no defined range; store it with 8 or 16 bits")
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("RGB")
 
 
 def center_crop_adm(image: Image.Image, size: int) -> Image.Image:

@@ -204,7 +204,8 @@ class VisionEncoderNetwork(nn.Module):
         # Said outright: transformers would else ask on the terminal whether to run a folder's own code.
         model = AutoModel.from_pretrained(name_or_path, **{"trust_remote_code": False, **kwargs})
         model = getattr(model, "vision_model", model)  # the image half of CLIP and SigLIP
-        hub_kwargs = {name: kwargs[name] for name in ("revision", "cache_dir", "token") if name in kwargs}
+        of_the_hub = ("revision", "cache_dir", "token", "local_files_only", "subfolder", "trust_remote_code")
+        hub_kwargs = {name: kwargs[name] for name in of_the_hub if name in kwargs}
         mean, std = read_normalization(name_or_path, **hub_kwargs)
         return cls(model, mean, std, image_size, pooling)
 

@@ -334,7 +334,7 @@ def precision_recall(
     Args:
         generated, real: features (N, D) and (M, D), any numeric type; N and M should be equal, both values depend on them.
         k (`int`, defaults to 3).
-        device: Where the distances are computed; must have float64. Each pair of images costs 2·D operations per pass
+        device: Where the distances are computed: a GPU, else the CPU, as other accelerators may lack float64. Each pair of images costs 2·D operations per pass
             (within the generated set, within the real set, across), and `batch_size` rows of distances are kept.
 
     Returns:
@@ -343,6 +343,7 @@ def precision_recall(
     Raises:
         ValueError: a set with fewer than k + 1 images, different widths, NaN or infinite features.
     """
+    device = device if torch.device(device).type == "cuda" else "cpu"
     sets = {}
     for name, features in (("generated", generated), ("real", real)):
         sets[name] = torch.from_numpy(_as_matrix(features, f"{name} features", None, 0)).to(device)

@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 from tiny import REFERENCE, recorded_architecture, recorded_config
+from training_runs import arguments, write_images
 
 from pixelrepa_diffusers import JiTFlowMatchScheduler, JiTTransformer2DModel, PixelREPAPipeline
 from pixelrepa_diffusers.checkpoints import transformer_state_from_original
@@ -18,12 +20,36 @@ from pixelrepa_diffusers.checkpoints import transformer_state_from_original
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="inductor")
 
 
+def reset_accelerate_state() -> None:
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+
+
 @pytest.fixture(autouse=True)
 def fresh_accelerate_state():
     """accelerate keeps what the first Accelerator of a process was given: no test inherits another's."""
     yield
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
+    reset_accelerate_state()
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory) -> Path:
+    """24 small images of 3 classes; nobody may change them."""
+    return write_images(tmp_path_factory.mktemp("images") / "train")
+
+
+@pytest.fixture
+def train(image_folder, monkeypatch):
+    """train(output_dir, [data], **arguments) runs the trainer's main in this process and returns what it returns."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    from arguments import parse_arguments
+    from train_pixelrepa import main
+
+    def run(output_dir, train_data_dir=image_folder, **overrides):
+        reset_accelerate_state()
+        return main(parse_arguments(arguments(train_data_dir, output_dir, **overrides)))
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -1,56 +1,30 @@
 """What a training run promises: what it writes, what it refuses, and that a restart changes nothing."""
 
 import errno
+import importlib.util
 import json
 import os
+import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline
 from PIL import Image
+from reporting import Journal
 from standin_hub import StandInHub
 from tiny import TEACHER_IMAGE_SIZE, encoder, reference_of
-from training_runs import ROOT, TEACHER, arguments, launch_two, weights, write_images
+from training_runs import ROOT, TEACHER, arguments, assert_equal, weights
 
 from pixelrepa_diffusers import JiTTransformer2DModel, PixelREPAPipeline
 from pixelrepa_diffusers.adapter import MaskedTransformerAdapter
 from pixelrepa_diffusers.evaluation import evaluate_pipeline, list_images, open_spaces, read_image
 from pixelrepa_diffusers.teacher import SemanticTeacher
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_images(tmp_path_factory.mktemp("images") / "train")
-
-
-@pytest.fixture
-def train(data, monkeypatch):
-    """train(output_dir, **arguments) runs the script's main in this process."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    from arguments import parse_arguments
-    from train_pixelrepa import main
-
-    def run(output_dir, train_data_dir=data, **overrides):
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
-        return main(parse_arguments(arguments(train_data_dir, output_dir, **overrides)))
-
-    yield run
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-
-
-def assert_equal(one: dict, other: dict) -> None:
-    assert one.keys() == other.keys()
-    different = [name for name in one if not torch.equal(one[name], other[name])]
-    assert not different, different
 
 
 def test_a_run_leaves_checkpoints_samples_curves_and_a_pipeline(train, tmp_path):
@@ -78,107 +52,7 @@ def test_the_final_pipeline_holds_the_first_ema(train, tmp_path):
     assert_equal(published, averaged)
 
 
-def test_a_resumed_run_equals_one_straight_through(train, tmp_path):
-    # mid-epoch, with worker processes and accumulation: 24 images are 3 steps of 8 an epoch, the stop is after 2
-    settings = {
-        "train_batch_size": 2, "gradient_accumulation_steps": 4, "dataloader_num_workers": 2, "checkpointing_steps": 2,
-        "dropout": 0.5,
-    }  # fmt: skip
-    train(tmp_path / "straight", **settings)
-    train(tmp_path / "stopped", **{**settings, "max_train_steps": 2, "lr_scheduler": "constant_with_warmup"})
-    train(tmp_path / "stopped", **settings, resume_from_checkpoint="latest")
-    assert_equal(weights(tmp_path / "straight/checkpoint-6"), weights(tmp_path / "stopped/checkpoint-6"))
-    rows = [json.loads(line)["loss"] for line in (tmp_path / "straight/metrics.jsonl").read_text().splitlines()]
-    resumed = [json.loads(line)["loss"] for line in (tmp_path / "stopped/metrics.jsonl").read_text().splitlines()]
-    assert rows == resumed
-
-
-def train_on_two(data: Path, output_dir: Path, **overrides) -> None:
-    record = output_dir / "pipeline/training_arguments.json"
-    launch_two(ROOT / "training/train_pixelrepa.py", arguments(data, output_dir, **overrides), record)
-
-
-def test_two_processes_resume_exactly_and_follow_one_process_with_the_whole_batch(train, data, tmp_path):
-    # With its usual ε Adam divides vanishing gradients, of which a fresh adaLN-zero has many, by themselves: it would
-    # compare the signs of rounding errors.
-    settings = {
-        "gradient_accumulation_steps": 2,
-        "checkpointing_steps": 2,
-        "adam_epsilon": 1e-3,
-        "learning_rate": 1e-3,
-        "train_batch_size": 2,
-    }
-    train_on_two(data, tmp_path / "straight", **settings)
-    train_on_two(data, tmp_path / "stopped", **{**settings, "max_train_steps": 2})
-    train_on_two(data, tmp_path / "stopped", **settings, resume_from_checkpoint="latest")
-    assert_equal(weights(tmp_path / "straight/checkpoint-6"), weights(tmp_path / "stopped/checkpoint-6"))
-
-    train(tmp_path / "one", train_batch_size=8, checkpointing_steps=2, adam_epsilon=1e-3, learning_rate=1e-3)
-    one, two = weights(tmp_path / "one/checkpoint-6"), weights(tmp_path / "straight/checkpoint-6")
-    for name in one:
-        if name.startswith("transformer"):
-            torch.testing.assert_close(one[name], two[name], atol=1e-5, rtol=0)
-    losses = [
-        [json.loads(line)["loss"] for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
-        for run in ("one", "straight")
-    ]
-    torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), atol=0, rtol=1e-5)
-
-
-def test_a_run_killed_at_twenty_random_moments_ends_like_an_undisturbed_one(tmp_path):
-    command = [sys.executable, str(ROOT / "tests/training_runs.py"), str(tmp_path), "20", "0"]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stderr[-4000:]
-    report = json.loads(result.stdout.splitlines()[-1])
-    assert report["kills"] == 20
-    expected = weights(Path(report["undisturbed"]) / "checkpoint-12")
-    for run in report["finished_runs"]:
-        assert_equal(expected, weights(Path(run) / "checkpoint-12"))
-        assert not [path for path in Path(run).rglob(".*") if path.name != ".lock"]
-
-
-def test_what_a_kill_left_half_written_does_not_stop_the_next_run(train, tmp_path):
-    run = tmp_path / "run"
-    train(run, max_train_steps=2, validation_steps=2)
-    for name in (".checkpoint-4.incomplete", ".checkpoint-2.discarded", "hub/.checkpoint-2.incomplete"):
-        (run / name / "transformer").mkdir(parents=True)
-    for name in (".curves.png.7.incomplete", ".metrics.jsonl.7.incomplete", "samples/.step-4.png.7.incomplete"):
-        (run / name).write_bytes(b"cut")
-    train(run, max_train_steps=4, resume_from_checkpoint="latest", validation_steps=2)
-    assert not [path for path in run.rglob(".*") if path.name != ".lock"]
-
-
-def test_a_run_killed_while_it_samples_samples_that_step_after_the_restart(train, tmp_path, monkeypatch):
-    from reporting import Exporter
-
-    def die(*args):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Exporter, "write_samples", die)
-        train(tmp_path / "run", validation_steps=6)
-    train(tmp_path / "run", validation_steps=6, resume_from_checkpoint="latest")
-    assert [path.name for path in (tmp_path / "run/samples").iterdir()] == ["step-0000006.png"]
-    assert (tmp_path / "run/pipeline/samples.png").exists()
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_before_it_stops(data, tmp_path, number):
-    words = arguments(data, tmp_path / "run", max_train_steps=100_000, checkpointing_steps=100_000, logging_steps=1)
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "training/train_pixelrepa.py"), *words]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    journal = tmp_path / "run/metrics.jsonl"
-    while process.poll() is None and not (journal.exists() and journal.read_text()):
-        time.sleep(0.05)
-    process.send_signal(number)
-    assert "go on with --resume_from_checkpoint latest" in process.communicate(timeout=120)[1]
-    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
-    assert json.loads((checkpoint / "progress.json").read_text())["step"] == int(checkpoint.name.split("-")[1]) > 0
-
-
-def test_cached_teacher_features_make_the_same_run(train, data, tmp_path, monkeypatch):
+def test_cached_teacher_features_make_the_same_run(train, image_folder, tmp_path, monkeypatch):
     settings = {"max_train_steps": 9, "train_batch_size": 8, "checkpointing_steps": 9, "logging_steps": 1}
     calls = []
     forward = SemanticTeacher.forward
@@ -204,8 +78,8 @@ def test_cached_teacher_features_make_the_same_run(train, data, tmp_path, monkey
     assert 1 <= cached("damaged") <= 4
     assert cached("repaired") == 0
 
-    changed = data.parent / "changed"
-    shutil.copytree(data, changed)
+    changed = tmp_path / "changed data"
+    shutil.copytree(image_folder, changed)
     image = next(changed.glob("*/*.png"))
     Image.open(image).transpose(Image.Transpose.ROTATE_180).save(image)
     calls.clear()
@@ -222,10 +96,10 @@ def test_a_full_disk_ends_the_caching_of_features_not_the_run(train, tmp_path, m
 
 
 @pytest.fixture(scope="module")
-def reference(data, tmp_path_factory) -> Path:
+def reference(image_folder, tmp_path_factory) -> Path:
     """Statistics of the training images in the teacher's space."""
     path = tmp_path_factory.mktemp("reference") / "train.npz"
-    reference_of(encoder(), torch.stack([read_image(path, 16) for path in list_images(data)])).save(path)
+    reference_of(encoder(), torch.stack([read_image(path, 16) for path in list_images(image_folder)])).save(path)
     return path
 
 
@@ -291,47 +165,6 @@ def test_alignment_stops_after_its_step(train, tmp_path):
     assert ["alignment_loss" in row for row in rows] == [True, True, False, False]
 
 
-def test_no_checkpoint_holds_the_teacher(train, tmp_path):
-    train(tmp_path / "run", max_train_steps=2)
-    names = [name for name in weights(tmp_path / "run/checkpoint-2") if "teacher" in name or "dinov2" in name]
-    assert not names
-
-
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        {"mixed_precision": "bf16"},
-        {"gradient_checkpointing": True},
-        {"use_ema": False},
-        {"max_grad_norm": 0.1},
-        {"unconditional": True},
-        {"compile": True, "objective": "none", "num_layers": 2, "validation_steps": 0},
-    ],
-    ids=str,
-)
-def test_a_switch_trains_to_finite_losses(train, tmp_path, overrides, data):
-    folder = train(tmp_path / "run", max_train_steps=2, **{"validation_steps": 2, **overrides})
-    assert torch.isfinite(torch.tensor(json.loads((tmp_path / "run/metrics.jsonl").read_text())["loss"]))
-    PixelREPAPipeline.from_pretrained(folder)
-
-
-def test_gradient_checkpointing_does_not_change_the_run(train, tmp_path):
-    train(tmp_path / "plain", max_train_steps=3)
-    train(tmp_path / "checkpointed", max_train_steps=3, gradient_checkpointing=True)
-    assert_equal(weights(tmp_path / "plain/checkpoint-3"), weights(tmp_path / "checkpointed/checkpoint-3"))
-
-
-def test_training_goes_on_from_a_pipeline_with_other_classes(train, tmp_path):
-    first = train(tmp_path / "first", max_train_steps=2)
-    more = write_images(tmp_path / "more", classes=5)
-    folder = train(
-        tmp_path / "second", more, max_train_steps=1, pretrained_model_name_or_path=first, learning_rate=1e-9
-    )
-    before, after = (PixelREPAPipeline.from_pretrained(path).transformer for path in (first, folder))
-    assert after.config.num_classes == 5
-    torch.testing.assert_close(before.final_layer.linear.weight, after.final_layer.linear.weight)
-
-
 def test_a_non_finite_loss_stops_the_run_and_names_the_step_the_images_and_the_checkpoint(train, tmp_path):
     from train_pixelrepa import NonFiniteLossError
 
@@ -346,59 +179,6 @@ def test_a_non_finite_step_is_skipped_on_request(train, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert rows[0]["skipped_steps"] > 0
     assert all(torch.isfinite(value).all() for value in weights(tmp_path / "run/checkpoint-3").values())
-
-
-def test_the_oldest_checkpoints_go_beyond_the_limit(train, tmp_path):
-    train(tmp_path / "run", checkpointing_steps=1, checkpoints_total_limit=2, max_train_steps=4)
-    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
-
-
-def test_a_folder_with_checkpoints_is_not_started_over(train, tmp_path):
-    train(tmp_path / "run", max_train_steps=1)
-    with pytest.raises(FileExistsError, match="--resume_from_checkpoint latest"):
-        train(tmp_path / "run")
-
-
-def test_latest_starts_fresh_where_there_is_nothing(train, tmp_path):
-    assert train(tmp_path / "run", resume_from_checkpoint="latest", max_train_steps=1) is not None
-
-
-def test_a_missing_checkpoint_is_an_error(train, tmp_path):
-    with pytest.raises(FileNotFoundError, match="does not exist"):
-        train(tmp_path / "run", resume_from_checkpoint=str(tmp_path / "run/checkpoint-7"))
-
-
-@pytest.mark.parametrize("damage", ["truncated", "altered", "missing"])
-def test_latest_passes_over_a_damaged_checkpoint_and_a_path_to_it_is_an_error(train, tmp_path, damage, caplog):
-    train(tmp_path / "run", checkpointing_steps=1, max_train_steps=2)
-    file = tmp_path / "run/checkpoint-2/transformer/diffusion_pytorch_model.safetensors"
-    content = bytearray(file.read_bytes())
-    if damage == "truncated":
-        file.write_bytes(content[:-10])
-    elif damage == "altered":
-        content[-10] ^= 1
-        file.write_bytes(content)
-    else:
-        file.unlink()
-    with pytest.raises(ValueError, match=r"checkpoint-2 is damaged: transformer/diffusion_pytorch_model.safetensors"):
-        train(tmp_path / "run", resume_from_checkpoint=str(tmp_path / "run/checkpoint-2"))
-    train(tmp_path / "run", resume_from_checkpoint="latest", max_train_steps=3)
-    assert "checkpoint-2 is damaged" in caplog.text
-    assert (tmp_path / "run/checkpoint-3").exists()
-
-
-def test_a_second_run_into_the_same_folder_is_refused(train, tmp_path):
-    from filelock import FileLock
-
-    (tmp_path / "run").mkdir()
-    with FileLock(tmp_path / "run/.lock"), pytest.raises(RuntimeError, match="Another run is writing"):
-        train(tmp_path / "run")
-
-
-def test_another_global_batch_cannot_continue_the_data(train, tmp_path):
-    train(tmp_path / "run", max_train_steps=1)
-    with pytest.raises(ValueError, match="global_batch_size was 4 and is 2"):
-        train(tmp_path / "run", resume_from_checkpoint="latest", train_batch_size=2)
 
 
 @pytest.mark.parametrize("config", sorted((ROOT / "training/configs").glob("*_[blh][13]?.yaml")), ids=lambda p: p.stem)
@@ -471,14 +251,44 @@ def test_a_run_without_data_is_refused(train, tmp_path):
         train(tmp_path / "run", train_data_dir=None)
 
 
+def test_a_tracker_that_is_not_installed_is_refused(train, tmp_path):
+    assert importlib.util.find_spec("dvclive") is None
+    with pytest.raises(ImportError, match="--report_to dvclive: not installed"):
+        train(tmp_path / "run", report_to=["tensorboard", "dvclive"])
+
+
+@pytest.mark.parametrize(
+    ("words", "steps", "warmup", "said"),
+    [
+        ([], 750_600, 6255, []),
+        ([], 5000, 5000, ["outlasts the 5000 steps", r"61% .* 0\.9999\) .* --ema_decays, such as 0\.999\."]),
+        (["--use_ema", "false"], 5000, 10, []),
+    ],
+)
+def test_a_run_too_short_for_its_settings_is_doubted(words, steps, warmup, said):
+    doubts = parsed(*words).doubts(steps, warmup)
+    assert len(doubts) == len(said)
+    assert all(re.search(pattern, doubt) for pattern, doubt in zip(said, doubts, strict=True))
+
+
+def test_what_is_not_finite_is_null_in_the_journal(tmp_path):
+    accelerator = Accelerator(cpu=True)
+    journal = Journal(accelerator, tmp_path, 0)
+    journal.log(1, {"loss": 0.5, "grad_norm": float("inf")})
+    journal.log(2, {"loss": float("nan"), "grad_norm": 2.0})
+    rows = [json.loads(line, parse_constant=pytest.fail) for line in journal.path.read_text().splitlines()]
+    assert rows == [{"step": 1, "loss": 0.5, "grad_norm": None}, {"step": 2, "loss": None, "grad_norm": 2.0}]
+    assert journal.plot().exists()
+
+
 def test_wrong_guidance_is_refused_before_the_first_step(train, tmp_path):
     with pytest.raises(ValueError, match="0 ≤ low < high ≤ 1"):
         train(tmp_path / "run", guidance_interval=[0.9, 0.1])
     assert not (tmp_path / "run/metrics.jsonl").exists()
 
 
-def test_checkpoints_and_the_pipeline_reach_the_hub(data, tmp_path):
-    words = arguments(data, tmp_path / "run", hub_model_id="me/tiny", validation_steps=3)
+def test_checkpoints_and_the_pipeline_reach_the_hub(image_folder, tmp_path):
+    words = arguments(image_folder, tmp_path / "run", hub_model_id="me/tiny", validation_steps=3)
     command = [
         sys.executable,
         str(ROOT / "training/train_pixelrepa.py"),
@@ -497,6 +307,14 @@ def test_checkpoints_and_the_pipeline_reach_the_hub(data, tmp_path):
     weights_name = "transformer/diffusion_pytorch_model.safetensors"
     assert pushed["main"][weights_name] == pipeline["diffusion_pytorch_model.safetensors"]
     assert pushed["checkpoint-6"][weights_name] == pushed["main"][weights_name] != pushed["checkpoint-3"][weights_name]
+
+
+def test_what_is_published_names_no_place_of_this_machine(train, tmp_path):
+    folder = train(tmp_path / "run", max_train_steps=1)
+    facts = (folder / "training_arguments.json").read_text()
+    assert '"objective": "pixelrepa"' in facts
+    assert str(tmp_path) not in facts and str(ROOT) not in facts
+    assert str(tmp_path) in (tmp_path / "run/arguments.json").read_text()
 
 
 def test_the_token_is_saved_nowhere(train, tmp_path):

@@ -90,6 +90,15 @@ def weights(checkpoint: Path) -> dict:
     return tensors
 
 
+def assert_equal(one: dict, other: dict) -> None:
+    """Of what `weights` gives: the same names, and the same bits."""
+    import torch
+
+    assert one.keys() == other.keys()
+    different = [name for name in one if not torch.equal(one[name], other[name])]
+    assert not different, different
+
+
 def fork(task: Callable[[], object], log: Path) -> int:
     """Runs `task` on the CPU in a child that leads a process group of its own and appends what it prints to `log`."""
     import torch

@@ -33,7 +33,9 @@ class ModelArguments:
 
     preset: str = _flag("JiT-B/16", "A variant of the papers (JiT-B/16 … JiT-H/32) or JiT-Digits/4.")
     pretrained_model_name_or_path: str | None = _flag(
-        None, "Start from the transformer of this pipeline (folder or Hub id); its architecture wins over the preset."
+        None,
+        "Start from the transformer (and the adapter, where there is one that fits) of this pipeline or checkpoint (folder "
+        "or Hub id). Architecture, resolution and guidance are its own, not the preset's.",
     )
     revision: str | None = _flag(None, "Revision of --pretrained_model_name_or_path.")
     resolution: int | None = _flag(None, "Side of the training images in pixels.")
@@ -64,7 +66,7 @@ class ObjectiveArguments:
     label_drop_prob: float = _flag(0.1, "Probability that a label is replaced by the null class.")
     P_mean: float = _flag(-0.8, "t = sigmoid(P_mean + P_std·n), n ~ N(0, 1).")
     P_std: float = _flag(0.8, "See P_mean.")
-    t_eps: float = _flag(0.05, "Lower clamp of 1 − t in the velocity.")
+    t_eps: float | None = _flag(None, "Lower clamp of 1 − t in the velocity (default: 0.05).")
     teacher_model_name_or_path: str = _flag(
         "facebook/dinov2-base", "Any transformers vision encoder with patch tokens."
     )
@@ -284,6 +286,23 @@ class TrainingArguments(
         total = self.max_train_steps or self.num_train_epochs * steps_per_epoch
         warmup = 5 * steps_per_epoch if self.lr_warmup_steps is None else self.lr_warmup_steps
         return total, warmup
+
+    def doubts(self, steps: int, warmup: int) -> list[str]:
+        """What is allowed and rarely meant, of a run of so many steps and warm-up steps."""
+        doubts = []
+        if warmup >= steps:
+            doubts.append(
+                f"The warm-up of {warmup} steps outlasts the {steps} steps of the run, whose learning rate never reaches "
+                "its peak: give --lr_warmup_steps."
+            )
+        start = self.ema_decays[0] ** steps if self.use_ema else 0.0
+        if start > 0.1:
+            doubts.append(
+                f"After {steps} steps {start:.0%} of the average that is sampled and published (decay "
+                f"{self.ema_decays[0]}) are still the initial weights: give smaller --ema_decays, such as "
+                f"{max(0.0, round(1 - 5 / steps, 4))}."
+            )
+        return doubts
 
 
 def parse_arguments(argv: list[str] | None = None) -> TrainingArguments:

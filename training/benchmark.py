@@ -417,6 +417,7 @@ def measure_all(args: BenchmarkArguments) -> list[dict]:
             # Out of memory, a backend that is not installed, torch without CUDA: the table says so, the sweep goes on.
             reason = str(error).splitlines()[0]
             rows += [{**asdict(setting), "arithmetic": name, "reason": reason} for name in args.arithmetic]
+        torch._dynamo.reset()  # all settings compile one function, whose cache is bounded
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()

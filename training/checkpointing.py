@@ -149,7 +149,8 @@ def find_checkpoint(output_dir: Path, resume: str | None, warn: Callable[[str], 
     Raises:
         FileNotFoundError: for a path that does not exist.
         DamagedCheckpointError: for a path to a damaged checkpoint, or when "latest" finds only damaged ones.
-        FileExistsError: when nothing is to be resumed but the folder holds checkpoints.
+        FileExistsError: when nothing is to be resumed but the folder holds checkpoints, or when a path is and the folder
+            holds others that are as far or further.
     """
     existing = list_checkpoints(output_dir)
     if resume is None:
@@ -163,8 +164,15 @@ def find_checkpoint(output_dir: Path, resume: str | None, warn: Callable[[str], 
         folder = Path(resume)
         if not folder.is_dir():
             raise FileNotFoundError(f"--resume_from_checkpoint {resume} does not exist.")
-        checkpoint_step(folder)
+        step = checkpoint_step(folder)
         verify(folder)
+        # The run would write these steps again, and until it has, "latest" would go on from the others.
+        ahead = [path for path in existing if checkpoint_step(path) >= step and not path.samefile(folder)]
+        if ahead:
+            raise FileExistsError(
+                f"{output_dir} already holds {ahead[-1].name}, which {folder} is to be continued beside. Move "
+                f"{', '.join(path.name for path in ahead)} away, or choose another --output_dir."
+            )
         return folder
     for folder in reversed(existing):
         try:
@@ -311,6 +319,8 @@ class Checkpointer:
                 for group in self.optimizer.param_groups
             ]
             self.accelerator.load_state(str(folder))
+            # accelerate counts micro-steps from the run before, which may have had others to an optimizer step.
+            self.accelerator.step = 0
             # The saved state brings its own learning rate, betas and decay: those of the command line are in force.
             for group, given in zip(self.optimizer.param_groups, settings, strict=True):
                 group.update(given, initial_lr=given["lr"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from accelerate import Accelerator
 from arguments import TrainingArguments
 from checkpointing import with_weights, write_folder
 from PIL import Image
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, Dinov2Config, PretrainedConfig
 
 from pixelrepa_diffusers import JiTFlowMatchScheduler, JiTTransformer2DModel, PixelREPAPipeline, get_preset
@@ -21,7 +24,7 @@ from pixelrepa_diffusers.evaluation import FeatureSpace, evaluate_pipeline, open
 from pixelrepa_diffusers.hub import BackgroundPusher
 from pixelrepa_diffusers.images import make_grid
 from pixelrepa_diffusers.metrics import InceptionNetwork, VisionEncoderNetwork
-from pixelrepa_diffusers.sampling import device_name, seeded, versions, write_atomically
+from pixelrepa_diffusers.sampling import cast_transformer, device_name, seeded, versions, write_atomically
 
 
 # How the names of online metrics begin.
@@ -42,7 +45,9 @@ class Journal:
             write_atomically(self.path, lambda path: path.write_text("".join(map(_line, self.rows)), encoding="utf-8"))
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        self.accelerator.log(values, step=step)
+        """`values` of a step; those that are not finite, which JSON has no words for, as null."""
+        values = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self.accelerator.log({name: value for name, value in values.items() if value is not None}, step=step)
         if self.accelerator.is_main_process:
             self.rows.append({"step": step, **values})
             with self.path.open("a", encoding="utf-8") as file:
@@ -66,7 +71,7 @@ class Journal:
         for axis in axes.flat[len(panels) :]:
             axis.set_axis_off()
         for axis, (name, title) in zip(axes.flat, panels.items(), strict=False):
-            points = [(row["step"], row[name]) for row in self.rows if name in row]
+            points = [(row["step"], row[name]) for row in self.rows if row.get(name) is not None]
             if points:
                 axis.plot(*zip(*points, strict=True), linewidth=1, marker="." if name in measured else None)
             else:
@@ -84,21 +89,46 @@ def _line(row: dict) -> str:
     return json.dumps(row) + "\n"
 
 
+@functools.cache
+def _guidance_of(name_or_path: str, revision: str | None) -> dict:
+    """The guidance saved with a pipeline; of a checkpoint, which has none, {}."""
+    try:
+        config = PixelREPAPipeline.load_config(name_or_path, revision=revision)
+    except OSError:
+        return {}
+    return {name: config[name] for name in ("guidance_scale", "guidance_interval") if config.get(name) is not None}
+
+
 def build_pipeline(
     args: TrainingArguments, transformer: JiTTransformer2DModel, id2label: dict[str, str] | None
 ) -> PixelREPAPipeline:
-    """The pipeline of a run: its guidance, or the papers' for its preset and objective, is saved with it."""
+    """
+    The pipeline of a run with the guidance that is saved with it: the arguments', else that of the pipeline the run
+    started from, else the papers' for its preset and objective.
+    """
     preset = get_preset(args.preset)
-    usual = preset.guidance_scale if args.objective == "pixelrepa" else preset.guidance_scale_jit
+    guidance = {
+        "guidance_scale": preset.guidance_scale if args.objective == "pixelrepa" else preset.guidance_scale_jit,
+        "guidance_interval": preset.guidance_interval,
+    }
+    if args.pretrained_model_name_or_path is not None:
+        guidance |= _guidance_of(args.pretrained_model_name_or_path, args.revision)
     if transformer.config.num_classes == 1:
-        usual = 1.0
-    return PixelREPAPipeline(
-        transformer,
-        JiTFlowMatchScheduler(),
-        id2label=id2label,
-        guidance_scale=usual if args.guidance_scale is None else args.guidance_scale,
-        guidance_interval=args.guidance_interval or preset.guidance_interval,
-    )
+        guidance["guidance_scale"] = 1.0
+    guidance |= {name: getattr(args, name) for name in guidance if getattr(args, name) is not None}
+    return PixelREPAPipeline(transformer, JiTFlowMatchScheduler(), id2label=id2label, **guidance)
+
+
+def publishable(args: TrainingArguments) -> dict:
+    """The arguments without those that name places on this machine, which are in arguments.json alone."""
+    places = ("train_data_dir", "data_files", "cache_dir", "output_dir", "logging_dir", "teacher_cache_dir")
+    places += ("eval_reference", "resume_from_checkpoint")
+    repositories = ("teacher_model_name_or_path", "pretrained_model_name_or_path", "dataset_name", "eval_network")
+    return {
+        name: value
+        for name, value in args.saved().items()
+        if name not in places and not (name in repositories and value is not None and Path(value).exists())
+    }
 
 
 class Exporter:
@@ -134,14 +164,10 @@ class Exporter:
 
     def pipeline(self) -> PixelREPAPipeline:
         """A quiet pipeline whose weights are tensors of their own; never the module that is being trained."""
-        if self.ema is not None:
-            weights = self.ema.state_dict_for(self.ema.decays[0])
-        else:
-            state = self.accelerator.get_state_dict(self.objective)
-            weights = {k.removeprefix("transformer."): v for k, v in state.items() if k.startswith("transformer.")}
-        full = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in weights.items()}
-        config = self.accelerator.unwrap_model(self.objective).transformer.config
-        transformer = with_weights(config, full).to(self.accelerator.device)
+        trained = self.accelerator.unwrap_model(self.objective).transformer
+        weights = trained.state_dict() if self.ema is None else self.ema.state_dict_for(self.ema.decays[0])
+        full = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in weights.items()}
+        transformer = with_weights(trained.config, full).to(self.accelerator.device)
         pipeline = build_pipeline(self.args, transformer, self.id2label)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
@@ -152,7 +178,7 @@ class Exporter:
         num_processes = self.accelerator.num_processes
         global_batch_size = self.args.global_batch_size(num_processes)
         facts = {
-            **self.args.saved(),
+            **publishable(self.args),
             "steps": step,
             "images_seen": step * global_batch_size,
             "global_batch_size": global_batch_size,
@@ -188,7 +214,7 @@ class Exporter:
         Every process makes its share of the images; none draws from a global random state.
         """
         pipeline, args = self.pipeline(), self.args
-        pipeline.transformer.to(torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32)
+        cast_transformer(pipeline.transformer, torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32)
         metrics = evaluate_pipeline(
             pipeline,
             self.spaces,
@@ -273,8 +299,12 @@ def teacher_config(args: TrainingArguments) -> PretrainedConfig:
     return getattr(config, "vision_config", config)
 
 
-def estimate_memory(args: TrainingArguments, config: dict, trained: int, teacher: int) -> dict[str, float]:
+def estimate_memory(
+    args: TrainingArguments, config: dict, transformer: int, projector: int, teacher: int
+) -> dict[str, float]:
     """
+    Of the numbers of parameters, and of the transformer's configuration:
+
     GiB per process at the peak of a step, unsharded. Weights, gradients and optimizer are exact; activations are an
     estimate for eager fused attention: for each token of a block two float32 residuals and, in the compute type, 18 widths
     (norms, queries, keys, values, attention, gates) and 3 feed-forward widths; checkpointing keeps one residual.
@@ -292,9 +322,9 @@ def estimate_memory(args: TrainingArguments, config: dict, trained: int, teacher
     activations = passed * (4 * width) + (tokens * per_token) if args.gradient_checkpointing else passed * per_token
     averages = len(args.ema_decays) if args.use_ema and not args.ema_offload else 0
     parts = {
-        "weights and gradients": 8 * trained,
-        "optimizer": (2 if args.use_8bit_adam else 8) * trained,
-        "EMAs": 4 * averages * trained,
+        "weights and gradients": 8 * (transformer + projector),
+        "optimizer": (2 if args.use_8bit_adam else 8) * (transformer + projector),
+        "EMAs": 4 * averages * transformer,
         "teacher": size * teacher,
         f"activations (estimate, batch {args.train_batch_size})": activations * args.train_batch_size,
     }

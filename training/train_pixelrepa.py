@@ -15,8 +15,8 @@ What is written to --output_dir: checkpoint-N/ (transformer, every EMA and the a
 position), samples/step-N.png, metrics.jsonl, curves.png, and at the end pipeline/, which
 `DiffusionPipeline.from_pretrained` loads.
 
-Every random draw is keyed by (seed, step, image), so neither the number of processes nor a restart changes the run.
-(Dropout alone, in JiT-H, is keyed by (seed, step, process).)
+Every random draw is keyed by (seed, step, image), so neither the number of processes nor a restart changes the run, on the
+same kind of device. (Dropout alone, in JiT-H, is keyed by (seed, step, process).)
 """
 
 from __future__ import annotations
@@ -36,13 +36,15 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, gather_object
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, ProjectConfiguration, gather_object
 from arguments import TrainingArguments, parse_arguments
 from checkpointing import Checkpointer, find_checkpoint, sweep
 from data import ImageLoader, ImageSource, StreamSource, draws, open_source, to_float
 from diffusers.optimization import get_scheduler
 from reporting import Exporter, Journal, build_pipeline, estimate_memory, open_evaluation, teacher_config
 from teacher_cache import CachedTeacher
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from pixelrepa_diffusers import JiTTransformer2DModel, get_preset
@@ -56,6 +58,12 @@ from pixelrepa_diffusers.transformer_jit import JiTBlock
 
 
 logger = get_logger(__name__)
+
+# Arguments of the transformer that the command line may name.
+TRANSFORMER_ARGUMENTS = (
+    "patch_size", "num_layers", "num_attention_heads", "attention_head_dim", "bottleneck_dim", "in_context_len",
+    "in_context_start", "dropout", "noise_scale", "t_eps",
+)  # fmt: skip
 
 # Keys of the draws made here; data.py has those of order, crops and flips.
 IMAGE_DRAWS, DROPOUT_DRAWS, WEIGHT_DRAWS = 101, 102, 103
@@ -109,40 +117,43 @@ class LossRecord:
 
 
 def transformer_config(args: TrainingArguments, num_classes: int) -> dict:
-    """The preset, overridden by whatever the command line names."""
-    config = get_preset(args.preset).transformer_config()
-    config.update(num_classes=num_classes, t_eps=args.t_eps)
-    given = {name: getattr(args, name) for name in config if getattr(args, name, None) is not None}
-    config.update(given, num_classes=num_classes)
+    """
+    The preset, overridden by whatever the command line names; or the pretrained transformer's, of which the command line
+    may change what is no matter of shape.
+    """
+    given = {name: getattr(args, name) for name in TRANSFORMER_ARGUMENTS if getattr(args, name) is not None}
     if args.resolution is not None:
-        config["sample_size"] = args.resolution
-    return config
+        given["sample_size"] = args.resolution
+    source = args.pretrained_model_name_or_path
+    if source is None:
+        return {**get_preset(args.preset).transformer_config(), **given, "num_classes": num_classes}
+    config = JiTTransformer2DModel.load_config(source, subfolder="transformer", revision=args.revision)
+    for name, value in given.items():
+        if value != config[name] and name not in ("dropout", "noise_scale", "t_eps"):
+            flag = "resolution" if name == "sample_size" else name
+            raise ValueError(f"--{flag} is {value}, but {source} was trained with {config[name]}: leave it out.")
+    return {**config, **given, "num_classes": num_classes}
+
+
+def load_pretrained(model: JiTTransformer2DModel | MaskedTransformerAdapter, args: TrainingArguments, part: str):
+    """Takes over the weights of `part` of the pretrained pipeline, where other classes are learnt all but theirs."""
+    source = args.pretrained_model_name_or_path
+    trained = type(model).from_pretrained(source, subfolder=part, revision=args.revision)
+    state = trained.state_dict()
+    if trained.config.num_classes != model.config.num_classes:
+        logger.warning(
+            f"The {part} of {source} knows {trained.config.num_classes} classes, the data have "
+            f"{model.config.num_classes}: its class embedding starts anew."
+        )
+        name = "conditioning.class_embedding.weight"
+        state[name] = model.state_dict()[name]
+    model.load_state_dict(state)
 
 
 def build_transformer(args: TrainingArguments, num_classes: int) -> JiTTransformer2DModel:
-    if args.pretrained_model_name_or_path is None:
-        return JiTTransformer2DModel(**transformer_config(args, num_classes))
-    transformer = JiTTransformer2DModel.from_pretrained(
-        args.pretrained_model_name_or_path, subfolder="transformer", revision=args.revision
-    )
-    if args.resolution not in (None, transformer.config.sample_size):
-        raise ValueError(
-            f"{args.pretrained_model_name_or_path} works at {transformer.config.sample_size} pixels, not at "
-            f"--resolution {args.resolution}."
-        )
-    if transformer.config.num_classes != num_classes:
-        logger.warning(
-            f"The pretrained transformer knows {transformer.config.num_classes} classes, the data have {num_classes}: "
-            "its class embedding starts anew."
-        )
-        fresh = JiTTransformer2DModel.from_config(transformer.config, num_classes=num_classes)
-        kept = {
-            name: value
-            for name, value in transformer.state_dict().items()
-            if not name.endswith("class_embedding.weight")
-        }
-        fresh.load_state_dict(kept, strict=False)
-        transformer = fresh
+    transformer = JiTTransformer2DModel.from_config(transformer_config(args, num_classes))
+    if args.pretrained_model_name_or_path is not None:
+        load_pretrained(transformer, args, "transformer")
     return transformer
 
 
@@ -182,6 +193,27 @@ def build_projector(args: TrainingArguments, config: dict, teacher_dim: int) -> 
             )
 
 
+def load_pretrained_adapter(args: TrainingArguments, adapter: MaskedTransformerAdapter) -> None:
+    """Goes on with the adapter beside the pretrained transformer where there is one that fits, and says so."""
+    source = args.pretrained_model_name_or_path
+    try:
+        config = MaskedTransformerAdapter.load_config(source, subfolder="adapter", revision=args.revision)
+    except OSError:
+        logger.warning(f"{source} has no adapter: a new one is trained.")
+        return
+    other = [
+        n
+        for n in adapter.config
+        if not n.startswith("_") and n != "num_classes" and adapter.config[n] != config.get(n)
+    ]
+    if other:
+        differences = ", ".join(f"{name} {config.get(name)}, needed is {adapter.config[name]}" for name in other)
+        logger.warning(f"The adapter of {source} does not fit ({differences}): a new one is trained.")
+        return
+    load_pretrained(adapter, args, "adapter")
+    logger.info(f"Goes on with the adapter of {source}.")
+
+
 def build_objective(args: TrainingArguments, transformer: JiTTransformer2DModel, projector) -> PixelREPAObjective:
     return PixelREPAObjective(
         transformer,
@@ -194,6 +226,8 @@ def build_objective(args: TrainingArguments, transformer: JiTTransformer2DModel,
 
 def compile_blocks(objective: PixelREPAObjective) -> None:
     """Compiles every block, the projector's too, in place."""
+    # It would cut each block's graph where DDP's gradient buckets end; blocks are short enough to overlap as they are.
+    torch._dynamo.config.optimize_ddp = False
     for block in objective.modules():
         if isinstance(block, JiTBlock):
             block.compile(fullgraph=True)
@@ -218,7 +252,10 @@ def build_optimizer(args: TrainingArguments, objective: PixelREPAObjective, lear
 
 
 def draw(args: TrainingArguments, batch: dict, step: int, num_tokens: int, num_classes: int, device) -> dict:
-    """Times, dropped labels, keep mask and noise of a batch: functions of (seed, step, image) alone."""
+    """
+    Times, dropped labels, keep mask and noise of a batch: functions of (seed, step, image) and of the kind of
+    device, on which the noise is made.
+    """
     timesteps, labels, keep, seeds = [], [], [], []
     for index, label in zip(batch["index"].tolist(), batch["class_labels"], strict=True):
         small, large = draws(args.seed, step, index, purpose=IMAGE_DRAWS, count=2)
@@ -304,16 +341,15 @@ def dry_run(args: TrainingArguments, accelerator: Accelerator, source: ImageSour
     steps, warmup = args.resolved_steps(num_images // batch)
     count = {}
     with torch.device("meta"):
-        transformer = build_transformer(args, num_classes)
+        transformer = JiTTransformer2DModel.from_config(transformer_config(args, num_classes))
         count["transformer"] = sum(p.numel() for p in transformer.parameters())
-        count["teacher (frozen)"] = 0
+        count["projector"] = count["teacher (frozen)"] = 0
         if args.objective != "none":
             config = teacher_config(args)
             projector = build_projector(args, transformer.config, config.hidden_size)
-            count[type(projector).__name__] = sum(p.numel() for p in projector.parameters())
+            count["projector"] = sum(p.numel() for p in projector.parameters())
             count["teacher (frozen)"] = sum(p.numel() for p in transformers.AutoModel.from_config(config).parameters())
-    trained = sum(count.values()) - count["teacher (frozen)"]
-    memory = estimate_memory(args, transformer.config, trained, count["teacher (frozen)"])
+    memory = estimate_memory(args, transformer.config, *count.values())
     report = {
         "arguments": args.saved(),
         "transformer": {k: v for k, v in transformer.config.items() if not k.startswith("_")},
@@ -325,6 +361,7 @@ def dry_run(args: TrainingArguments, accelerator: Accelerator, source: ImageSour
         "steps": steps,
         "warmup_steps": warmup,
         "epochs": round(steps * batch / num_images, 2),
+        "doubts": args.doubts(steps, warmup),
         "memory_GiB": {name: round(value, 2) for name, value in {**memory, "sum": sum(memory.values())}.items()},
     }
     accelerator.print(json.dumps(report, indent=1, ensure_ascii=False))
@@ -354,6 +391,23 @@ def stop_signals() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
+def prepare_fsdp(args: TrainingArguments, accelerator: Accelerator) -> None:
+    """Refuses what FSDP cannot do, and leaves the choice of types to autocast as under DDP.
+
+    accelerate's own policy rounds whatever enters the objective, images, noise, times and position tables, and reduces
+    gradients in the compute type.
+    """
+    if not accelerator.is_fsdp2:
+        raise ValueError(
+            "FSDP version 1 is not supported: set `fsdp_version: 2`, as training/accelerate/fsdp2.yaml does."
+        )
+    if args.ema_offload:
+        raise ValueError(
+            "--ema_offload does not work with FSDP, which shards the averages over the GPUs: leave it out."
+        )
+    accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+
+
 def main(args: TrainingArguments) -> Path | None:
     """Trains as the arguments say and returns the folder of the final pipeline (None after a dry run or a stop)."""
     output_dir = Path(args.output_dir)
@@ -379,6 +433,13 @@ def main(args: TrainingArguments) -> Path | None:
             "--mixed_precision fp16 cannot be had on cpu: accelerate would train in float32 without a word. Ask for bf16 or "
             "no, or train on a GPU."
         )
+    absent = {} if args.dry_run else {*trackers} - {getattr(t, "value", t) for t in accelerator.log_with} - {"all"}
+    if absent:
+        raise ImportError(
+            f"--report_to {' '.join(absent)}: not installed, nothing would be recorded. Install or drop it."
+        )
+    if accelerator.distributed_type == DistributedType.FSDP:
+        prepare_fsdp(args, accelerator)
     args.mixed_precision = accelerator.mixed_precision
     with_data = args.train_data_dir is not None or args.dataset_name is not None
     source = open_source(args) if with_data or not args.dry_run else None
@@ -413,9 +474,16 @@ def train(
 ) -> Path | None:
     device = accelerator.device
     checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint, logger.warning)
+    found = gather_object([str(checkpoint and checkpoint.name)])
+    if len(set(found)) > 1:
+        raise RuntimeError(
+            f"The processes would start from different checkpoints ({', '.join(found)}): --output_dir must be one folder "
+            "that all machines see."
+        )
+    num_classes = source.num_classes
     loader = ImageLoader(
         source,
-        get_preset(args.preset).sample_size if args.resolution is None else args.resolution,
+        transformer_config(args, num_classes)["sample_size"],
         args.train_batch_size,
         args.seed,
         center_crop=args.center_crop,
@@ -427,7 +495,8 @@ def train(
         num_workers=args.dataloader_num_workers,
     )
     max_train_steps, warmup_steps = args.resolved_steps(loader.batches_per_epoch)
-    num_classes = source.num_classes
+    for doubt in args.doubts(max_train_steps, warmup_steps):
+        logger.warning(doubt)
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
     torch.manual_seed(int(draws(args.seed, 0, 0, purpose=WEIGHT_DRAWS)[0]))
@@ -438,6 +507,8 @@ def train(
     plan = build_pipeline(args, transformer, source.id2label)  # refuses wrong guidance or names now
     spaces = open_evaluation(args, plan, device) if args.eval_steps else []
     projector = build_projector(args, config, teacher.feature_dim) if teacher is not None else None
+    if args.pretrained_model_name_or_path is not None and isinstance(projector, MaskedTransformerAdapter):
+        load_pretrained_adapter(args, projector)
     objective = build_objective(args, transformer, projector)
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
@@ -516,13 +587,16 @@ def train(
             torch.manual_seed(int(dropout_seeds[micro_step]))
             # ------------------------------------------------------------------------------ the method, one micro-step
             with accelerator.accumulate(objective):
-                output = objective(**inputs)
+                with accelerator.autocast():
+                    output = objective(**inputs)
                 accelerator.backward(output.loss)
                 if accelerator.sync_gradients:
                     grad_norm, skip = None, False
                     if logs or args.max_grad_norm is not None or args.on_nonfinite == "skip":
                         bound = float("inf") if args.max_grad_norm is None else args.max_grad_norm
                         grad_norm = accelerator.clip_grad_norm_(objective.parameters(), bound)
+                        if isinstance(grad_norm, DTensor):
+                            grad_norm = grad_norm.full_tensor()
                         skip = args.on_nonfinite == "skip" and not torch.isfinite(grad_norm)
                     if not skip or accelerator.scaler is not None:  # the scaler skips by itself, and learns from it
                         optimizer.step()

@@ -1,0 +1,352 @@
+"""That the trainer does what its arguments say: random draws, learning rate, optimizer, averages, and every switch."""
+
+import hashlib
+import json
+
+import pytest
+import torch
+import train_pixelrepa
+from arguments import TrainingArguments
+from reporting import build_pipeline
+from safetensors.torch import load_file
+from training_runs import assert_equal, weights, write_images
+
+from pixelrepa_diffusers import PRESETS, JiTTransformer2DModel, PixelREPAPipeline
+from pixelrepa_diffusers.transformer_jit import JiTBlock
+
+
+CPU = torch.device("cpu")
+
+
+def read(file) -> dict[str, torch.Tensor]:
+    return load_file(file / "diffusion_pytorch_model.safetensors")
+
+
+# ------------------------------------------------------------------------------------------------------- random draws
+
+
+def drawn(indices, step: int = 5, **changes) -> dict[str, torch.Tensor]:
+    """What the trainer draws for images of 2×2 pixels, 25 tokens and 7 classes; the class of image i is i % 7."""
+    settings = {"seed": 3, "P_mean": 0.3, "P_std": 0.5, "label_drop_prob": 0.3, "mask_ratio": 0.4, **changes}
+    index = torch.as_tensor(indices)
+    batch = {"index": index, "class_labels": index % 7, "pixel_values": torch.zeros(len(index), 3, 2, 2)}
+    return train_pixelrepa.draw(TrainingArguments(**settings), batch, step, 25, 7, CPU)
+
+
+def test_draws_have_the_distributions_the_arguments_ask_for():
+    draws = drawn(range(2000))
+    logits = draws["timestep"].logit()
+    assert logits.mean().item() == pytest.approx(0.3, abs=0.05)
+    assert logits.std().item() == pytest.approx(0.5, abs=0.04)
+    given = torch.arange(2000) % 7
+    dropped = draws["class_labels"] == 7
+    assert dropped.float().mean().item() == pytest.approx(0.3, abs=0.045)
+    assert torch.equal(draws["class_labels"][~dropped], given[~dropped])
+    assert draws["keep_mask"].float().mean().item() == pytest.approx(0.6, abs=0.01)
+    assert draws["noise"].mean().item() == pytest.approx(0, abs=0.03)
+    assert draws["noise"].std().item() == pytest.approx(1, abs=0.02)
+
+
+def test_every_image_step_and_seed_has_draws_of_its_own():
+    draws = drawn(range(500))
+    assert len(draws["noise"].unique(dim=0)) == len(draws["keep_mask"].unique(dim=0)) == 500
+    assert len(draws["timestep"].unique()) > 495
+    for other in (drawn(range(500), step=6), drawn(range(500), seed=4)):
+        for name in ("noise", "keep_mask"):
+            assert not (draws[name] == other[name]).flatten(1).all(dim=1).any(), name
+        assert (draws["timestep"] == other["timestep"]).float().mean() < 0.01
+        assert (draws["class_labels"] != other["class_labels"]).any()
+
+
+def test_the_draws_of_an_image_do_not_depend_on_the_batch_it_is_in():
+    draws, indices = drawn(range(50)), [31, 4, 17]
+    for name, rows in drawn(indices).items():
+        assert torch.equal(rows, draws[name][indices]), name
+
+
+# -------------------------------------------------------------------------------- learning rate, optimizer, averages
+
+
+def test_defaults_are_the_published_recipe():
+    # PixelREPA, arXiv 2603.14366, and its code.
+    published = {
+        "alignment_weight": 0.1, "mask_ratio": 0.2, "label_drop_prob": 0.1, "P_mean": -0.8, "P_std": 0.8,
+        "adapter_layers": 2, "teacher_mode": "resample", "teacher_model_name_or_path": "facebook/dinov2-base",
+        "learning_rate": 2e-4, "adam_beta1": 0.9, "adam_beta2": 0.95, "adam_weight_decay": 0.0, "max_grad_norm": None,
+        "ema_decays": [0.9999, 0.9996], "ema_update_every": 1, "num_train_epochs": 600, "center_crop": True,
+        "random_flip": True, "lr_scheduler": "constant_with_warmup",
+    }  # fmt: skip
+    args = TrainingArguments()
+    assert {name: getattr(args, name) for name in published} == published
+
+
+def test_rate_and_averages_follow_the_recipe_at_every_step(train, tmp_path):
+    run = tmp_path / "run"
+    train(run, checkpointing_steps=1, lr_warmup_steps=3, scale_lr=True, learning_rate=0.64)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:  # 0.64 · 4 / 256 after the warm-up, which begins at 0
+        assert row["learning_rate"] == pytest.approx(0.01 * min(1, (row["step"] - 1) / 3)), row["step"]
+
+    parameters = [read(run / f"checkpoint-{step}/transformer") for step in range(1, 7)]
+    for decay in (0.9, 0.5):
+        averages = [read(run / f"checkpoint-{step}/transformer_ema_{decay}") for step in range(1, 7)]
+        # The first step has learning rate 0: the parameters are those the averages began at.
+        torch.testing.assert_close(averages[0], parameters[0], rtol=0, atol=0)
+        for step in range(1, 6):
+            for name, average in averages[step].items():
+                expected = decay * averages[step - 1][name] + (1 - decay) * parameters[step][name]
+                torch.testing.assert_close(average, expected, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(parameters[1]["final_layer.linear.weight"], parameters[0]["final_layer.linear.weight"])
+
+
+def test_averages_may_be_taken_every_second_step(train, tmp_path):
+    run = tmp_path / "run"
+    train(run, checkpointing_steps=1, ema_update_every=2, ema_decays=[0.9], max_train_steps=4)
+    averages = [read(run / f"checkpoint-{step}/transformer_ema_0.9") for step in range(1, 5)]
+    torch.testing.assert_close(averages[2], averages[1], rtol=0, atol=0)
+    parameters = read(run / "checkpoint-4/transformer")
+    for name, average in averages[3].items():
+        expected = 0.81 * averages[2][name] + 0.19 * parameters[name]
+        torch.testing.assert_close(average, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_optimizer_has_the_arguments_settings_and_decays_matrices_alone(make_transformer):
+    transformer = make_transformer()
+    args = TrainingArguments(adam_beta1=0.8, adam_beta2=0.7, adam_epsilon=1e-5, adam_weight_decay=0.3)
+    objective = train_pixelrepa.build_objective(args, transformer, None)
+    optimizer = train_pixelrepa.build_optimizer(args, objective, learning_rate=0.25)
+    decayed, others = optimizer.param_groups
+    for group in (decayed, others):
+        assert (group["lr"], group["betas"], group["eps"]) == (0.25, (0.8, 0.7), 1e-5)
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.3, 0.0)
+    names = {id(parameter): name for name, parameter in transformer.named_parameters()}
+    undecayed = {names[id(parameter)] for parameter in others["params"]}
+    assert undecayed == {name for name in names.values() if name.endswith("bias") or "norm" in name}
+    assert len(decayed["params"]) + len(undecayed) == len(names)
+
+
+def test_the_optimizer_knows_student_and_adapter_alone_and_the_teacher_stays_as_it_was(train, tmp_path, monkeypatch):
+    teachers = []
+
+    def digest(teacher) -> str:
+        tensors = [*teacher.parameters(), *teacher.buffers()]
+        return hashlib.sha256(b"".join(tensor.detach().numpy().tobytes() for tensor in tensors)).hexdigest()
+
+    def remember(*args):
+        teacher = build_teacher(*args)
+        teachers.append((teacher, digest(teacher)))
+        return teacher
+
+    build_teacher = train_pixelrepa.build_teacher
+    monkeypatch.setattr(train_pixelrepa, "build_teacher", remember)
+    train(tmp_path / "run", max_train_steps=3, lr_warmup_steps=0)
+    ((teacher, before),) = teachers
+    assert digest(teacher) == before and not any(parameter.requires_grad for parameter in teacher.parameters())
+    saved = weights(tmp_path / "run/checkpoint-3")
+    trained = [tensor.numel() for name, tensor in saved.items() if name.startswith(("transformer.", "adapter."))]
+    assert sum(tensor.numel() for name, tensor in saved.items() if name.endswith("exp_avg")) == sum(trained)
+
+
+# ------------------------------------------------------------------------------------------------------------ switches
+
+CHANGES = [
+    {"seed": 1},
+    {"alignment_weight": 1.0},
+    {"mask_ratio": 0.8},
+    {"label_drop_prob": 0.9},
+    {"P_mean": 1.0},
+    {"P_std": 0.2},
+    {"t_eps": 0.9},
+    {"noise_scale": 2.0},
+    {"alignment_depth": 2},
+    {"teacher_mode": "resize"},
+    {"adam_beta1": 0.5},
+    {"adam_beta2": 0.5},
+    {"adam_epsilon": 1e-2},
+    {"adam_weight_decay": 0.5},
+    {"max_grad_norm": 0.01},
+    {"lr_scheduler": "cosine"},
+    {"learning_rate": 2e-2},
+    {"random_flip": False},
+    {"center_crop": False},
+    {"objective": "irepa", "spatial_norm": 0.0},
+]
+
+
+@pytest.fixture(scope="module")
+def baselines() -> dict:
+    return {}
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=str)
+def test_a_switch_that_should_change_the_weights_does(train, tmp_path, baselines, change):
+    settings = {"max_train_steps": 2, "lr_warmup_steps": 0, "objective": change.get("objective", "pixelrepa")}
+
+    def trained(name: str, **overrides) -> dict:
+        train(tmp_path / name, **settings, **overrides)
+        parts = weights(tmp_path / name / "checkpoint-2").items()
+        return {key: value for key, value in parts if key.startswith(("transformer.", "adapter."))}
+
+    if settings["objective"] not in baselines:
+        baselines[settings["objective"]] = trained("baseline")
+    baseline = baselines[settings["objective"]]
+    changed = trained("changed", **{name: value for name, value in change.items() if name != "objective"})
+    assert changed.keys() == baseline.keys()
+    assert all(value.isfinite().all() for value in changed.values())
+    assert any(not torch.equal(value, baseline[key]) for key, value in changed.items())
+
+
+def test_an_equal_run_ends_with_equal_weights(train, tmp_path):
+    # Else the test above would hold of any switch.
+    for name in ("one", "two"):
+        train(tmp_path / name, max_train_steps=2, lr_warmup_steps=0)
+    assert_equal(*(weights(tmp_path / name / "checkpoint-2") for name in ("one", "two")))
+
+
+def test_without_averages_the_online_weights_are_published(train, tmp_path):
+    folder = train(tmp_path / "run", use_ema=False, max_train_steps=3)
+    assert not list((tmp_path / "run").glob("checkpoint-*/transformer_ema*"))
+    published, trained = read(folder / "transformer"), read(tmp_path / "run/checkpoint-3/transformer")
+    torch.testing.assert_close(published, trained, rtol=0, atol=0)
+
+
+def test_unconditional_training_has_one_class(train, tmp_path):
+    folder = train(tmp_path / "run", unconditional=True, max_train_steps=2, validation_steps=2)
+    pipeline = PixelREPAPipeline.from_pretrained(folder)
+    assert pipeline.transformer.config.num_classes == 1 and pipeline.config.guidance_scale == 1.0
+
+
+def test_bf16_computes_in_bf16_and_keeps_weights_and_averages_in_float32(train, tmp_path, monkeypatch):
+    seen, forward = set(), torch.nn.Linear.forward
+
+    def watch(self, states):
+        output = forward(self, states)
+        seen.add(output.dtype)
+        return output
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", watch)
+    train(tmp_path / "run", max_train_steps=2, mixed_precision="bf16")
+    assert torch.bfloat16 in seen
+    saved = weights(tmp_path / "run/checkpoint-2")
+    assert {value.dtype for name, value in saved.items() if not name.endswith("step")} == {torch.float32}
+    assert all(value.isfinite().all() for value in saved.values())
+
+
+def test_compiled_blocks_train_to_the_same_weights(train, tmp_path, monkeypatch):
+    # Traced in full, without graph breaks; generating machine code would take minutes on a CPU.
+    compiled, compile_block = [], JiTBlock.compile
+
+    def trace(self, **settings):
+        compiled.append(self)
+        compile_block(self, **settings, backend="eager")
+
+    monkeypatch.setattr(JiTBlock, "compile", trace)
+    monkeypatch.setattr(train_pixelrepa.SemanticTeacher, "compile", lambda self: compiled.append(self))
+    train(tmp_path / "plain", max_train_steps=2, lr_warmup_steps=0)
+    assert not compiled
+    train(tmp_path / "compiled", max_train_steps=2, lr_warmup_steps=0, compile=True)
+    assert [type(module).__name__ for module in compiled] == ["JiTBlock"] * 4 + ["SemanticTeacher"]
+    plain, other = (weights(tmp_path / name / "checkpoint-2") for name in ("plain", "compiled"))
+    torch.testing.assert_close(other, plain)
+
+
+def test_gradient_checkpointing_computes_blocks_again_and_changes_nothing(train, tmp_path, monkeypatch):
+    calls, forward = [], JiTBlock.forward
+    monkeypatch.setattr(JiTBlock, "forward", lambda self, *args: (calls.append(id(self)), forward(self, *args))[1])
+    train(tmp_path / "plain", max_train_steps=3)
+    assert len(calls) == 3 * 4  # of the transformer three blocks, of the adapter one
+    calls.clear()
+    train(tmp_path / "checkpointed", max_train_steps=3, gradient_checkpointing=True)
+    assert len(calls) == 3 * 4 * 2
+    assert_equal(*(weights(tmp_path / name / "checkpoint-3") for name in ("plain", "checkpointed")))
+
+
+# ------------------------------------------------------------------------------------------------- where a run starts
+
+
+def test_fine_tuning_starts_at_the_pipelines_weights(train, tmp_path):
+    first = train(tmp_path / "first", max_train_steps=3, lr_warmup_steps=0)
+    train(tmp_path / "second", max_train_steps=1, pretrained_model_name_or_path=first)  # at a learning rate of 0
+    torch.testing.assert_close(
+        read(tmp_path / "second/checkpoint-1/transformer"), read(first / "transformer"), rtol=0, atol=0
+    )
+
+
+def test_with_other_classes_all_but_their_embedding_is_kept(train, tmp_path):
+    first = train(tmp_path / "first", max_train_steps=3, lr_warmup_steps=0)
+    more = write_images(tmp_path / "more", classes=5)
+    train(tmp_path / "second", more, max_train_steps=1, pretrained_model_name_or_path=first)
+    before, after = read(first / "transformer"), read(tmp_path / "second/checkpoint-1/transformer")
+    assert before.keys() == after.keys()
+    changed = [name for name in before if before[name].shape != after[name].shape]
+    assert len(changed) == 1 and changed[0].endswith("class_embedding.weight") and len(after[changed[0]]) == 6
+    assert all(torch.equal(before[name], after[name]) for name in before if name not in changed)
+
+
+def test_fine_tuning_goes_on_with_the_adapter_of_a_checkpoint(train, tmp_path, caplog):
+    caplog.set_level("INFO")
+    train(tmp_path / "first", max_train_steps=3, lr_warmup_steps=0)
+    first = tmp_path / "first/checkpoint-3"
+    train(tmp_path / "second", max_train_steps=1, pretrained_model_name_or_path=first)
+    assert "Goes on with the adapter" in caplog.text
+    for part in ("adapter", "transformer"):
+        assert_equal(read(tmp_path / "second/checkpoint-1" / part), read(first / part))
+    train(tmp_path / "third", max_train_steps=1, pretrained_model_name_or_path=first, adapter_layers=2)
+    assert "does not fit (num_layers 1, needed is 2)" in caplog.text
+    train(tmp_path / "fourth", max_train_steps=1, pretrained_model_name_or_path=tmp_path / "first/pipeline")
+    assert "has no adapter" in caplog.text
+
+
+def test_fine_tuning_takes_size_and_guidance_from_the_pipeline_and_not_from_the_preset(train, tmp_path):
+    guidance = {"guidance_scale": 1.7, "guidance_interval": [0.2, 0.9]}
+    first = train(tmp_path / "first", max_train_steps=1, resolution=8, **guidance)
+    # a preset of 256 pixels, and no word on the architecture
+    shape = ("num_layers", "num_attention_heads", "attention_head_dim", "bottleneck_dim", "in_context_len")
+    plain = {**dict.fromkeys((*shape, "in_context_start")), "preset": "JiT-B/16", "max_train_steps": 1}
+    second = train(tmp_path / "second", pretrained_model_name_or_path=first, dropout=0.1, **plain)
+    pipeline = PixelREPAPipeline.from_pretrained(second)
+    assert pipeline.transformer.config.sample_size == 8 and pipeline.transformer.config.dropout == 0.1
+    assert pipeline.config.guidance_scale == 1.7 and tuple(pipeline.config.guidance_interval) == (0.2, 0.9)
+    for name, value, own in (("num_layers", 5, 3), ("resolution", 16, 8), ("patch_size", 2, 4)):
+        with pytest.raises(ValueError, match=f"--{name} is {value}, but .* was trained with {own}: leave it out"):
+            train(tmp_path / "third", pretrained_model_name_or_path=first, **{**plain, name: value})
+
+
+# ------------------------------------------------------------------------------------------------------------ presets
+
+# arXiv 2511.13720, arXiv 2603.14366 and their code; the guidance is PixelREPA's, then plain JiT's.
+PUBLISHED = {
+    "B": ("12 layers, 12 heads of 64, bottleneck 128, class tokens before block 4, dropout 0.0", (3.1, 3.0), 131, 133),
+    "L": ("24 layers, 16 heads of 64, bottleneck 128, class tokens before block 8, dropout 0.0", (2.8, 2.4), 459, 462),
+    "H": (
+        "32 layers, 16 heads of 80, bottleneck 256, class tokens before block 10, dropout 0.2",
+        (2.4, 2.2),
+        953,
+        956,
+    ),
+}
+
+
+@pytest.mark.parametrize("patch_size", [16, 32])
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_a_preset_is_the_published_variant(size, patch_size):
+    name = f"JiT-{size}/{patch_size}"
+    preset, (text, scales, *millions) = PRESETS[name], PUBLISHED[size]
+    assert text == (
+        f"{preset.num_layers} layers, {preset.num_attention_heads} heads of {preset.attention_head_dim}, bottleneck "
+        f"{preset.bottleneck_dim}, class tokens before block {preset.in_context_start}, dropout {preset.dropout}"
+    )
+    assert (preset.sample_size, preset.noise_scale) == {16: (256, 1.0), 32: (512, 2.0)}[patch_size]
+    assert (preset.patch_size, preset.in_context_len, preset.num_classes, preset.in_channels) == (
+        patch_size,
+        32,
+        1000,
+        3,
+    )
+    with torch.device("meta"):
+        transformer = JiTTransformer2DModel(**preset.transformer_config())
+    assert round(transformer.num_parameters() / 1e6) == millions[patch_size == 32]
+    for objective, scale in zip(("pixelrepa", "none"), scales, strict=True):
+        pipeline = build_pipeline(TrainingArguments(preset=name, objective=objective), transformer, None)
+        assert pipeline.config.guidance_scale == scale
+        assert tuple(pipeline.config.guidance_interval) == (0.1, 1.0)

@@ -232,6 +232,8 @@ def test_the_whole_network_compiled_draws_the_same_image_in_one_graph_for_each_b
         pipeline([1, 2], generator=seeded([0, 1]), num_inference_steps=4, output_type="np").images for _ in range(2)
     ]
     assert len(graphs) == 2  # outside the guidance interval, and inside
+    pipeline([1, 2, 3], generator=seeded([0, 1, 2]), num_inference_steps=4)
+    assert len(graphs) == 4  # none is for any size: such a graph could not be recorded
     for again in images:
         np.testing.assert_array_equal(again, plain)
 

@@ -86,7 +86,9 @@ def bad(*changes: tuple[dict, str]):
     *(({"attention_head_dim": value}, rf"`attention_head_dim` must be a .*integer.*, got {shown(value)}") for value in (0, 8.0)),
     *(({"bottleneck_dim": value}, f"`bottleneck_dim` must be a .*integer.*, got {shown(value)}") for value in (0, False)),
     ({"attention_head_dim": 6}, "`attention_head_dim` must be a multiple of 4 .* got 6"),
-    ({"patch_size": 5}, "`patch_size` must divide `sample_size`: 16 is not a multiple of 5"),
+    ({"patch_size": 5}, "`patch_size` must divide `sample_size`: 16 is not a multiple of 5.* 15 and 20"),
+    ({"patch_size": 32}, "`patch_size` must divide `sample_size`: 16 is not a multiple of 32"),
+    ({"sample_size": 17}, "`patch_size` must divide `sample_size`: 17.* 16 and 20"),
     *(({"in_context_len": value}, f"`in_context_len` must be an integer of at least 0, .* got {shown(value)}")
       for value in (-1, 1.0, True, MANY)),
     *(({"in_context_start": value}, f"`in_context_start` must name one of the 4 blocks, 0 to 3, got {shown(value)}")
@@ -110,6 +112,8 @@ IMAGES = torch.zeros(2, 3, 16, 16)
     ({"hidden_states": IMAGES.to(torch.uint8)}, "`hidden_states` must be a floating point tensor.* got torch.uint8"),
     ({"hidden_states": IMAGES.numpy()}, "`hidden_states` must be a floating point tensor.* got ndarray"),
     ({"hidden_states": None}, "`hidden_states` must be a floating point tensor.* got NoneType"),
+    ({"hidden_states": IMAGES[:, :1]}, r"\(batch_size, 3, 16, 16\), got \(2, 1, 16, 16\)"),
+    ({"hidden_states": IMAGES[0]}, r"\(batch_size, 3, 16, 16\), got \(3, 16, 16\)"),
     ({"hidden_states": IMAGES[..., :8]}, r"\(batch_size, 3, 16, 16\), got \(2, 3, 16, 8\)"),
     ({"timestep": torch.zeros(3)}, r"`timestep` must be one time or have the shape \(2,\).* got \(3,\)"),
     ({"timestep": torch.zeros(2, 1)}, r"`timestep` must be one time or have the shape \(2,\).* got \(2, 1\)"),

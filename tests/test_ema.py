@@ -135,12 +135,6 @@ def test_a_wrapped_or_other_module_is_refused():
         ema.update(nn.ModuleDict({"module": module}))
 
 
-@pytest.mark.parametrize("decays", [(), (0.9, 0.9), (1.0,), (-0.1,)])
-def test_bad_decays_are_refused(decays):
-    with pytest.raises(ValueError, match="distinct numbers in"):
-        ConstantDecayEMA(make_module(), decays)
-
-
 def test_an_unknown_decay_and_a_bad_interval_are_refused():
     with pytest.raises(ValueError, match=r"there are \(0.9,\)"):
         ConstantDecayEMA(make_module(), (0.9,)).state_dict_for(0.99)

@@ -8,9 +8,12 @@ import sys
 import time
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from training_runs import ROOT, arguments, assert_equal, launch_two, weights
+
+from pixelrepa_diffusers import PixelREPAPipeline
 
 
 def test_a_resumed_run_equals_one_straight_through(train, tmp_path):
@@ -38,6 +41,24 @@ def test_a_run_goes_on_with_another_number_of_micro_steps(train, tmp_path):
     expected, resumed = (weights(tmp_path / run / "checkpoint-6") for run in ("straight", "stopped"))
     for name in expected:
         torch.testing.assert_close(resumed[name], expected[name], atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_a_run_on_a_stream_resumes_exactly(train, image_folder, tmp_path):
+    paths = sorted(image_folder.glob("*/*.png"))
+    names = sorted(path.name for path in image_folder.iterdir())
+    columns = {"image": list(map(str, paths)), "label": [names.index(path.parent.name) for path in paths]}
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    (tmp_path / "hub").mkdir()
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "hub/train.parquet")
+
+    # 24 images are 6 steps an epoch: one stop within the first, one within the second
+    settings = {"dataset_name": tmp_path / "hub", "streaming": True, "shuffle_buffer_size": 5, "max_train_steps": 10}
+    folder = train(tmp_path / "straight", None, **settings, checkpointing_steps=10)
+    for stop in (4, 8, 10):
+        now = {**settings, "max_train_steps": stop, "lr_scheduler": "constant_with_warmup"}
+        train(tmp_path / "stopped", None, **now, checkpointing_steps=10, resume_from_checkpoint="latest")
+    assert_equal(weights(tmp_path / "straight/checkpoint-10"), weights(tmp_path / "stopped/checkpoint-10"))
+    assert PixelREPAPipeline.from_pretrained(folder).config.id2label == {str(i): name for i, name in enumerate(names)}
 
 
 def train_on_two(image_folder: Path, output_dir: Path, **overrides) -> None:

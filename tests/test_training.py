@@ -10,12 +10,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import prepare_dataset
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from data import DataArguments
 from diffusers import DiffusionPipeline
 from PIL import Image
+from prepare_dataset import PrepareArguments
 from reporting import Journal
 from standin_hub import StandInHub
 from tiny import TEACHER_IMAGE_SIZE, encoder, reference_of
@@ -43,6 +46,14 @@ def test_a_run_leaves_checkpoints_samples_curves_and_a_pipeline(train, tmp_path)
     assert [Image.open(path).width > 16 for path in sorted((run / "samples").iterdir())] == [True, True]
     assert Image.open(run / "curves.png").width > 500
     assert list((run / "logs").rglob("events*"))
+
+
+def test_prepared_images_train_the_same_weights(train, image_folder, tmp_path):
+    data, settings = DataArguments(train_data_dir=str(image_folder)), {"max_train_steps": 3, "lr_warmup_steps": 0}
+    prepare_dataset.main(data, PrepareArguments(output_dir=str(tmp_path / "prepared"), resolution=16, num_threads=1))
+    train(tmp_path / "raw", **settings)
+    train(tmp_path / "run", tmp_path / "prepared", **settings)
+    assert_equal(weights(tmp_path / "raw/checkpoint-3"), weights(tmp_path / "run/checkpoint-3"))
 
 
 def test_the_final_pipeline_holds_the_first_ema(train, tmp_path):

@@ -14,6 +14,7 @@ optimizer and the epoch are not written. `pixelrepa_diffusers.checkpoints.save_o
 """
 
 import argparse
+import contextlib
 import json
 import shlex
 import shutil
@@ -131,9 +132,7 @@ def write_beside(target: Path, save: Callable[[Path], None]) -> None:
     with only_writer(workshop):
         partial = workshop / target.name
         try:
-            if partial.is_dir():
-                shutil.rmtree(partial)
-            partial.unlink(missing_ok=True)
+            remove(partial)
             save(partial)
             refuse_to_overwrite(target)  # another conversion may have ended since this one looked
             if target.is_dir():
@@ -143,7 +142,18 @@ def write_beside(target: Path, save: Callable[[Path], None]) -> None:
             free = shutil.disk_usage(workshop).free / 2**20
             raise OSError(f"{target} could not be written: {error} ({free:.0f} MiB are free there).") from error
         finally:
-            shutil.rmtree(workshop, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                remove(partial)
+                # The lock goes last: from then on another conversion may hold a new one, and its folder stays.
+                (workshop / ".lock").unlink()
+                workshop.rmdir()
+
+
+def remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def refuse_to_overwrite(target: Path) -> None:

@@ -1,5 +1,6 @@
 """Two runs at the same time: in one folder the second is refused, with one cache both succeed."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -172,6 +173,27 @@ def test_processes_that_download_a_repository_into_one_cache_at_once_all_load_it
     expected = draw(pretrained_model_name_or_path=pipeline)
     assert all(torch.equal(torch.load(tmp_path / f"{number}.pt"), expected) for number in range(3))
     assert not list((tmp_path / "cache").rglob("*.incomplete"))
+
+
+def test_conversions_that_come_and_go_never_touch_each_others_files(tmp_path):
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "taken").touch()  # so that each has a whole folder to tidy up
+
+    def save(folder: Path) -> None:
+        (folder / "transformer").mkdir(parents=True)
+        for number in range(5):
+            (folder / "transformer" / str(number)).write_bytes(b"whole")
+
+    def converting() -> None:
+        for _ in range(100):
+            with contextlib.suppress(FileExistsError, RuntimeError):  # the place is taken, another run writes
+                convert_checkpoint.write_beside(target, save)
+
+    logs = [tmp_path / f"log{number}" for number in range(3)]
+    statuses = [ended(child, 120) for child in [fork(converting, log) for log in logs]]
+    assert statuses == [0, 0, 0], [log.read_text()[-1000:] for log in logs]
+    assert {path.name for path in tmp_path.iterdir()} == {"out", *(log.name for log in logs)}
 
 
 def test_a_killed_writer_leaves_a_folder_that_the_next_one_takes_and_tidies(tmp_path):

@@ -105,7 +105,7 @@ def only_writer(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         held = FileLock(folder / ".lock").acquire(timeout=0)
-    except Timeout:
+    except (Timeout, FileNotFoundError):  # not found: the run that held a passing folder has just removed it
         raise RuntimeError(f"Another run is writing to {folder}. Wait for it, or choose another folder.") from None
     with held:
         remove_incomplete(folder)

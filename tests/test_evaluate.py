@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from safetensors.torch import load_file, save_file
 from tiny import TEACHER_IMAGE_SIZE, TinyClassifier, encoder, random_images, reference_of
 from training_runs import ROOT, TEACHER, launch_two
@@ -19,6 +19,7 @@ from pixelrepa_diffusers.evaluation import (
     FeatureSpace,
     accumulate,
     evaluate_pipeline,
+    file_images,
     list_images,
     open_spaces,
     pipeline_images,
@@ -319,6 +320,19 @@ def test_a_folder_of_images_scores_as_the_pipeline_that_made_them(folder, refere
     assert len(list_images(tmp_path / "images" / "0*.png")) == 40
     with pytest.raises(FileNotFoundError, match="No images"):
         list_images(tmp_path / "nothing")
+
+
+def test_images_of_one_size_may_lie_on_their_side(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 6, 3), np.uint8)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.fromarray(pixels).save(tmp_path / "0.png")
+    Image.fromarray(np.rot90(pixels)).save(tmp_path / "1.png", exif=exif)
+    upright, turned = file_images(list_images(tmp_path))([0, 1])
+    assert torch.equal(upright, turned)
+    Image.fromarray(np.rot90(pixels)).save(tmp_path / "2.png")
+    with pytest.raises(ValueError, match=r"0\.png has 6×4 pixels, .*2\.png has 4×6"):
+        file_images(list_images(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from reporting import build_pipeline
 from safetensors.torch import load_file
 from training_runs import assert_equal, weights, write_images
 
-from pixelrepa_diffusers import PRESETS, JiTTransformer2DModel, PixelREPAPipeline
+from pixelrepa_diffusers import PRESETS, JiTTransformer2DModel, PixelREPAPipeline, get_preset
 from pixelrepa_diffusers.transformer_jit import JiTBlock
 
 
@@ -310,6 +310,18 @@ def test_fine_tuning_takes_size_and_guidance_from_the_pipeline_and_not_from_the_
     for name, value, own in (("num_layers", 5, 3), ("resolution", 16, 8), ("patch_size", 2, 4)):
         with pytest.raises(ValueError, match=f"--{name} is {value}, but .* was trained with {own}: leave it out"):
             train(tmp_path / "third", pretrained_model_name_or_path=first, **{**plain, name: value})
+
+
+def test_the_guidance_of_a_pipeline_without_classes_is_not_taken_over(train, tmp_path, caplog):
+    first = train(tmp_path / "first", unconditional=True, max_train_steps=1, guidance_interval=[0.2, 0.9])
+    second = train(tmp_path / "second", pretrained_model_name_or_path=first, max_train_steps=1)
+    config = PixelREPAPipeline.load_config(second)
+    assert config["guidance_scale"] == get_preset("JiT-Digits/4").guidance_scale > 1
+    assert tuple(config["guidance_interval"]) == (0.2, 0.9)
+    assert "has no guidance" not in caplog.text
+    checkpoint = tmp_path / "first/checkpoint-1"
+    train(tmp_path / "third", pretrained_model_name_or_path=checkpoint, max_train_steps=1)
+    assert f"{checkpoint} has no guidance to take over, the preset's is saved" in caplog.text
 
 
 # ------------------------------------------------------------------------------------------------------------ presets

@@ -11,6 +11,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from checkpointing import find_checkpoint
 from training_runs import ROOT, arguments, assert_equal, launch_two, weights
 
 from pixelrepa_diffusers import PixelREPAPipeline
@@ -170,6 +171,15 @@ def test_an_earlier_checkpoint_is_not_continued_beside_later_ones(train, tmp_pat
     with pytest.raises(FileExistsError, match="Move checkpoint-2, checkpoint-3 away"):
         train(tmp_path / "elsewhere", resume_from_checkpoint=earlier)
     assert train(tmp_path / "run", resume_from_checkpoint=earlier, max_train_steps=2) is not None
+
+
+def test_later_checkpoints_that_are_damaged_do_not_stand_in_the_way(train, tmp_path, caplog):
+    train(tmp_path / "run", checkpointing_steps=1, max_train_steps=2)
+    (tmp_path / "run/checkpoint-2/progress.json").write_text("{}")
+    earlier = str(tmp_path / "run/checkpoint-1")
+    assert train(tmp_path / "run", resume_from_checkpoint=earlier, max_train_steps=2) is not None
+    assert "checkpoint-2 is damaged: progress.json is not as it was written" in caplog.text
+    find_checkpoint(tmp_path / "run", str(tmp_path / "run/checkpoint-2"), pytest.fail)  # written anew
 
 
 def test_latest_starts_fresh_where_there_is_nothing(train, tmp_path):

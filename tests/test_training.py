@@ -27,6 +27,7 @@ from training_runs import ROOT, TEACHER, arguments, assert_equal, weights
 from pixelrepa_diffusers import JiTTransformer2DModel, PixelREPAPipeline
 from pixelrepa_diffusers.adapter import MaskedTransformerAdapter
 from pixelrepa_diffusers.evaluation import evaluate_pipeline, list_images, open_spaces, read_image
+from pixelrepa_diffusers.hub import card_for_folder
 from pixelrepa_diffusers.teacher import SemanticTeacher
 
 
@@ -274,6 +275,7 @@ def test_a_tracker_that_is_not_installed_is_refused(train, tmp_path):
         ([], 750_600, 6255, []),
         ([], 5000, 5000, ["outlasts the 5000 steps", r"61% .* 0\.9999\) .* --ema_decays, such as 0\.999\."]),
         (["--use_ema", "false"], 5000, 10, []),
+        (["--use_ema", "false", "--lr_scheduler", "constant"], 10, 10, []),
     ],
 )
 def test_a_run_too_short_for_its_settings_is_doubted(words, steps, warmup, said):
@@ -326,6 +328,9 @@ def test_what_is_published_names_no_place_of_this_machine(train, tmp_path):
     assert '"objective": "pixelrepa"' in facts
     assert str(tmp_path) not in facts and str(ROOT) not in facts
     assert str(tmp_path) in (tmp_path / "run/arguments.json").read_text()
+    # That there was a teacher is no secret.
+    assert json.loads(facts)["teacher_model_name_or_path"] == "a local folder"
+    assert "a frozen teacher (an image encoder)" in str(card_for_folder(folder, "me/mine"))
 
 
 def test_the_token_is_saved_nowhere(train, tmp_path):

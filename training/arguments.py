@@ -35,7 +35,7 @@ class ModelArguments:
     pretrained_model_name_or_path: str | None = _flag(
         None,
         "Start from the transformer (and the adapter, where there is one that fits) of this pipeline or checkpoint (folder "
-        "or Hub id). Architecture, resolution and guidance are its own, not the preset's.",
+        "or Hub id). Architecture and resolution are its own, not the preset's, and so is a pipeline's guidance.",
     )
     revision: str | None = _flag(None, "Revision of --pretrained_model_name_or_path.")
     resolution: int | None = _flag(None, "Side of the training images in pixels.")
@@ -158,7 +158,9 @@ class BookkeepingArguments:
     eval_image_size: int = _flag(224, "Side a vision encoder's images are resized to in an evaluation.")
     eval_pooling: Literal["class", "patches"] = _flag("class", "Its class token, or the mean of its patches.")
     guidance_scale: float | None = _flag(
-        None, "Guidance of sample grids and evaluations, saved with the pipeline (default: the preset's)."
+        None,
+        "Guidance of sample grids and evaluations, saved with the pipeline (default: that of the pipeline "
+        "the run starts from, else the preset's).",
     )
     guidance_interval: list[float] | None = _flag(None, "Times guidance acts in, likewise.", nargs=2)
     report_to: list[str] = _flag(["tensorboard"], "tensorboard, wandb, trackio, … or none.", nargs="+")
@@ -290,7 +292,7 @@ class TrainingArguments(
     def doubts(self, steps: int, warmup: int) -> list[str]:
         """What is allowed and rarely meant, of a run of so many steps and warm-up steps."""
         doubts = []
-        if warmup >= steps:
+        if warmup >= steps and self.lr_scheduler != "constant":
             doubts.append(
                 f"The warm-up of {warmup} steps outlasts the {steps} steps of the run, whose learning rate never reaches "
                 "its peak: give --lr_warmup_steps."

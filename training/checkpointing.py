@@ -144,7 +144,7 @@ def find_checkpoint(output_dir: Path, resume: str | None, warn: Callable[[str], 
     Args:
         output_dir: The run's folder.
         resume: `None`; "latest", the newest undamaged checkpoint of `output_dir`; or the path of one.
-        warn: Told of each damaged checkpoint that "latest" passes over.
+        warn: Told of each damaged checkpoint that is passed over.
 
     Raises:
         FileNotFoundError: for a path that does not exist.
@@ -152,6 +152,15 @@ def find_checkpoint(output_dir: Path, resume: str | None, warn: Callable[[str], 
         FileExistsError: when nothing is to be resumed but the folder holds checkpoints, or when a path is and the folder
             holds others that are as far or further.
     """
+
+    def undamaged(folder: Path) -> bool:
+        try:
+            verify(folder)
+        except DamagedCheckpointError as error:
+            warn(str(error))
+            return False
+        return True
+
     existing = list_checkpoints(output_dir)
     if resume is None:
         if existing:
@@ -168,6 +177,7 @@ def find_checkpoint(output_dir: Path, resume: str | None, warn: Callable[[str], 
         verify(folder)
         # The run would write these steps again, and until it has, "latest" would go on from the others.
         ahead = [path for path in existing if checkpoint_step(path) >= step and not path.samefile(folder)]
+        ahead = [path for path in ahead if undamaged(path)]  # "latest" passes over the damaged ones
         if ahead:
             raise FileExistsError(
                 f"{output_dir} already holds {ahead[-1].name}, which {folder} is to be continued beside. Move "
@@ -175,11 +185,8 @@ def find_checkpoint(output_dir: Path, resume: str | None, warn: Callable[[str], 
             )
         return folder
     for folder in reversed(existing):
-        try:
-            verify(folder)
+        if undamaged(folder):
             return folder
-        except DamagedCheckpointError as error:
-            warn(str(error))
     if existing:
         raise DamagedCheckpointError(f"All {len(existing)} checkpoints in {output_dir} are damaged.")
     return None

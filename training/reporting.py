@@ -12,6 +12,7 @@ import datasets
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.logging import get_logger
 from arguments import TrainingArguments
 from checkpointing import with_weights, write_folder
 from PIL import Image
@@ -26,6 +27,8 @@ from pixelrepa_diffusers.images import make_grid
 from pixelrepa_diffusers.metrics import InceptionNetwork, VisionEncoderNetwork
 from pixelrepa_diffusers.sampling import cast_transformer, device_name, seeded, versions, write_atomically
 
+
+logger = get_logger(__name__)
 
 # How the names of online metrics begin.
 MEASURED = ("fid", "fd_", "inception_score", "precision", "recall")
@@ -91,12 +94,16 @@ def _line(row: dict) -> str:
 
 @functools.cache
 def _guidance_of(name_or_path: str, revision: str | None) -> dict:
-    """The guidance saved with a pipeline; of a checkpoint, which has none, {}."""
+    """The guidance saved with a pipeline; of a checkpoint, which has none, {}. Without classes no scale has a meaning."""
     try:
         config = PixelREPAPipeline.load_config(name_or_path, revision=revision)
-    except OSError:
+    except OSError as error:
+        logger.warning(f"{name_or_path} has no guidance to take over, the preset's is saved ({error}).")
         return {}
-    return {name: config[name] for name in ("guidance_scale", "guidance_interval") if config.get(name) is not None}
+    names = {"guidance_scale", "guidance_interval"}
+    if JiTTransformer2DModel.load_config(name_or_path, subfolder="transformer", revision=revision)["num_classes"] == 1:
+        names.remove("guidance_scale")
+    return {name: config[name] for name in names if config.get(name) is not None}
 
 
 def build_pipeline(
@@ -120,15 +127,13 @@ def build_pipeline(
 
 
 def publishable(args: TrainingArguments) -> dict:
-    """The arguments without those that name places on this machine, which are in arguments.json alone."""
+    """The arguments without places on this machine, which are in arguments.json alone."""
     places = ("train_data_dir", "data_files", "cache_dir", "output_dir", "logging_dir", "teacher_cache_dir")
     places += ("eval_reference", "resume_from_checkpoint")
     repositories = ("teacher_model_name_or_path", "pretrained_model_name_or_path", "dataset_name", "eval_network")
-    return {
-        name: value
-        for name, value in args.saved().items()
-        if name not in places and not (name in repositories and value is not None and Path(value).exists())
-    }
+    facts = {name: value for name, value in args.saved().items() if name not in places}
+    local = {name for name in repositories if facts[name] is not None and Path(facts[name]).exists()}
+    return facts | dict.fromkeys(local, "a local folder")
 
 
 class Exporter:

@@ -16,7 +16,7 @@ position), samples/step-N.png, metrics.jsonl, curves.png, and at the end pipelin
 `DiffusionPipeline.from_pretrained` loads.
 
 Every random draw is keyed by (seed, step, image), so neither the number of processes nor a restart changes the run, on the
-same kind of device. (Dropout alone, in JiT-H, is keyed by (seed, step, process).)
+same kind of device. (Dropout alone, in JiT-H, is keyed by (seed, step, process, micro-step).)
 """
 
 from __future__ import annotations
@@ -198,8 +198,8 @@ def load_pretrained_adapter(args: TrainingArguments, adapter: MaskedTransformerA
     source = args.pretrained_model_name_or_path
     try:
         config = MaskedTransformerAdapter.load_config(source, subfolder="adapter", revision=args.revision)
-    except OSError:
-        logger.warning(f"{source} has no adapter: a new one is trained.")
+    except OSError as error:
+        logger.warning(f"{source} has no adapter, a new one is trained ({error}).")
         return
     other = [
         n

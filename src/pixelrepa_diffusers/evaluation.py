@@ -27,7 +27,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 from accelerate import PartialState
-from PIL import Image
+from PIL import ExifTags, Image
 from tqdm.auto import tqdm
 
 from .images import DECODING_ERRORS, center_crop_adm, to_rgb, to_uint8
@@ -422,7 +422,7 @@ def list_images(folder: str | Path) -> list[Path]:
 
 
 def file_images(paths: Sequence[Path]) -> MakeImages:
-    """Image files by number, converted to RGB by Pillow, otherwise as they are.
+    """Image files by number, made RGB by [`~images.to_rgb`], otherwise as they are.
 
     Raises:
         ValueError: sizes differ; the first odd file is named.
@@ -430,7 +430,10 @@ def file_images(paths: Sequence[Path]) -> MakeImages:
     sizes = {}
     for path in paths:  # headers only
         with open_image(path) as image:
-            sizes.setdefault(image.size, path)
+            width, height = image.size
+            if width != height and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5:  # lies on its side
+                width, height = height, width
+            sizes.setdefault((width, height), path)
     if len(sizes) > 1:
         (first, one), (second, other) = list(sizes.items())[:2]
         raise ValueError(

@@ -125,8 +125,9 @@ class JiTRMSNorm(nn.RMSNorm):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if hidden_states.dtype == self.weight.dtype:  # one fused kernel, which needs no copy of the input
-            return F.rms_norm(hidden_states, self.normalized_shape, self.weight, self.eps)
-        normed = F.rms_norm(hidden_states.float(), self.normalized_shape, self.weight.float(), self.eps)
+            normed = F.rms_norm(hidden_states, self.normalized_shape, self.weight, self.eps)
+        else:
+            normed = F.rms_norm(hidden_states.float(), self.normalized_shape, self.weight.float(), self.eps)
         return normed.to(hidden_states.dtype)
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import prepare_teacher
 import pytest
 import torch
 from standin_hub import StandInHub
@@ -66,7 +67,11 @@ def commands(pipeline, reference):
         words = ("--to_original", "--pipeline", pipeline, "--output_path", output)
         convert_checkpoint.main(parsed(convert_checkpoint.ConvertArguments, *words))
 
+    def preparing_the_teacher(output):
+        prepare_teacher.main(prepare_teacher.PrepareTeacherArguments(output_dir=str(output), steps=1))
+
     return {
+        "prepare the teacher": preparing_the_teacher,
         "generate": generating,
         "evaluate": evaluating,
         "convert": converting,
@@ -74,7 +79,7 @@ def commands(pipeline, reference):
     }
 
 
-@pytest.mark.parametrize("name", ["generate", "evaluate", "convert", "convert back"])
+@pytest.mark.parametrize("name", ["prepare the teacher", "generate", "evaluate", "convert", "convert back"])
 def test_while_one_run_writes_the_second_is_refused_and_names_the_place(commands, tmp_path, name):
     output = tmp_path / "out"
     place = tmp_path / ".out.incomplete" if name.startswith("convert") else output

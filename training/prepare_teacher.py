@@ -23,6 +23,8 @@ from sklearn.datasets import load_digits
 from tqdm.auto import trange
 from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model, HfArgumentParser
 
+from pixelrepa_diffusers.sampling import only_writer
+
 
 NUM_CLASSES = 10
 
@@ -84,6 +86,12 @@ def main(args: PrepareTeacherArguments) -> None:
         raise ValueError(f"--steps must be at least 1, got {args.steps}.")
     if not 0 <= args.seed < 2**63:
         raise ValueError(f"--seed must lie in [0, 2^63), got {args.seed}.")
+    with only_writer(output_dir):
+        prepare(output_dir, args.steps, args.seed)
+    print(f"Wrote {output_dir}/train, {output_dir}/test and {output_dir}/teacher.")
+
+
+def prepare(output_dir: Path, steps: int, seed: int) -> None:
     existing = [name for name in ("train", "test", "teacher") if (output_dir / name).exists()]
     if existing:
         raise SystemExit(
@@ -94,7 +102,7 @@ def main(args: PrepareTeacherArguments) -> None:
     images, labels = digits()
     write_images(beside, images, labels)
     training = np.arange(len(images)) % 5 != 4
-    teacher = train_teacher(images[training], labels[training], args.steps, args.seed)
+    teacher = train_teacher(images[training], labels[training], steps, seed)
     teacher.save_pretrained(beside / "teacher")
     BitImageProcessorPil(
         size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}, image_mean=[0.5] * 3, image_std=[0.5] * 3
@@ -102,7 +110,6 @@ def main(args: PrepareTeacherArguments) -> None:
     for path in beside.iterdir():
         path.rename(output_dir / path.name)
     beside.rmdir()
-    print(f"Wrote {output_dir}/train, {output_dir}/test and {output_dir}/teacher.")
 
 
 if __name__ == "__main__":

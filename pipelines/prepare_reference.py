@@ -9,10 +9,11 @@ On several GPUs: `accelerate launch pipelines/prepare_reference.py ...`. On two 
 --dynamo_backend no pipelines/prepare_reference.py ...`. The number of processes and the batch size change the statistics by
 rounding only.
 
-Every image is made RGB, cropped as in ADM to 8-bit --resolution pixels, and resized further only as the feature network
-does: the images a model is trained on. The file holds `mu` and `sigma`, as every FID program reads them, with the number of
-images, the network and its hash; `--keep_features` adds half-precision features (2 bytes each), without which precision and
-recall cannot be measured.
+The images are a folder, a data set of the Hub, or what training/prepare_dataset.py or `save_to_disk` wrote. Every one
+is made RGB, cropped as in ADM to 8-bit --resolution pixels, and resized further only as the feature network does: the
+images a model is trained on. The file holds `mu` and `sigma`, as every FID program reads them, with the number of
+images, the network and its hash; `--keep_features` adds half-precision features (2 bytes each), without which
+precision and recall cannot be measured.
 """
 
 from dataclasses import dataclass, field
@@ -40,14 +41,19 @@ from pixelrepa_diffusers.metrics import (
     stack_images,
 )
 from pixelrepa_diffusers.sampling import check_launch
+from pixelrepa_diffusers.stored_images import is_prepared, is_saved, open_prepared, open_saved
 
 
 @dataclass
 class ReferenceArguments:
     output_file: Path = field(metadata={"help": "The .npz to write; it must not exist."})
-    train_data_dir: str | None = field(default=None, metadata={"help": "A folder of images, with sub-folders or not."})
+    train_data_dir: str | None = field(
+        default=None,
+        metadata={"help": "A folder of images, with sub-folders or not, or one that prepare_dataset.py wrote."},
+    )
     dataset_name: str | None = field(
-        default=None, metadata={"help": "Instead of a folder: a data set's id on the Hub, or its folder."}
+        default=None,
+        metadata={"help": "Instead of a folder: a data set's id on the Hub, its folder, or one of `save_to_disk`."},
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
     dataset_split: str = field(default="train", metadata={"help": "Split of the data set."})
@@ -87,7 +93,10 @@ class CroppedImages(Dataset):
     def __getitem__(self, position: int) -> torch.Tensor:
         index = self.indices[position]
         try:
-            image = self.images[index]["image"]
+            row = self.images[index]
+            if "pixels" in row:
+                return self.stored(row["pixels"])
+            image = row["image"]
             if image is None:
                 raise ValueError("there is none")
             # Pillow itself only warns between its limit and twice its limit.
@@ -98,10 +107,29 @@ class CroppedImages(Dataset):
             raise ValueError(f"Image {index} of the data set cannot be read: {error}") from error
         return stack_images([center_crop_adm(image, self.resolution)])[0]
 
+    def stored(self, pixels: bytes) -> torch.Tensor:
+        """A crop of prepare_dataset.py."""
+        expected = 3 * self.resolution**2
+        if len(pixels) != expected:
+            raise ValueError(f"it has {len(pixels)} bytes, {self.resolution} pixels have {expected}")
+        return torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(3, self.resolution, self.resolution)
+
 
 def open_images(args: ReferenceArguments) -> datasets.Dataset:
-    """The data set of `args` with one column, `image`."""
-    if args.dataset_name:
+    """The data set of `args` with one column: `image`, or of a folder that prepare_dataset.py wrote `pixels`."""
+    if args.train_data_dir and is_prepared(folder := Path(args.train_data_dir)):
+        data, manifest = open_prepared(folder)
+        if manifest["resolution"] != args.resolution:
+            raise ValueError(
+                f"--resolution is {args.resolution}, but {folder} was prepared at {manifest['resolution']} pixels: give that, "
+                "or the images it was made from."
+            )
+        return data.select_columns("pixels")
+    if args.dataset_name and is_saved(Path(args.dataset_name)):
+        if args.dataset_config_name:
+            raise ValueError(f"{args.dataset_name} was written by `save_to_disk`: drop --dataset_config_name.")
+        data = open_saved(Path(args.dataset_name), args.dataset_split)
+    elif args.dataset_name:
         data = datasets.load_dataset(
             args.dataset_name, args.dataset_config_name, split=args.dataset_split, cache_dir=args.cache_dir
         )

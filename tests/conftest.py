@@ -19,6 +19,9 @@ from pixelrepa_diffusers.checkpoints import transformer_state_from_original
 # A compiler that is killed leaves half a file in the machine's shared cache, and every later run would trip over it.
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="inductor")
 
+# A forked child would wait forever for the threads its parent had.
+torch.set_num_threads(1)
+
 
 def reset_accelerate_state() -> None:
     AcceleratorState._reset_state(True)

@@ -29,6 +29,7 @@ LOWER = {
     "teacher": set(),
     "ema": set(),
     "images": set(),
+    "stored_images": set(),
     "adapter": {"transformer_jit"},
     "objective": {"adapter", "transformer_jit"},
     "checkpoints": {"presets", "transformer_jit", "adapter"},

@@ -3,10 +3,11 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import prepare_dataset
 import pytest
 from accelerate import debug_launcher
 from accelerate.state import AcceleratorState
-from data import decode_image
+from data import DataArguments, decode_image
 from PIL import Image
 from training_runs import TEACHER
 
@@ -88,6 +89,33 @@ def test_a_data_set_gives_the_same_statistics_as_a_folder(args, pictures, tmp_pa
     assert data_set.features is None
     np.testing.assert_allclose(data_set.mu, folder.mu, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(data_set.sigma, folder.sigma, rtol=1e-3, atol=1e-5)
+
+
+def test_what_training_reads_gives_the_same_statistics(args, tmp_path):
+    """Folders of prepare_dataset.py and of `save_to_disk`."""
+    folder = main(args)
+    prepared = tmp_path / "prepared"
+    prepare_dataset.main(
+        DataArguments(train_data_dir=args.train_data_dir),
+        prepare_dataset.PrepareArguments(output_dir=str(prepared), resolution=16),
+    )
+    again = replace(args, train_data_dir=str(prepared), output_file=tmp_path / "prepared.npz")
+    paths = sorted(map(str, Path(args.train_data_dir).rglob("*.png")))
+    data = datasets.Dataset.from_dict({"image": paths}).cast_column("image", datasets.Image())
+    datasets.DatasetDict({"train": data}).save_to_disk(tmp_path / "saved")
+    saved = {"train_data_dir": None, "dataset_name": str(tmp_path / "saved")}
+    saved = replace(args, **saved, output_file=tmp_path / "saved.npz")
+    for other in (main(again), main(saved)):
+        assert other.count == 15
+        np.testing.assert_allclose(other.mu, folder.mu, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(other.sigma, folder.sigma, rtol=1e-3, atol=1e-5)
+
+    with pytest.raises(ValueError, match=r"--resolution is 32, but .* was prepared at 16 pixels"):
+        main(replace(again, resolution=32, output_file=tmp_path / "third.npz"))
+    with pytest.raises(ValueError, match="has no split 'test'"):
+        main(replace(saved, dataset_split="test", output_file=tmp_path / "third.npz"))
+    with pytest.raises(ValueError, match="drop --dataset_config_name"):
+        main(replace(saved, dataset_config_name="all", output_file=tmp_path / "third.npz"))
 
 
 def _main_in_a_fork(args):

@@ -33,7 +33,6 @@ from __future__ import annotations
 import collections
 import io
 import itertools
-import json
 import logging
 import os
 import time
@@ -52,6 +51,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from pixelrepa_diffusers.images import DECODING_ERRORS, center_crop_adm, to_rgb
+from pixelrepa_diffusers.stored_images import is_prepared, is_saved, open_prepared, open_saved
 
 
 __all__ = [
@@ -70,7 +70,6 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
-MANIFEST = "prepared.json"
 
 
 @dataclass
@@ -332,8 +331,8 @@ def open_source(args: DataArguments) -> ImageSource | StreamSource:
     folder = Path(args.train_data_dir)
     if not folder.is_dir():
         raise FileNotFoundError(f"--train_data_dir {folder} is not a folder.")
-    if (folder / MANIFEST).exists():
-        return open_prepared(folder, args)
+    if is_prepared(folder):
+        return prepared_source(folder, args)
 
     paths, labels, names = scan_folder(folder, args.unconditional)
     images = datasets.Dataset.from_dict({"image": paths}).cast_column("image", datasets.Image(decode=False))
@@ -396,22 +395,13 @@ def scan_folder(folder: Path, unconditional: bool) -> tuple[list[str], list[int]
 
 def open_dataset(args: DataArguments) -> ImageSource | StreamSource:
     saved = Path(args.dataset_name)
-    if (saved / "state.json").exists() or (saved / "dataset_dict.json").exists():
+    if is_saved(saved):
         if args.streaming or args.data_files or args.dataset_config_name:
             raise ValueError(
                 f"{saved} was written by `save_to_disk` and is read where it lies: "
                 "drop --streaming, --data_files and --dataset_config_name."
             )
-        try:
-            data = datasets.load_from_disk(str(saved))
-        except (OSError, ValueError, TypeError, LookupError, RecursionError, pa.ArrowException) as error:
-            raise ValueError(
-                f"{saved} cannot be read as a data set ({type(error).__name__}: {error}): it is damaged or empty."
-            ) from error
-        if isinstance(data, datasets.DatasetDict):
-            if args.dataset_split not in data:
-                raise ValueError(f"{saved} has no split {args.dataset_split!r}, only {sorted(data)}: --dataset_split.")
-            data = data[args.dataset_split]
+        data = open_saved(saved, args.dataset_split)
     else:
         data = datasets.load_dataset(
             args.dataset_name,
@@ -478,31 +468,8 @@ def number_labels(
     raise ValueError(f"Column {column!r} holds {labels.type}, not integer or string labels: choose another.")
 
 
-def open_prepared(folder: Path, args: DataArguments) -> ImageSource:
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{folder / MANIFEST} is damaged: {error} Prepare or copy {folder} again.") from error
-    kinds = {"resolution": int, "num_classes": int, "class_names": list | None, "files": dict}
-    if not isinstance(manifest, dict) or not all(
-        name in manifest and isinstance(manifest[name], kind) for name, kind in kinds.items()
-    ):
-        raise ValueError(
-            f"{folder / MANIFEST} must hold {', '.join(kinds)}, as prepare_dataset.py writes them: prepare {folder} again."
-        )
-    for name, size in manifest["files"].items():
-        path = folder / name
-        if Path(name).name != name:
-            raise ValueError(
-                f"{folder / MANIFEST} names {name!r}, which lies outside its folder: prepare {folder} again."
-            )
-        if not path.is_file() or path.stat().st_size != size:
-            raise ValueError(f"{path} is missing or not {size} bytes long: prepare or copy {folder} again.")
-    try:
-        parts = [datasets.Dataset.from_file(str(folder / name)) for name in manifest["files"]]
-        images = datasets.concatenate_datasets(parts).select_columns(["pixels", "label", "name"])
-    except (ValueError, pa.ArrowException) as error:
-        raise ValueError(f"The files of {folder} are damaged: {error} Prepare or copy it again.") from error
+def prepared_source(folder: Path, args: DataArguments) -> ImageSource:
+    images, manifest = open_prepared(folder)
     if args.unconditional:
         labels, num_classes, class_names = np.zeros(len(images), np.int64), 1, None
     else:

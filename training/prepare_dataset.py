@@ -29,10 +29,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
-from data import MANIFEST, BadImageError, DataArguments, Example, ItemMaker, open_source
+from data import BadImageError, DataArguments, Example, ItemMaker, open_source
 from datasets.arrow_writer import ArrowWriter
 from tqdm import tqdm
 from transformers import HfArgumentParser
+
+from pixelrepa_diffusers.stored_images import MANIFEST
 
 
 FEATURES = datasets.Features(

@@ -289,6 +289,11 @@ class TrainingArguments(
         warmup = 5 * steps_per_epoch if self.lr_warmup_steps is None else self.lr_warmup_steps
         return total, warmup
 
+    def aligns(self, step: int) -> bool:
+        """Whether there is an alignment loss in the step that follows `step` others."""
+        ends = self.stop_alignment_after_step
+        return self.objective != "none" and (ends is None or step < ends)
+
     def doubts(self, steps: int, warmup: int) -> list[str]:
         """What is allowed and rarely meant, of a run of so many steps and warm-up steps."""
         doubts = []

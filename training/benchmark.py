@@ -48,6 +48,7 @@ from data import DataArguments, ImageSource, measure_throughput, open_source, to
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from train_pixelrepa import (
+    apply_switches,
     build_objective,
     build_optimizer,
     build_projector,
@@ -182,6 +183,7 @@ class Bench:
             objective=setting.objective,
             train_batch_size=setting.batch_size,
             mixed_precision=setting.mixed_precision,
+            gradient_checkpointing=setting.gradient_checkpointing == "yes",
             seed=args.seed,
         )
         torch.manual_seed(args.seed)
@@ -197,10 +199,7 @@ class Bench:
             if not parameter.any():
                 torch.nn.init.normal_(parameter, std=0.02)
         self.objective.to(self.device).train()
-        if setting.gradient_checkpointing == "yes":
-            for model in (transformer, projector):
-                if getattr(model, "_supports_gradient_checkpointing", False):
-                    model.enable_gradient_checkpointing()
+        apply_switches(self.training_args, self.objective)
         self.loader = RepeatedBatch(setting.batch_size, config.sample_size, setting.num_classes, args.seed)
         shape = (setting.batch_size, self.grid_size**2, teacher_dim)
         # What the teacher would have given, where it is left out.

@@ -30,6 +30,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -233,6 +234,18 @@ def compile_blocks(objective: PixelREPAObjective) -> None:
             block.compile(fullgraph=True)
 
 
+def apply_switches(args: TrainingArguments, objective: PixelREPAObjective) -> None:
+    """Checkpointing, attention kernel, compilation: how the objective is computed, not what."""
+    if args.gradient_checkpointing:
+        objective.transformer.enable_gradient_checkpointing()
+        if isinstance(objective.projector, MaskedTransformerAdapter):
+            objective.projector.enable_gradient_checkpointing()
+    if args.attention_backend is not None:
+        objective.transformer.set_attention_backend(args.attention_backend)
+    if args.compile:
+        compile_blocks(objective)
+
+
 def build_optimizer(args: TrainingArguments, objective: PixelREPAObjective, learning_rate: float):
     """AdamW; biases and norm weights are never decayed."""
     parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
@@ -302,8 +315,8 @@ def prepared_batches(
         }
         inputs = draw(args, batch, step, num_tokens, num_classes, device)
         inputs["pixel_values"] = to_float(batch["pixel_values"].to(device, non_blocking=True))
-        aligned = args.stop_alignment_after_step is None or step < args.stop_alignment_after_step
-        inputs["teacher_features"] = teach(inputs["pixel_values"], batch) if teach is not None and aligned else None
+        taught = teach is not None and args.aligns(step)
+        inputs["teacher_features"] = teach(inputs["pixel_values"], batch) if taught else None
         return inputs, about
 
     def numbered() -> Iterator[tuple[dict, int]]:
@@ -327,6 +340,71 @@ def prepared_batches(
             if tensor is not None:
                 tensor.record_stream(torch.cuda.current_stream())
         ahead = following
+
+
+# ---------------------------------------------------------------------------------------------------------- the method
+
+
+@dataclass
+class Step:
+    """
+    What an optimizer step leaves behind; on the device, until someone logs it.
+
+    Attributes:
+        losses: (3,): total, denoising and alignment loss (0 where there is none), means over the micro-steps.
+        images: places in the data of this process's images.
+        skipped_images: how many images in the data could not be read and were replaced.
+        grad_norm: before clipping, where it was asked for.
+        skipped: the gradient was not finite, and nothing was changed.
+        position: of the loader, behind the step's images.
+    """
+
+    losses: torch.Tensor
+    images: list[int]
+    skipped_images: int
+    grad_norm: torch.Tensor | None
+    skipped: bool
+    position: dict
+
+
+def take_step(
+    args: TrainingArguments,
+    accelerator: Accelerator,
+    objective: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ema: ConstantDecayEMA | None,
+    batches: Iterator,
+    step: int,
+    wants_norm: bool,
+) -> Step:
+    """One step of the method; `step` counts those before it."""
+    losses, images, skipped_images = [], [], 0
+    for micro_step in range(args.gradient_accumulation_steps):
+        inputs, about = next(batches)
+        dropout_seeds = draws(args.seed, step, accelerator.process_index, DROPOUT_DRAWS, micro_step + 1)
+        torch.manual_seed(int(dropout_seeds[micro_step]))
+        with accelerator.accumulate(objective):
+            with accelerator.autocast():
+                output = objective(**inputs)
+            accelerator.backward(output.loss)
+        parts = (output.loss, output.denoising_loss, output.alignment_loss)
+        losses.append(torch.stack([output.loss.new_zeros(()) if part is None else part.detach() for part in parts]))
+        images += about["index"]
+        skipped_images += about["skipped"]
+
+    grad_norm, skipped = None, False
+    if wants_norm or args.max_grad_norm is not None or args.on_nonfinite == "skip":
+        bound = float("inf") if args.max_grad_norm is None else args.max_grad_norm
+        grad_norm = accelerator.clip_grad_norm_(objective.parameters(), bound)
+        if isinstance(grad_norm, DTensor):
+            grad_norm = grad_norm.full_tensor()
+        skipped = args.on_nonfinite == "skip" and not torch.isfinite(grad_norm)
+    if not skipped or accelerator.scaler is not None:  # the scaler skips by itself, and learns from it
+        optimizer.step()
+    optimizer.zero_grad()
+    if ema is not None and not skipped:
+        ema.update(accelerator.unwrap_model(objective).transformer)
+    return Step(torch.stack(losses).mean(dim=0), images, skipped_images, grad_norm, skipped, about["loader"])
 
 
 # ------------------------------------------------------------------------------------------------------------- the run
@@ -378,6 +456,13 @@ class StopRequest:
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = signal.Signals(number).name
+
+
+def agreed(stop: StopRequest, accelerator: Accelerator, now: bool) -> str | None:
+    """The signal to stop at. Several processes must stop at one step: they compare when it is `now`, on all of them."""
+    if accelerator.num_processes == 1:
+        return stop.received
+    return next((name for name in gather_object([stop.received]) if name), None) if now else None
 
 
 @contextlib.contextmanager
@@ -510,16 +595,9 @@ def train(
     if args.pretrained_model_name_or_path is not None and isinstance(projector, MaskedTransformerAdapter):
         load_pretrained_adapter(args, projector)
     objective = build_objective(args, transformer, projector)
-    if args.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
-        if isinstance(projector, MaskedTransformerAdapter):
-            projector.enable_gradient_checkpointing()
-    if args.attention_backend is not None:
-        transformer.set_attention_backend(args.attention_backend)
-    if args.compile:
-        compile_blocks(objective)
-        if teacher is not None:
-            teacher.compile()
+    apply_switches(args, objective)
+    if args.compile and teacher is not None:
+        teacher.compile()
 
     optimizer = build_optimizer(args, objective, args.resolved_learning_rate(accelerator.num_processes))
     objective, optimizer = accelerator.prepare(objective, optimizer)
@@ -534,11 +612,11 @@ def train(
         )
     checkpointer = Checkpointer(args, accelerator, objective, ema, optimizer)
 
-    step, position = 0, loader.state_dict()
+    step = 0
     if checkpoint is not None:
         progress = checkpointer.load(checkpoint)
-        step, position = progress["step"], progress["loader"]
-        loader.load_state_dict(position)
+        step = progress["step"]
+        loader.load_state_dict(progress["loader"])
         logger.info(f"Resumed {checkpoint}.")
     # Outside `prepare`, where accelerate would step it once for every process, and out of the checkpoint: it is a function
     # of the step and of the arguments in force now.
@@ -580,77 +658,39 @@ def train(
     while step < max_train_steps and stopping is None:
         logs = (step + 1) % args.logging_steps == 0 or step + 1 == max_train_steps
         learning_rate = lr_scheduler.get_last_lr()[0]
-        micro_losses, images = [], []
-        for micro_step in range(args.gradient_accumulation_steps):
-            inputs, about = next(batches)
-            dropout_seeds = draws(args.seed, step, accelerator.process_index, DROPOUT_DRAWS, micro_step + 1)
-            torch.manual_seed(int(dropout_seeds[micro_step]))
-            # ------------------------------------------------------------------------------ the method, one micro-step
-            with accelerator.accumulate(objective):
-                with accelerator.autocast():
-                    output = objective(**inputs)
-                accelerator.backward(output.loss)
-                if accelerator.sync_gradients:
-                    grad_norm, skip = None, False
-                    if logs or args.max_grad_norm is not None or args.on_nonfinite == "skip":
-                        bound = float("inf") if args.max_grad_norm is None else args.max_grad_norm
-                        grad_norm = accelerator.clip_grad_norm_(objective.parameters(), bound)
-                        if isinstance(grad_norm, DTensor):
-                            grad_norm = grad_norm.full_tensor()
-                        skip = args.on_nonfinite == "skip" and not torch.isfinite(grad_norm)
-                    if not skip or accelerator.scaler is not None:  # the scaler skips by itself, and learns from it
-                        optimizer.step()
-                    lr_scheduler.step()
-                    optimizer.zero_grad()
-                    if ema is not None and not skip:
-                        ema.update(module.transformer)
-            # ---------------------------------------------------------------------------------------------------------
-            zero = output.denoising_loss.new_zeros(())
-            parts = (
-                output.loss,
-                output.denoising_loss,
-                zero if output.alignment_loss is None else output.alignment_loss,
-            )
-            micro_losses.append(torch.stack([part.detach() for part in parts]))
-            images += about["index"]
-            skipped_images += about["skipped"]
-        step, position = step + 1, about["loader"]
+        taken = take_step(args, accelerator, objective, optimizer, ema, batches, step, wants_norm=logs)
+        lr_scheduler.step()
+        step += 1
         bar.update()
-        if skip:
+        skipped_images += taken.skipped_images
+        if taken.skipped:
             skipped_steps += 1
-            logger.warning(f"Step {step} was skipped: its gradient is not finite. Its images were {images}.")
+            logger.warning(f"Step {step} was skipped: its gradient is not finite. Its images were {taken.images}.")
         else:
-            losses.add(torch.stack(micro_losses).mean(dim=0), images)
+            losses.add(taken.losses, taken.images)
 
         if logs and losses:
-            mean = losses.check(step, last_checkpoint).mean(dim=(0, 1)).tolist()
+            total, denoising, alignment = losses.check(step, last_checkpoint).mean(dim=(0, 1)).tolist()
             elapsed = time.perf_counter() - started
-            speed = (step - started_step) * loader.global_batch_size / elapsed
             values = {
-                "loss": mean[0],
-                "denoising_loss": mean[1],
-                "grad_norm": float(grad_norm),
+                "loss": total,
+                "denoising_loss": denoising,
+                "grad_norm": float(taken.grad_norm),
                 "learning_rate": learning_rate,
-                "images_per_second": speed,
+                "images_per_second": (step - started_step) * loader.global_batch_size / elapsed,
                 "memory_GiB": peak_memory(device),
                 "skipped_images": skipped_images,
                 "skipped_steps": skipped_steps,
             }
-            if output.alignment_loss is not None:
-                values |= {"alignment_loss": mean[2], "alignment_cosine": 1 - mean[2]}
+            shown = {"denoise": f"{denoising:.4f}"}
+            if args.aligns(step - 1):
+                values |= {"alignment_loss": alignment, "alignment_cosine": 1 - alignment}
+                shown["align"] = f"{alignment:.4f}"
             journal.log(step, values)
-            shown = {"denoise": f"{mean[1]:.4f}", "align": f"{mean[2]:.4f}", "img/s": f"{speed:.1f}"}
-            bar.set_postfix(
-                shown if output.alignment_loss is not None else {k: shown[k] for k in ("denoise", "img/s")}
-            )
+            bar.set_postfix(shown | {"img/s": f"{values['images_per_second']:.1f}"})
             losses.clear()
             started, started_step = time.perf_counter(), step
-            stopping = stop.received
-            if accelerator.num_processes > 1:
-                # Every process must stop at the same step; here they learn of a signal that reached only some.
-                stopping = next((name for name in gather_object([stop.received]) if name), None)
-        elif accelerator.num_processes == 1:
-            stopping = stop.received
+        stopping = agreed(stop, accelerator, logs)
 
         last = step == max_train_steps or stopping is not None
         saves = step % args.checkpointing_steps == 0 or last
@@ -664,7 +704,7 @@ def train(
         if measures:
             logger.info(exporter.evaluate(step))
         if saves:
-            last_checkpoint = checkpointer.save(step, position)
+            last_checkpoint = checkpointer.save(step, taken.position)
             logger.info(f"Wrote {last_checkpoint}.")
         if saves and args.push_checkpoints:
             exporter.push_checkpoint(step)

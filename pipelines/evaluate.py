@@ -335,6 +335,23 @@ def measure(args: EvaluateArguments, stack: contextlib.ExitStack) -> list[dict]:
             )
         ]
 
+    return measure_cells(args, accelerator, spaces, plan, cells, num_samples, shared, facts)
+
+
+def measure_cells(
+    args: EvaluateArguments,
+    accelerator: Accelerator,
+    spaces: list[FeatureSpace],
+    plan: PixelREPAPipeline,
+    cells: list[Cell],
+    num_samples: int,
+    shared: dict,
+    facts: dict,
+) -> list[dict]:
+    """
+    Samples and measures every cell, loading a transformer once for the cells in a row that use it; of several cells also
+    writes the tables, after each, and the heat map.
+    """
     with accelerator.local_main_process_first():
         folder, commit = fetch_pipeline(args.pipeline, args.revision)
     names = plan.config.id2label or {}

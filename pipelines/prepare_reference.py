@@ -41,7 +41,14 @@ from pixelrepa_diffusers.metrics import (
     stack_images,
 )
 from pixelrepa_diffusers.sampling import check_launch
-from pixelrepa_diffusers.stored_images import is_prepared, is_saved, open_prepared, open_saved
+from pixelrepa_diffusers.stored_images import (
+    check_source,
+    is_prepared,
+    is_saved,
+    open_prepared,
+    open_saved,
+    scan_folder,
+)
 
 
 @dataclass
@@ -134,10 +141,10 @@ def open_images(args: ReferenceArguments) -> datasets.Dataset:
             args.dataset_name, args.dataset_config_name, split=args.dataset_split, cache_dir=args.cache_dir
         )
     else:
-        data = datasets.load_dataset(
-            "imagefolder", data_dir=args.train_data_dir, split="train", drop_labels=True, cache_dir=args.cache_dir
-        )
-    column = args.image_column if args.dataset_name else "image"
+        # Not `datasets`' own reader of folders, which takes a class called "test" or "train" for a split.
+        paths, _, _ = scan_folder(Path(args.train_data_dir), unconditional=True)
+        data = datasets.Dataset.from_dict({"image": paths})
+    column = args.image_column
     if column not in data.column_names:
         raise ValueError(f"--image_column: there is no column {column!r}, there are {data.column_names}.")
     return data.select_columns(column).rename_columns({column: "image"}).cast_column("image", datasets.Image())
@@ -149,8 +156,7 @@ def main(args: ReferenceArguments) -> FeatureStatistics:
     check_launch(accelerator.num_processes)
 
     # Every refusal that needs no data comes first.
-    if (args.train_data_dir is None) == (args.dataset_name is None):
-        raise ValueError("Give either --train_data_dir or --dataset_name.")
+    check_source(args, ("dataset_config_name", "dataset_split", "image_column"))
     if args.train_data_dir is not None and not Path(args.train_data_dir).is_dir():
         raise FileNotFoundError(f"--train_data_dir: no folder {args.train_data_dir}.")
     for name, least in (("batch_size", 1), ("resolution", 1), ("dataloader_num_workers", 0)):

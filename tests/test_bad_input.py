@@ -664,8 +664,9 @@ def test_a_checkpoint_that_is_none_is_refused_by_its_path(photos, tmp_path, resu
       for name in ("num_classes", "max_train_samples", "shuffle_buffer_size") for value in (0, -1)),
     ({"train_data_dir": "nowhere"}, "--train_data_dir nowhere is not a folder"),
     ({"unconditional": True, "num_classes": 3}, "--unconditional means one class, got --num_classes 3"),
-    ({"streaming": True}, "--streaming and --data_files belong to --dataset_name"),
-    ({"data_files": ["a.tar"]}, "--streaming and --data_files belong to --dataset_name"),
+    *(({name: value}, f"--{name} belongs to --dataset_name")
+      for name, value in (("streaming", True), ("data_files", ["a.tar"]), ("dataset_config_name", "all"),
+                          ("dataset_split", "test"), ("image_column", "jpg"), ("label_column", "cls"))),
 )  # fmt: skip
 def test_data_arguments_that_contradict_are_refused(photos, given, named):
     values = DataArguments(**{"train_data_dir": str(photos), **given})
@@ -918,7 +919,7 @@ def test_a_record_of_an_evaluation_that_is_none_is_named(tmp_path, text):
     *(({name: value}, f"--{name} must be at least {least}, got {value}")
       for name, value, least in (("batch_size", 0, 1), ("resolution", -1, 1), ("dataloader_num_workers", -1, 0))),
     ({"output_file": "stats.pt"}, "--output_file must end in .npz, got stats.pt"),
-    ({"dataset_name": "x"}, "Give either --train_data_dir or --dataset_name"),
+    ({"dataset_name": "x"}, "Give exactly one source of images"),
     ({"train_data_dir": "nowhere"}, "--train_data_dir: no folder nowhere"),
     ({"num_samples": 1}, "--num_samples: 1 images asked for, at least 2 are needed and 6 there"),
     ({"num_samples": 7}, "--num_samples: 7 images asked for, at least 2 are needed and 6 there"),

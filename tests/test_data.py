@@ -396,8 +396,8 @@ def test_max_train_samples_are_spaced_evenly_and_of_a_stream_the_first(folder, s
     [
         ({}, "exactly one source"),
         ({"train_data_dir": "a", "dataset_name": "b"}, "exactly one source"),
-        ({"train_data_dir": "a", "streaming": True}, "belong to --dataset_name"),
-        ({"train_data_dir": "a", "data_files": ["b"]}, "belong to --dataset_name"),
+        ({"train_data_dir": "a", "streaming": True}, "belongs to --dataset_name"),
+        ({"train_data_dir": "a", "data_files": ["b"]}, "belongs to --dataset_name"),
         ({"train_data_dir": "a", "max_train_samples": 0}, "--max_train_samples must be at least 1, got 0"),
         ({"train_data_dir": "a", "unconditional": True, "num_classes": 2}, "means one class, got --num_classes 2"),
     ],

@@ -116,6 +116,24 @@ def test_what_training_reads_gives_the_same_statistics(args, tmp_path):
         main(replace(saved, dataset_split="test", output_file=tmp_path / "third.npz"))
     with pytest.raises(ValueError, match="drop --dataset_config_name"):
         main(replace(saved, dataset_config_name="all", output_file=tmp_path / "third.npz"))
+    mistaken = {"train_data_dir": saved.dataset_name, "dataset_name": None, "output_file": tmp_path / "third.npz"}
+    with pytest.raises(ValueError, match="written by `save_to_disk`, give it as --dataset_name"):
+        main(replace(saved, **mistaken))
+    mistaken |= {"train_data_dir": None, "dataset_name": again.train_data_dir}
+    with pytest.raises(ValueError, match=r"written by prepare_dataset\.py, give it as --train_data_dir"):
+        main(replace(again, **mistaken))
+
+
+def test_folders_are_listed_as_the_trainer_lists_them(args, pictures):
+    """Whatever they are called; other readers take some names for those of splits, and other files for images."""
+    folder = main(args)
+    root = Path(args.train_data_dir)
+    (root / "class0").rename(root / "train")
+    (root / "class1").rename(root / "test")
+    pictures[0].save(root / "test" / "no suffix of the trainer.gif")
+    renamed = main(replace(args, output_file=args.output_file.with_name("renamed.npz")))
+    assert renamed.count == 15
+    np.testing.assert_allclose(renamed.mu, folder.mu, rtol=1e-5, atol=1e-6)
 
 
 def _main_in_a_fork(args):
@@ -143,7 +161,9 @@ def test_a_part_of_the_images_is_spread_over_all(args):
 
 def test_bad_arguments_are_refused_before_anything_is_written(args, tmp_path):
     for changes, error, message in (
-        ({"train_data_dir": None}, ValueError, "either --train_data_dir or --dataset_name"),
+        ({"train_data_dir": None}, ValueError, "exactly one source .* --train_data_dir .* or --dataset_name"),
+        ({"image_column": "photo"}, ValueError, "--image_column belongs to --dataset_name"),
+        ({"dataset_split": "test"}, ValueError, "--dataset_split belongs to --dataset_name"),
         ({"train_data_dir": str(tmp_path / "nowhere")}, FileNotFoundError, "no folder"),
         ({"batch_size": 0}, ValueError, "--batch_size must be at least 1, got 0"),
         ({"resolution": 0}, ValueError, "--resolution must be at least 1, got 0"),

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 
 import pytest
 import torch
@@ -295,6 +296,33 @@ def test_fine_tuning_goes_on_with_the_adapter_of_a_checkpoint(train, tmp_path, c
     assert "does not fit (num_layers 1, needed is 2)" in caplog.text
     train(tmp_path / "fourth", max_train_steps=1, pretrained_model_name_or_path=tmp_path / "first/pipeline")
     assert "has no adapter" in caplog.text
+    caplog.clear()
+    resumed = {"resume_from_checkpoint": "latest", "max_train_steps": 2}
+    train(tmp_path / "fourth", pretrained_model_name_or_path=tmp_path / "first/pipeline", **resumed)
+    assert "Resumed" in caplog.text and "adapter" not in caplog.text.replace("adapter_layers", "")
+
+
+def test_fine_tuning_goes_on_with_a_baselines_projector_too(train, tmp_path, caplog):
+    caplog.set_level("INFO")
+    train(tmp_path / "first", max_train_steps=2, lr_warmup_steps=0, objective="repa", mask_ratio=0)
+    again = {"pretrained_model_name_or_path": tmp_path / "first/checkpoint-2", "max_train_steps": 1, "mask_ratio": 0}
+    train(tmp_path / "second", objective="repa", **again)
+    assert "Goes on with the adapter" in caplog.text
+    assert_equal(read(tmp_path / "second/checkpoint-1/adapter"), read(tmp_path / "first/checkpoint-2/adapter"))
+    train(tmp_path / "third", objective="irepa", **again)
+    assert "does not fit (_class_name MLPProjector, needed is ConvProjector" in caplog.text
+
+
+def test_fine_tuning_on_as_many_classes_of_other_names_says_so(train, image_folder, tmp_path, caplog):
+    first = train(tmp_path / "first", max_train_steps=1)
+    renamed = tmp_path / "renamed"
+    shutil.copytree(image_folder, renamed)
+    (renamed / "class1").rename(renamed / "dog")
+    (renamed / "class2").rename(renamed / "elk")
+    train(tmp_path / "same", max_train_steps=1, pretrained_model_name_or_path=first)
+    assert "other names" not in caplog.text
+    train(tmp_path / "second", renamed, max_train_steps=1, pretrained_model_name_or_path=first)
+    assert "other names than those of the data (class 1: 'class1', here 'dog')" in caplog.text
 
 
 def test_fine_tuning_takes_size_and_guidance_from_the_pipeline_and_not_from_the_preset(train, tmp_path):

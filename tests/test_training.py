@@ -3,6 +3,7 @@
 import errno
 import importlib.util
 import json
+import logging
 import os
 import re
 import shutil
@@ -13,8 +14,9 @@ from pathlib import Path
 import prepare_dataset
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, debug_launcher
 from accelerate.state import AcceleratorState
+from arguments import parse_arguments
 from data import DataArguments
 from diffusers import DiffusionPipeline
 from PIL import Image
@@ -22,6 +24,7 @@ from prepare_dataset import PrepareArguments
 from reporting import Journal
 from standin_hub import StandInHub
 from tiny import TEACHER_IMAGE_SIZE, encoder, reference_of
+from train_pixelrepa import NonFiniteLossError, main
 from training_runs import ROOT, TEACHER, arguments, assert_equal, weights
 
 from pixelrepa_diffusers import JiTTransformer2DModel, PixelREPAPipeline
@@ -178,8 +181,6 @@ def test_alignment_stops_after_its_step(train, tmp_path):
 
 
 def test_a_non_finite_loss_stops_the_run_and_names_the_step_the_images_and_the_checkpoint(train, tmp_path):
-    from train_pixelrepa import NonFiniteLossError
-
     train(tmp_path / "run", max_train_steps=1, checkpointing_steps=1, lr_warmup_steps=0)
     with pytest.raises(NonFiniteLossError, match=r"step \d+ is not finite. Its images .*\[\d.*checkpoint-1"):
         train(tmp_path / "run", resume_from_checkpoint="latest", learning_rate=1e30, lr_warmup_steps=0)
@@ -193,11 +194,51 @@ def test_a_non_finite_step_is_skipped_on_request(train, tmp_path):
     assert all(torch.isfinite(value).all() for value in weights(tmp_path / "run/checkpoint-3").values())
 
 
+def _train_in_a_fork(words, log):
+    AcceleratorState._reset_state(reset_partial_state=True)  # the parent's, of one process, was forked along
+    logging.getLogger().addHandler(logging.FileHandler(log))
+    main(parse_arguments(words))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_what_is_skipped_is_told_of_all_processes(train, image_folder, tmp_path):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(image_folder, damaged)
+    for path in sorted(damaged.rglob("*.png"))[::2]:
+        path.write_bytes(path.read_bytes()[:60])
+    settings = {"on_bad_image": "skip", "on_nonfinite": "skip", "learning_rate": 1e30, "lr_warmup_steps": 0}
+    settings |= {"max_train_steps": 3, "logging_steps": 1, "checkpointing_steps": 3}
+    train(tmp_path / "one", damaged, **settings, train_batch_size=4)
+    log = tmp_path / "log.txt"
+    words = arguments(damaged, tmp_path / "two", **settings, train_batch_size=2)
+    debug_launcher(_train_in_a_fork, args=(words, log), num_processes=2)
+    one, two = (json.loads((tmp_path / run / "metrics.jsonl").read_text().splitlines()[0]) for run in ("one", "two"))
+    assert one["skipped_images"] == two["skipped_images"] > 0
+    told = re.findall(r"Step \d was skipped.*Its images were \[(.*)\]", log.read_text())
+    assert told and all(len(images.split(",")) == 4 for images in told)
+
+
+def test_a_dry_run_refuses_data_of_less_than_a_batch(train, tmp_path):
+    with pytest.raises(ValueError, match="24 images do not fill one global batch of 32 = 8 per process"):
+        train(tmp_path / "run", dry_run=True, dry_run_processes=4, train_batch_size=8)
+
+
+def test_a_pipeline_has_samples_of_its_own_run(train, tmp_path):
+    run = tmp_path / "run"
+    settings = {"validation_steps": 2, "checkpointing_steps": 2}
+    train(run, max_train_steps=4, **settings)
+    shutil.move(run / "checkpoint-4", tmp_path)
+    train(run, max_train_steps=3, resume_from_checkpoint="latest", **settings)
+    assert (run / "pipeline/samples.png").read_bytes() == (run / "samples/step-0000003.png").read_bytes()
+    for number in (2, 3):
+        shutil.rmtree(run / f"checkpoint-{number}")
+    train(run, max_train_steps=1, validation_steps=0)
+    assert not (run / "pipeline/samples.png").exists()
+
+
 @pytest.mark.parametrize("config", sorted((ROOT / "training/configs").glob("*_[blh][13]?.yaml")), ids=lambda p: p.stem)
 def test_every_recipe_passes_a_dry_run_of_eight_processes(config, monkeypatch, capsys):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    from arguments import parse_arguments
-    from train_pixelrepa import main
 
     AcceleratorState._reset_state(True)
     main(parse_arguments(["--config", str(config), "--dry_run", "--dry_run_processes", "8"]))
@@ -213,7 +254,6 @@ def test_every_recipe_passes_a_dry_run_of_eight_processes(config, monkeypatch, c
 
 
 def parsed(*words):
-    from arguments import parse_arguments
 
     return parse_arguments(list(words))
 

@@ -30,7 +30,6 @@ cannot be read at all (missing, no permission) is always an error.
 
 from __future__ import annotations
 
-import collections
 import io
 import itertools
 import logging
@@ -51,7 +50,14 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from pixelrepa_diffusers.images import DECODING_ERRORS, center_crop_adm, to_rgb
-from pixelrepa_diffusers.stored_images import is_prepared, is_saved, open_prepared, open_saved
+from pixelrepa_diffusers.stored_images import (
+    check_source,
+    is_prepared,
+    is_saved,
+    open_prepared,
+    open_saved,
+    scan_folder,
+)
 
 
 __all__ = [
@@ -68,8 +74,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-
-IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 
 
 @dataclass
@@ -314,11 +318,8 @@ def open_source(args: DataArguments) -> ImageSource | StreamSource:
             the message says what to change.
         FileNotFoundError: when `train_data_dir` does not exist.
     """
-    if (args.train_data_dir is None) == (args.dataset_name is None):
-        raise ValueError(
-            "Give exactly one source of images: --train_data_dir FOLDER or --dataset_name NAME; "
-            f"got train_data_dir={args.train_data_dir!r} and dataset_name={args.dataset_name!r}."
-        )
+    of_data_sets = ("streaming", "data_files", "dataset_config_name", "dataset_split", "image_column", "label_column")
+    check_source(args, of_data_sets)
     for name in ("num_classes", "max_train_samples", "shuffle_buffer_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}.")
@@ -326,8 +327,6 @@ def open_source(args: DataArguments) -> ImageSource | StreamSource:
         raise ValueError(f"--unconditional means one class, got --num_classes {args.num_classes}.")
     if args.dataset_name is not None:
         return open_dataset(args)
-    if args.streaming or args.data_files:
-        raise ValueError("--streaming and --data_files belong to --dataset_name; --train_data_dir is read as it is.")
     folder = Path(args.train_data_dir)
     if not folder.is_dir():
         raise FileNotFoundError(f"--train_data_dir {folder} is not a folder.")
@@ -337,60 +336,6 @@ def open_source(args: DataArguments) -> ImageSource | StreamSource:
     paths, labels, names = scan_folder(folder, args.unconditional)
     images = datasets.Dataset.from_dict({"image": paths}).cast_column("image", datasets.Image(decode=False))
     return ImageSource(images, np.array(labels), args.num_classes, names, max_samples=args.max_train_samples)
-
-
-def scan_folder(folder: Path, unconditional: bool) -> tuple[list[str], list[int], list[str] | None]:
-    """List the images below `folder` → paths, labels, class names, sorted by class and by path within it.
-
-    Names that begin with a dot are ignored, files without an image suffix are ignored and counted in one warning.
-    Links are followed; one that is broken or leads back to a folder above it is an error.
-    """
-    ignored = collections.Counter()
-
-    def images_below(parent: str, ancestors: tuple[tuple[int, int], ...]) -> Iterator[str]:
-        status = os.stat(parent)
-        if (status.st_dev, status.st_ino) in ancestors:
-            raise ValueError(f"{parent} links back to a folder above it: remove the link.")
-        for entry in sorted(os.scandir(parent), key=lambda entry: entry.name):
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                yield from images_below(entry.path, (*ancestors, (status.st_dev, status.st_ino)))
-            elif not entry.name.lower().endswith(IMAGE_SUFFIXES):
-                ignored[Path(entry.name).suffix or entry.name] += 1
-            elif entry.is_file():
-                yield entry.path
-            else:
-                raise ValueError(f"{entry.path} is a broken link or no regular file: remove it.")
-
-    if unconditional:
-        paths, names = list(images_below(str(folder), ())), None
-        if not paths:
-            raise ValueError(f"There are no images ({', '.join(IMAGE_SUFFIXES)}) in {folder}.")
-        labels = [0] * len(paths)
-    else:
-        entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-        loose = [entry for entry in entries if entry.suffix.lower() in IMAGE_SUFFIXES and not entry.is_dir()]
-        if loose:
-            raise ValueError(
-                f"{loose[0]} and {len(loose) - 1} other images lie outside the class folders of {folder}: "
-                "move them into one sub-folder per class, or pass --unconditional."
-            )
-        names = [entry.name for entry in entries if entry.is_dir()]
-        if not names:
-            raise ValueError(f"{folder} has no sub-folders: it needs one per class, or --unconditional.")
-        paths, labels = [], []
-        for label, name in enumerate(names):
-            found = list(images_below(str(folder / name), ()))
-            if not found:
-                raise ValueError(
-                    f"Class folder {folder / name} has no images ({', '.join(IMAGE_SUFFIXES)}): fill or remove it."
-                )
-            paths += found
-            labels += [label] * len(found)
-    if ignored:
-        logger.warning("Ignored in %s, not images by their suffix: %s", folder, dict(ignored))
-    return paths, labels, names
 
 
 def open_dataset(args: DataArguments) -> ImageSource | StreamSource:
@@ -666,11 +611,8 @@ class ImageLoader:
             )
         self.source = source
         self.global_batch_size = batch_size * accumulation_steps * world_size
-        if isinstance(source, ImageSource) and len(source) < self.global_batch_size:
-            raise ValueError(
-                f"{len(source)} images do not fill one global batch of {self.global_batch_size} = "
-                f"{batch_size} per process × {accumulation_steps} accumulation steps × {world_size} processes."
-            )
+        if isinstance(source, ImageSource):
+            check_global_batch(len(source), batch_size, accumulation_steps, world_size)
         self.position = {"epoch": 0, "batch": 0}
         self.accumulation_steps = accumulation_steps
         self.num_workers = num_workers
@@ -749,6 +691,16 @@ def leave_process_group(worker_id: int) -> None:
     """
     if os.name == "posix":
         os.setpgid(0, 0)
+
+
+def check_global_batch(num_images: int, batch_size: int, accumulation_steps: int, world_size: int) -> None:
+    """Raises ValueError where an epoch would have no step."""
+    global_batch_size = batch_size * accumulation_steps * world_size
+    if num_images < global_batch_size:
+        raise ValueError(
+            f"{num_images} images do not fill one global batch of {global_batch_size} = "
+            f"{batch_size} per process × {accumulation_steps} accumulation steps × {world_size} processes."
+        )
 
 
 def measure_throughput(source: ImageSource, resolution: int, num_images: int = 512, seed: int = 0) -> float:

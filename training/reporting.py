@@ -150,6 +150,7 @@ class Exporter:
         journal: receives the metrics.
         spaces: what `evaluate` measures in; see [`open_evaluation`].
         pusher: on the main process of a run that is pushed to the Hub, else None.
+        step: where the run starts; samples of later steps are not its own.
     """
 
     def __init__(
@@ -162,10 +163,14 @@ class Exporter:
         journal: Journal,
         spaces: list[FeatureSpace],
         pusher: BackgroundPusher | None,
+        step: int,
     ):
         self.args, self.accelerator, self.objective, self.ema = args, accelerator, objective, ema
         self.id2label, self.journal, self.spaces, self.pusher = id2label, journal, spaces, pusher
         self.output_dir = Path(args.output_dir)
+        number = {path: path.stem.removeprefix("step-") for path in self.output_dir.glob("samples/step-*.png")}
+        earlier = [path for path, digits in number.items() if digits.isdecimal() and int(digits) <= step]
+        self.samples = max(earlier, key=lambda path: int(number[path]), default=None)
 
     def pipeline(self) -> PixelREPAPipeline:
         """A quiet pipeline whose weights are tensors of their own; never the module that is being trained."""
@@ -197,9 +202,8 @@ class Exporter:
             if self.accelerator.is_main_process:
                 pipeline.save_pretrained(path)
                 (path / "training_arguments.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
-                samples = sorted((self.output_dir / "samples").glob("*.png"))
-                if samples:
-                    shutil.copyfile(samples[-1], path / "samples.png")
+                if self.samples is not None and self.samples.exists():
+                    shutil.copyfile(self.samples, path / "samples.png")
 
         write_folder(folder, write, self.accelerator.is_main_process, self.accelerator.wait_for_everyone)
 
@@ -258,6 +262,7 @@ class Exporter:
         path = self.output_dir / "samples" / f"step-{step:07d}.png"
         path.parent.mkdir(exist_ok=True)
         write_atomically(path, lambda beside: grid.save(beside, format="PNG"))
+        self.samples = path
         for tracker in self.accelerator.trackers:
             if tracker.name == "tensorboard":
                 tracker.log_images({"samples": np.asarray(grid)[None]}, step=step, dataformats="NHWC")

@@ -40,7 +40,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, ProjectConfiguration, gather_object
 from arguments import TrainingArguments, parse_arguments
 from checkpointing import Checkpointer, find_checkpoint, sweep
-from data import ImageLoader, ImageSource, StreamSource, draws, open_source, to_float
+from data import ImageLoader, ImageSource, StreamSource, check_global_batch, draws, open_source, to_float
 from diffusers.optimization import get_scheduler
 from reporting import Exporter, Journal, build_pipeline, estimate_memory, open_evaluation, teacher_config
 from teacher_cache import CachedTeacher
@@ -48,7 +48,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
-from pixelrepa_diffusers import JiTTransformer2DModel, get_preset
+from pixelrepa_diffusers import JiTTransformer2DModel, PixelREPAPipeline, get_preset
 from pixelrepa_diffusers.adapter import ConvProjector, MaskedTransformerAdapter, MLPProjector
 from pixelrepa_diffusers.ema import ConstantDecayEMA
 from pixelrepa_diffusers.hub import BackgroundPusher
@@ -136,26 +136,8 @@ def transformer_config(args: TrainingArguments, num_classes: int) -> dict:
     return {**config, **given, "num_classes": num_classes}
 
 
-def load_pretrained(model: JiTTransformer2DModel | MaskedTransformerAdapter, args: TrainingArguments, part: str):
-    """Takes over the weights of `part` of the pretrained pipeline, where other classes are learnt all but theirs."""
-    source = args.pretrained_model_name_or_path
-    trained = type(model).from_pretrained(source, subfolder=part, revision=args.revision)
-    state = trained.state_dict()
-    if trained.config.num_classes != model.config.num_classes:
-        logger.warning(
-            f"The {part} of {source} knows {trained.config.num_classes} classes, the data have "
-            f"{model.config.num_classes}: its class embedding starts anew."
-        )
-        name = "conditioning.class_embedding.weight"
-        state[name] = model.state_dict()[name]
-    model.load_state_dict(state)
-
-
 def build_transformer(args: TrainingArguments, num_classes: int) -> JiTTransformer2DModel:
-    transformer = JiTTransformer2DModel.from_config(transformer_config(args, num_classes))
-    if args.pretrained_model_name_or_path is not None:
-        load_pretrained(transformer, args, "transformer")
-    return transformer
+    return JiTTransformer2DModel.from_config(transformer_config(args, num_classes))
 
 
 def build_teacher(args: TrainingArguments, config: dict, device: torch.device) -> SemanticTeacher | None:
@@ -194,25 +176,52 @@ def build_projector(args: TrainingArguments, config: dict, teacher_dim: int) -> 
             )
 
 
-def load_pretrained_adapter(args: TrainingArguments, adapter: MaskedTransformerAdapter) -> None:
-    """Goes on with the adapter beside the pretrained transformer where there is one that fits, and says so."""
+def load_pretrained(args: TrainingArguments, part: str, model: torch.nn.Module) -> None:
+    """Takes over the weights of `part` of the pretrained pipeline, where other classes are learnt all but theirs."""
+    source = args.pretrained_model_name_or_path
+    trained = type(model).from_pretrained(source, subfolder=part, revision=args.revision)
+    state, num_classes = trained.state_dict(), model.config.get("num_classes")
+    if trained.config.get("num_classes") != num_classes:
+        logger.warning(
+            f"The {part} of {source} knows {trained.config.num_classes} classes, the data have {num_classes}: its class "
+            "embedding starts anew."
+        )
+        name = "conditioning.class_embedding.weight"
+        state[name] = model.state_dict()[name]
+    model.load_state_dict(state)
+
+
+def load_pretrained_projector(args: TrainingArguments, projector: torch.nn.Module) -> None:
+    """Goes on with the projector beside the pretrained transformer where there is one that fits, and says so."""
     source = args.pretrained_model_name_or_path
     try:
-        config = MaskedTransformerAdapter.load_config(source, subfolder="adapter", revision=args.revision)
+        config = type(projector).load_config(source, subfolder="adapter", revision=args.revision)
     except OSError as error:
         logger.warning(f"{source} has no adapter, a new one is trained ({error}).")
         return
+    shape = {name: value for name, value in projector.config.items() if name[0] != "_" and name != "num_classes"}
+    needed = {"_class_name": type(projector).__name__, **shape}
     other = [
-        n
-        for n in adapter.config
-        if not n.startswith("_") and n != "num_classes" and adapter.config[n] != config.get(n)
+        f"{name} {config.get(name)}, needed is {needed[name]}" for name in needed if config.get(name) != needed[name]
     ]
     if other:
-        differences = ", ".join(f"{name} {config.get(name)}, needed is {adapter.config[name]}" for name in other)
-        logger.warning(f"The adapter of {source} does not fit ({differences}): a new one is trained.")
+        logger.warning(f"The adapter of {source} does not fit ({', '.join(other)}): a new one is trained.")
         return
-    load_pretrained(adapter, args, "adapter")
+    load_pretrained(args, "adapter", projector)
     logger.info(f"Goes on with the adapter of {source}.")
+
+
+def compare_classes(args: TrainingArguments, id2label: dict[str, str] | None) -> None:
+    """Warns where the pretrained pipeline calls as many classes by other names: each goes on from that of its number."""
+    source = args.pretrained_model_name_or_path
+    with contextlib.suppress(OSError):  # a checkpoint has no names
+        known = PixelREPAPipeline.load_config(source, revision=args.revision).get("id2label")
+        if known and id2label and len(known) == len(id2label) and known != id2label:
+            number = next(number for number in id2label if known.get(number) != id2label[number])
+            logger.warning(
+                f"The classes of {source} have other names than those of the data (class {number}: {known.get(number)!r}, "
+                f"here {id2label[number]!r}). Each class goes on from the embedding of its number: check the order."
+            )
 
 
 def build_objective(args: TrainingArguments, transformer: JiTTransformer2DModel, projector) -> PixelREPAObjective:
@@ -353,7 +362,7 @@ class Step:
     Attributes:
         losses: (3,): total, denoising and alignment loss (0 where there is none), means over the micro-steps.
         images: places in the data of this process's images.
-        skipped_images: how many images in the data could not be read and were replaced.
+        skipped_images: how many of this process's images could not be read and were replaced.
         grad_norm: before clipping, where it was asked for.
         skipped: the gradient was not finite, and nothing was changed.
         position: of the loader, behind the step's images.
@@ -415,6 +424,7 @@ def dry_run(args: TrainingArguments, accelerator: Accelerator, source: ImageSour
     num_classes = source.num_classes if source else args.num_classes or get_preset(args.preset).num_classes
     num_images = len(source) if isinstance(source, ImageSource) else 1_281_167
     num_processes = args.dry_run_processes or accelerator.num_processes
+    check_global_batch(num_images, args.train_batch_size, args.gradient_accumulation_steps, num_processes)
     batch = args.global_batch_size(num_processes)
     steps, warmup = args.resolved_steps(num_images // batch)
     count = {}
@@ -592,8 +602,11 @@ def train(
     plan = build_pipeline(args, transformer, source.id2label)  # refuses wrong guidance or names now
     spaces = open_evaluation(args, plan, device) if args.eval_steps else []
     projector = build_projector(args, config, teacher.feature_dim) if teacher is not None else None
-    if args.pretrained_model_name_or_path is not None and isinstance(projector, MaskedTransformerAdapter):
-        load_pretrained_adapter(args, projector)
+    if args.pretrained_model_name_or_path is not None and checkpoint is None:
+        compare_classes(args, source.id2label)
+        load_pretrained(args, "transformer", transformer)
+        if projector is not None:
+            load_pretrained_projector(args, projector)
     objective = build_objective(args, transformer, projector)
     apply_switches(args, objective)
     if args.compile and teacher is not None:
@@ -641,7 +654,7 @@ def train(
     journal = Journal(accelerator, output_dir, step)
     last_checkpoint = checkpoint
 
-    exporter = Exporter(args, accelerator, objective, ema, source.id2label, journal, spaces, pusher)
+    exporter = Exporter(args, accelerator, objective, ema, source.id2label, journal, spaces, pusher, step)
     losses = LossRecord(accelerator)
 
     teach = None
@@ -665,7 +678,8 @@ def train(
         skipped_images += taken.skipped_images
         if taken.skipped:
             skipped_steps += 1
-            logger.warning(f"Step {step} was skipped: its gradient is not finite. Its images were {taken.images}.")
+            images = sorted(gather_object(taken.images))
+            logger.warning(f"Step {step} was skipped: its gradient is not finite. Its images were {images}.")
         else:
             losses.add(taken.losses, taken.images)
 
@@ -679,7 +693,7 @@ def train(
                 "learning_rate": learning_rate,
                 "images_per_second": (step - started_step) * loader.global_batch_size / elapsed,
                 "memory_GiB": peak_memory(device),
-                "skipped_images": skipped_images,
+                "skipped_images": sum(gather_object([skipped_images])),
                 "skipped_steps": skipped_steps,
             }
             shown = {"denoise": f"{denoising:.4f}"}

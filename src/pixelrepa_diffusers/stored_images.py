@@ -1,17 +1,57 @@
-"""Data sets on disk that training and reference statistics both read: of prepare_dataset.py, and of `save_to_disk`."""
+"""Images on disk that training and reference statistics both read: folders, and what prepare_dataset.py and `save_to_disk` wrote."""
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import datasets
 import pyarrow as pa
 
 
-__all__ = ["MANIFEST", "is_prepared", "is_saved", "open_prepared", "open_saved"]
+__all__ = ["MANIFEST", "check_source", "is_prepared", "is_saved", "open_prepared", "open_saved", "scan_folder"]
+
+logger = logging.getLogger(__name__)
 
 MANIFEST = "prepared.json"
+IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
+
+
+def check_source(args, of_data_sets: Sequence[str]) -> None:
+    """
+    Refuses arguments about the source of images that do not go together.
+
+    Args:
+        args: a dataclass with `train_data_dir` and `dataset_name`.
+        of_data_sets: those of its fields that mean something with `dataset_name` alone.
+
+    Raises:
+        ValueError: not exactly one source; one of `of_data_sets` beside a folder of images; a folder of the other kind.
+    """
+    if (args.train_data_dir is None) == (args.dataset_name is None):
+        raise ValueError(
+            "Give exactly one source of images: --train_data_dir FOLDER or --dataset_name NAME; "
+            f"got train_data_dir={args.train_data_dir!r} and dataset_name={args.dataset_name!r}."
+        )
+    if args.dataset_name is not None:
+        if is_prepared(Path(args.dataset_name)):
+            raise ValueError(
+                f"--dataset_name: {args.dataset_name} was written by prepare_dataset.py, give it as --train_data_dir."
+            )
+        return
+    defaults = {field.name: field.default for field in dataclasses.fields(args)}
+    given = [name for name in of_data_sets if getattr(args, name) != defaults[name]]
+    if given:
+        raise ValueError(f"--{given[0]} belongs to --dataset_name; --train_data_dir is read as it is.")
+    if is_saved(Path(args.train_data_dir)):
+        raise ValueError(
+            f"--train_data_dir: {args.train_data_dir} was written by `save_to_disk`, give it as --dataset_name."
+        )
 
 
 def is_prepared(folder: Path) -> bool:
@@ -80,3 +120,57 @@ def open_saved(folder: Path, split: str) -> datasets.Dataset:
     if split not in data:
         raise ValueError(f"{folder} has no split {split!r}, only {sorted(data)}: --dataset_split.")
     return data[split]
+
+
+def scan_folder(folder: Path, unconditional: bool) -> tuple[list[str], list[int], list[str] | None]:
+    """List the images below `folder` → paths, labels, class names, sorted by class and by path within it.
+
+    Names that begin with a dot are ignored, files without an image suffix are ignored and counted in one warning.
+    Links are followed; one that is broken or leads back to a folder above it is an error.
+    """
+    ignored = collections.Counter()
+
+    def images_below(parent: str, ancestors: tuple[tuple[int, int], ...]) -> Iterator[str]:
+        status = os.stat(parent)
+        if (status.st_dev, status.st_ino) in ancestors:
+            raise ValueError(f"{parent} links back to a folder above it: remove the link.")
+        for entry in sorted(os.scandir(parent), key=lambda entry: entry.name):
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                yield from images_below(entry.path, (*ancestors, (status.st_dev, status.st_ino)))
+            elif not entry.name.lower().endswith(IMAGE_SUFFIXES):
+                ignored[Path(entry.name).suffix or entry.name] += 1
+            elif entry.is_file():
+                yield entry.path
+            else:
+                raise ValueError(f"{entry.path} is a broken link or no regular file: remove it.")
+
+    if unconditional:
+        paths, names = list(images_below(str(folder), ())), None
+        if not paths:
+            raise ValueError(f"There are no images ({', '.join(IMAGE_SUFFIXES)}) in {folder}.")
+        labels = [0] * len(paths)
+    else:
+        entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+        loose = [entry for entry in entries if entry.suffix.lower() in IMAGE_SUFFIXES and not entry.is_dir()]
+        if loose:
+            raise ValueError(
+                f"{loose[0]} and {len(loose) - 1} other images lie outside the class folders of {folder}: "
+                "move them into one sub-folder per class, or pass --unconditional."
+            )
+        names = [entry.name for entry in entries if entry.is_dir()]
+        if not names:
+            raise ValueError(f"{folder} has no sub-folders: it needs one per class, or --unconditional.")
+        paths, labels = [], []
+        for label, name in enumerate(names):
+            found = list(images_below(str(folder / name), ()))
+            if not found:
+                raise ValueError(
+                    f"Class folder {folder / name} has no images ({', '.join(IMAGE_SUFFIXES)}): fill or remove it."
+                )
+            paths += found
+            labels += [label] * len(found)
+    if ignored:
+        logger.warning("Ignored in %s, not images by their suffix: %s", folder, dict(ignored))
+    return paths, labels, names

@@ -526,7 +526,8 @@ def rank_dies(activity: TrainingOfTwo, name: str, draw: random.Random, stack: co
         launcher.wait(draw.uniform(0, activity.seconds))
         return None, place.exists
     except subprocess.TimeoutExpired:
-        draw.choice(ranks).kill()
+        with contextlib.suppress(psutil.NoSuchProcess):  # too late, the launcher alone is left
+            draw.choice(ranks).kill()
     status = launcher.wait(LIMIT)
     if status == 0 and not (place / "run/pipeline").exists():
         raise Damage(f"{place}: a rank died and the launcher says that all is well.")

@@ -44,10 +44,10 @@ from pixelrepa_diffusers.sampling import check_launch
 from pixelrepa_diffusers.stored_images import (
     check_source,
     is_prepared,
-    is_saved,
+    open_data_set,
     open_prepared,
-    open_saved,
     scan_folder,
+    stored_crop,
 )
 
 
@@ -102,7 +102,7 @@ class CroppedImages(Dataset):
         try:
             row = self.images[index]
             if "pixels" in row:
-                return self.stored(row["pixels"])
+                return torch.from_numpy(stored_crop(row["pixels"], self.resolution, index).copy())
             image = row["image"]
             if image is None:
                 raise ValueError("there is none")
@@ -113,13 +113,6 @@ class CroppedImages(Dataset):
         except DECODING_ERRORS as error:
             raise ValueError(f"Image {index} of the data set cannot be read: {error}") from error
         return stack_images([center_crop_adm(image, self.resolution)])[0]
-
-    def stored(self, pixels: bytes) -> torch.Tensor:
-        """A crop of prepare_dataset.py."""
-        expected = 3 * self.resolution**2
-        if len(pixels) != expected:
-            raise ValueError(f"it has {len(pixels)} bytes, {self.resolution} pixels have {expected}")
-        return torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(3, self.resolution, self.resolution)
 
 
 def open_images(args: ReferenceArguments) -> datasets.Dataset:
@@ -132,14 +125,8 @@ def open_images(args: ReferenceArguments) -> datasets.Dataset:
                 "or the images it was made from."
             )
         return data.select_columns("pixels")
-    if args.dataset_name and is_saved(Path(args.dataset_name)):
-        if args.dataset_config_name:
-            raise ValueError(f"{args.dataset_name} was written by `save_to_disk`: drop --dataset_config_name.")
-        data = open_saved(Path(args.dataset_name), args.dataset_split)
-    elif args.dataset_name:
-        data = datasets.load_dataset(
-            args.dataset_name, args.dataset_config_name, split=args.dataset_split, cache_dir=args.cache_dir
-        )
+    if args.dataset_name:
+        data = open_data_set(args.dataset_name, args.dataset_config_name, args.dataset_split, args.cache_dir)
     else:
         # Not `datasets`' own reader of folders, which takes a class called "test" or "train" for a split.
         paths, _, _ = scan_folder(Path(args.train_data_dir), unconditional=True)

@@ -239,7 +239,6 @@ def test_a_pipeline_has_samples_of_its_own_run(train, tmp_path):
 @pytest.mark.parametrize("config", sorted((ROOT / "training/configs").glob("*_[blh][13]?.yaml")), ids=lambda p: p.stem)
 def test_every_recipe_passes_a_dry_run_of_eight_processes(config, monkeypatch, capsys):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
     AcceleratorState._reset_state(True)
     main(parse_arguments(["--config", str(config), "--dry_run", "--dry_run_processes", "8"]))
     AcceleratorState._reset_state(True)
@@ -254,7 +253,6 @@ def test_every_recipe_passes_a_dry_run_of_eight_processes(config, monkeypatch, c
 
 
 def parsed(*words):
-
     return parse_arguments(list(words))
 
 

@@ -53,10 +53,10 @@ from pixelrepa_diffusers.images import DECODING_ERRORS, center_crop_adm, to_rgb
 from pixelrepa_diffusers.stored_images import (
     check_source,
     is_prepared,
-    is_saved,
+    open_data_set,
     open_prepared,
-    open_saved,
     scan_folder,
+    stored_crop,
 )
 
 
@@ -233,13 +233,8 @@ class ImageSource:
         row = self._images[index]
         label = int(self._labels[index])
         if self.resolution is not None:
-            pixels = np.frombuffer(row["pixels"][0].as_buffer(), np.uint8)
-            if len(pixels) != 3 * self.resolution**2:
-                raise ValueError(
-                    f"Row {index} of the prepared data holds {len(pixels)} bytes, an image of {self.resolution} pixels has "
-                    f"{3 * self.resolution**2}: prepare the data again."
-                )
-            return Example(pixels.reshape(3, self.resolution, self.resolution), label, row["name"][0].as_py())
+            pixels = stored_crop(row["pixels"][0].as_buffer(), self.resolution, index)
+            return Example(pixels, label, row["name"][0].as_py())
         image = row.column(0)[0].as_py()
         if image is None or (image["bytes"] is None and image["path"] is None):
             raise ValueError(f"Row {index} of the data has no image.")
@@ -339,24 +334,14 @@ def open_source(args: DataArguments) -> ImageSource | StreamSource:
 
 
 def open_dataset(args: DataArguments) -> ImageSource | StreamSource:
-    saved = Path(args.dataset_name)
-    if is_saved(saved):
-        if args.streaming or args.data_files or args.dataset_config_name:
-            raise ValueError(
-                f"{saved} was written by `save_to_disk` and is read where it lies: "
-                "drop --streaming, --data_files and --dataset_config_name."
-            )
-        data = open_saved(saved, args.dataset_split)
-    else:
-        data = datasets.load_dataset(
-            args.dataset_name,
-            args.dataset_config_name,
-            data_files=args.data_files,
-            split=args.dataset_split,
-            cache_dir=args.cache_dir,
-            streaming=args.streaming,
-        )
-
+    data = open_data_set(
+        args.dataset_name,
+        args.dataset_config_name,
+        args.dataset_split,
+        args.cache_dir,
+        data_files=args.data_files,
+        streaming=args.streaming,
+    )
     label_column = None if args.unconditional else args.label_column
     for flag, column in (("image_column", args.image_column), ("label_column", label_column)):
         if column is not None and column not in (data.features or ()):

@@ -93,12 +93,20 @@ def _line(row: dict) -> str:
 
 
 @functools.cache
-def _guidance_of(name_or_path: str, revision: str | None) -> dict:
-    """The guidance saved with a pipeline; of a checkpoint, which has none, {}. Without classes no scale has a meaning."""
+def pipeline_config(name_or_path: str, revision: str | None) -> dict:
+    """What is saved with a pipeline; of a checkpoint, which has nothing of the kind, {}, and it is said once."""
     try:
-        config = PixelREPAPipeline.load_config(name_or_path, revision=revision)
+        return PixelREPAPipeline.load_config(name_or_path, revision=revision)
     except OSError as error:
         logger.warning(f"{name_or_path} has no guidance to take over, the preset's is saved ({error}).")
+        return {}
+
+
+@functools.cache
+def _guidance_of(name_or_path: str, revision: str | None) -> dict:
+    """The guidance saved with a pipeline, {} where there is none. Without classes no scale has a meaning."""
+    config = pipeline_config(name_or_path, revision)
+    if not config:
         return {}
     names = {"guidance_scale", "guidance_interval"}
     if JiTTransformer2DModel.load_config(name_or_path, subfolder="transformer", revision=revision)["num_classes"] == 1:

@@ -42,13 +42,21 @@ from arguments import TrainingArguments, parse_arguments
 from checkpointing import Checkpointer, find_checkpoint, sweep
 from data import ImageLoader, ImageSource, StreamSource, check_global_batch, draws, open_source, to_float
 from diffusers.optimization import get_scheduler
-from reporting import Exporter, Journal, build_pipeline, estimate_memory, open_evaluation, teacher_config
+from reporting import (
+    Exporter,
+    Journal,
+    build_pipeline,
+    estimate_memory,
+    open_evaluation,
+    pipeline_config,
+    teacher_config,
+)
 from teacher_cache import CachedTeacher
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
-from pixelrepa_diffusers import JiTTransformer2DModel, PixelREPAPipeline, get_preset
+from pixelrepa_diffusers import JiTTransformer2DModel, get_preset
 from pixelrepa_diffusers.adapter import ConvProjector, MaskedTransformerAdapter, MLPProjector
 from pixelrepa_diffusers.ema import ConstantDecayEMA
 from pixelrepa_diffusers.hub import BackgroundPusher
@@ -214,14 +222,13 @@ def load_pretrained_projector(args: TrainingArguments, projector: torch.nn.Modul
 def compare_classes(args: TrainingArguments, id2label: dict[str, str] | None) -> None:
     """Warns where the pretrained pipeline calls as many classes by other names: each goes on from that of its number."""
     source = args.pretrained_model_name_or_path
-    with contextlib.suppress(OSError):  # a checkpoint has no names
-        known = PixelREPAPipeline.load_config(source, revision=args.revision).get("id2label")
-        if known and id2label and len(known) == len(id2label) and known != id2label:
-            number = next(number for number in id2label if known.get(number) != id2label[number])
-            logger.warning(
-                f"The classes of {source} have other names than those of the data (class {number}: {known.get(number)!r}, "
-                f"here {id2label[number]!r}). Each class goes on from the embedding of its number: check the order."
-            )
+    known = pipeline_config(source, args.revision).get("id2label")
+    if known and id2label and len(known) == len(id2label) and known != id2label:
+        number = next(number for number in id2label if known.get(number) != id2label[number])
+        logger.warning(
+            f"The classes of {source} have other names than those of the data (class {number}: {known.get(number)!r}, "
+            f"here {id2label[number]!r}). Each class goes on from the embedding of its number: check the order."
+        )
 
 
 def build_objective(args: TrainingArguments, transformer: JiTTransformer2DModel, projector) -> PixelREPAObjective:
@@ -381,12 +388,13 @@ def take_step(
     accelerator: Accelerator,
     objective: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
+    transformer: JiTTransformer2DModel,
     ema: ConstantDecayEMA | None,
     batches: Iterator,
     step: int,
     wants_norm: bool,
 ) -> Step:
-    """One step of the method; `step` counts those before it."""
+    """One step of the method; `step` counts those before it, `transformer` is the objective's, which `ema` averages."""
     losses, images, skipped_images = [], [], 0
     for micro_step in range(args.gradient_accumulation_steps):
         inputs, about = next(batches)
@@ -412,7 +420,7 @@ def take_step(
         optimizer.step()
     optimizer.zero_grad()
     if ema is not None and not skipped:
-        ema.update(accelerator.unwrap_model(objective).transformer)
+        ema.update(transformer)
     return Step(torch.stack(losses).mean(dim=0), images, skipped_images, grad_norm, skipped, about["loader"])
 
 
@@ -614,11 +622,11 @@ def train(
 
     optimizer = build_optimizer(args, objective, args.resolved_learning_rate(accelerator.num_processes))
     objective, optimizer = accelerator.prepare(objective, optimizer)
-    module = accelerator.unwrap_model(objective)
+    transformer = accelerator.unwrap_model(objective).transformer
     ema = None
     if args.use_ema:
         ema = ConstantDecayEMA(
-            module.transformer,
+            transformer,
             args.ema_decays,
             update_every=args.ema_update_every,
             offload=args.ema_offload,
@@ -671,7 +679,7 @@ def train(
     while step < max_train_steps and stopping is None:
         logs = (step + 1) % args.logging_steps == 0 or step + 1 == max_train_steps
         learning_rate = lr_scheduler.get_last_lr()[0]
-        taken = take_step(args, accelerator, objective, optimizer, ema, batches, step, wants_norm=logs)
+        taken = take_step(args, accelerator, objective, optimizer, transformer, ema, batches, step, wants_norm=logs)
         lr_scheduler.step()
         step += 1
         bar.update()

@@ -1,4 +1,4 @@
-"""Images on disk that training and reference statistics both read: folders, and what prepare_dataset.py and `save_to_disk` wrote."""
+"""Where images come from, for training and for reference statistics: folders, data sets, and what prepare_dataset.py wrote."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pyarrow as pa
 
 
-__all__ = ["MANIFEST", "check_source", "is_prepared", "is_saved", "open_prepared", "open_saved", "scan_folder"]
+__all__ = ["MANIFEST", "check_source", "is_prepared", "open_data_set", "open_prepared", "scan_folder", "stored_crop"]
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +98,22 @@ def open_prepared(folder: Path) -> tuple[datasets.Dataset, dict]:
     return images, manifest
 
 
+def stored_crop(pixels: bytes | pa.Buffer, resolution: int, row: int) -> np.ndarray:
+    """
+    A row of `pixels` as the uint8 (3, resolution, resolution) it is; no copy is made.
+
+    Raises:
+        ValueError: it has another size.
+    """
+    flat = np.frombuffer(pixels, np.uint8)
+    if len(flat) != 3 * resolution**2:
+        raise ValueError(
+            f"Row {row} of the prepared data holds {len(flat)} bytes, an image of {resolution} pixels has "
+            f"{3 * resolution**2}: prepare the data again."
+        )
+    return flat.reshape(3, resolution, resolution)
+
+
 def is_saved(folder: Path) -> bool:
     """Whether `save_to_disk` of a data set, or of one with several splits, wrote `folder`."""
     return (folder / "state.json").exists() or (folder / "dataset_dict.json").exists()
@@ -120,6 +137,32 @@ def open_saved(folder: Path, split: str) -> datasets.Dataset:
     if split not in data:
         raise ValueError(f"{folder} has no split {split!r}, only {sorted(data)}: --dataset_split.")
     return data[split]
+
+
+def open_data_set(
+    name: str,
+    config_name: str | None,
+    split: str,
+    cache_dir: str | None,
+    data_files: list[str] | None = None,
+    streaming: bool = False,
+) -> datasets.Dataset | datasets.IterableDataset:
+    """
+    What `save_to_disk` wrote, or anything that `datasets.load_dataset` takes.
+
+    Raises:
+        ValueError: see [`open_saved`]; or what `save_to_disk` wrote is to be read in a way that it cannot be.
+    """
+    saved = Path(name)
+    if not is_saved(saved):
+        return datasets.load_dataset(
+            name, config_name, data_files=data_files, split=split, cache_dir=cache_dir, streaming=streaming
+        )
+    flags = {"--streaming": streaming, "--data_files": data_files, "--dataset_config_name": config_name}
+    given = [flag for flag, value in flags.items() if value]
+    if given:
+        raise ValueError(f"{saved} was written by `save_to_disk` and is read where it lies: drop {', '.join(given)}.")
+    return open_saved(saved, split)
 
 
 def scan_folder(folder: Path, unconditional: bool) -> tuple[list[str], list[int], list[str] | None]:

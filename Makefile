@@ -41,10 +41,10 @@ demo: OMP_NUM_THREADS = 2
 demo: env outputs/demo/teacher
 	$(RUN)/accelerate launch --config_file training/accelerate/cpu.yaml training/train_pixelrepa.py \
 		--config training/configs/digits.yaml --resume_from_checkpoint latest
-	$(RUN)/python training/score_digits.py --pipeline outputs/demo/run/pipeline --data_dir outputs/demo
+	$(RUN)/python examples/digits/score_digits.py --pipeline outputs/demo/run/pipeline --data_dir outputs/demo
 
 outputs/demo/teacher: | env
-	$(RUN)/python training/prepare_teacher.py --output_dir outputs/demo
+	$(RUN)/python examples/digits/prepare_teacher.py --output_dir outputs/demo
 
 clean-demo:
 	rm -rf outputs/demo

@@ -12,7 +12,18 @@ setup(
     license="Apache-2.0",
     package_dir={"": "src"},
     packages=find_packages("src"),
-    package_data={"pixelrepa_diffusers": ["*.json", "*.md"]},
+    package_data={"pixelrepa_diffusers": ["*.json", "*.md", "py.typed"]},
+    entry_points={
+        "console_scripts": [
+            "pixelrepa-generate=pixelrepa_diffusers.commands.generate:cli",
+            "pixelrepa-evaluate=pixelrepa_diffusers.commands.evaluate:cli",
+            "pixelrepa-convert=pixelrepa_diffusers.commands.convert_checkpoint:cli",
+            "pixelrepa-publish=pixelrepa_diffusers.commands.publish:cli",
+            "pixelrepa-prepare-reference=pixelrepa_diffusers.commands.prepare_reference:cli",
+            "pixelrepa-prepare-dataset=pixelrepa_diffusers.commands.prepare_dataset:cli",
+            "pixelrepa-probe-alignment=pixelrepa_diffusers.commands.probe_alignment:cli",
+        ]
+    },
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.13",

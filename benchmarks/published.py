@@ -19,8 +19,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .adapter import MaskedTransformerAdapter
-from .transformer_jit import JiTAttention, JiTRMSNorm, JiTTransformer2DModel
+from pixelrepa_diffusers.adapter import MaskedTransformerAdapter
+from pixelrepa_diffusers.transformer_jit import JiTAttention, JiTRMSNorm, JiTTransformer2DModel
 
 
 # ---------------------------------------------------------------------------------------------------------- operations

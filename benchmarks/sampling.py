@@ -34,10 +34,7 @@ from diffusers import (
     SeaCacheConfig,
     TaylorSeerCacheConfig,
 )
-from transformers import HfArgumentParser
-
-from pixelrepa_diffusers import JiTFlowMatchScheduler, JiTTransformer2DModel, PixelREPAPipeline, get_preset
-from pixelrepa_diffusers.benchmarking import (
+from published import (
     format_table,
     measure_peak_flops,
     median_ratio,
@@ -46,6 +43,10 @@ from pixelrepa_diffusers.benchmarking import (
     transformer_flops,
     with_published_arithmetic,
 )
+
+from pixelrepa_diffusers import JiTFlowMatchScheduler, JiTTransformer2DModel, PixelREPAPipeline, get_preset
+from pixelrepa_diffusers.cli import parse, run
+from pixelrepa_diffusers.files import write_atomically
 from pixelrepa_diffusers.sampling import (
     SCHEDULERS,
     cast_transformer,
@@ -55,7 +56,6 @@ from pixelrepa_diffusers.sampling import (
     fetch_pipeline,
     seeded,
     versions,
-    write_atomically,
 )
 
 
@@ -355,4 +355,4 @@ def main(args: BenchmarkArguments) -> dict:
 
 
 if __name__ == "__main__":
-    main(HfArgumentParser(BenchmarkArguments, description=__doc__.partition("\n")[0]).parse_args_into_dataclasses()[0])
+    run(lambda: main(parse(BenchmarkArguments, __doc__.partition("\n")[0])))

@@ -43,26 +43,8 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
-from arguments import TrainingArguments
-from data import DataArguments, ImageSource, measure_throughput, open_source, to_float
 from PIL import Image
-from torch.utils.flop_counter import FlopCounterMode
-from train_pixelrepa import (
-    apply_switches,
-    build_objective,
-    build_optimizer,
-    build_projector,
-    build_transformer,
-    compile_blocks,
-    draw,
-    peak_memory,
-    prepared_batches,
-)
-from transformers import Dinov2Config, Dinov2Model, HfArgumentParser
-
-from pixelrepa_diffusers import PRESETS
-from pixelrepa_diffusers.adapter import MaskedTransformerAdapter
-from pixelrepa_diffusers.benchmarking import (
+from published import (
     StepClock,
     adapter_flops,
     format_table,
@@ -73,9 +55,28 @@ from pixelrepa_diffusers.benchmarking import (
     transformer_flops,
     with_published_arithmetic,
 )
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import Dinov2Config, Dinov2Model
+
+from pixelrepa_diffusers import PRESETS
+from pixelrepa_diffusers.adapter import MaskedTransformerAdapter
+from pixelrepa_diffusers.cli import parse, run
 from pixelrepa_diffusers.ema import ConstantDecayEMA
-from pixelrepa_diffusers.sampling import device_name, versions, write_atomically
+from pixelrepa_diffusers.files import write_atomically
+from pixelrepa_diffusers.sampling import device_name, versions
 from pixelrepa_diffusers.teacher import SemanticTeacher
+from pixelrepa_diffusers.training.arguments import TrainingArguments
+from pixelrepa_diffusers.training.builders import (
+    apply_switches,
+    build_objective,
+    build_optimizer,
+    build_projector,
+    build_transformer,
+    compile_blocks,
+)
+from pixelrepa_diffusers.training.data import DataArguments, ImageSource, measure_throughput, open_source, to_float
+from pixelrepa_diffusers.training.reporting import peak_memory
+from pixelrepa_diffusers.training.step import draw, prepared_batches
 
 
 # Of facebook/dinov2-base's preprocessor.
@@ -505,4 +506,4 @@ def main(args: BenchmarkArguments) -> dict:
 
 
 if __name__ == "__main__":
-    main(HfArgumentParser(BenchmarkArguments, description=__doc__.partition("\n")[0]).parse_args_into_dataclasses()[0])
+    run(lambda: main(parse(BenchmarkArguments, __doc__.partition("\n")[0])))

@@ -10,10 +10,10 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 from tiny import REFERENCE, recorded_architecture, recorded_config
-from training_runs import arguments, write_images
+from training_runs import TRAINER, arguments, load_script, write_images
 
 from pixelrepa_diffusers import JiTFlowMatchScheduler, JiTTransformer2DModel, PixelREPAPipeline
-from pixelrepa_diffusers.checkpoints import transformer_state_from_original
+from pixelrepa_diffusers.conversion import transformer_state_from_original
 
 
 # A compiler that is killed leaves half a file in the machine's shared cache, and every later run would trip over it.
@@ -45,12 +45,12 @@ def image_folder(tmp_path_factory) -> Path:
 def train(image_folder, monkeypatch):
     """train(output_dir, [data], **arguments) runs the trainer's main in this process and returns what it returns."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    from arguments import parse_arguments
-    from train_pixelrepa import main
+
+    from pixelrepa_diffusers.training.arguments import parse_arguments
 
     def run(output_dir, train_data_dir=image_folder, **overrides):
         reset_accelerate_state()
-        return main(parse_arguments(arguments(train_data_dir, output_dir, **overrides)))
+        return load_script(TRAINER).main(parse_arguments(arguments(train_data_dir, output_dir, **overrides)))
 
     return run
 

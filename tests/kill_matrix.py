@@ -41,7 +41,18 @@ from types import SimpleNamespace
 import numpy as np
 import psutil
 from standin_hub import StandInHub
-from training_runs import ROOT, TEACHER, arguments, ended, fork, train, two_process_command, weights, write_images
+from training_runs import (
+    ROOT,
+    TEACHER,
+    arguments,
+    ended,
+    fork,
+    load_script,
+    train,
+    two_process_command,
+    weights,
+    write_images,
+)
 
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -191,9 +202,8 @@ class Training(Activity):
         assert self.expected.items() <= self.allowed.items(), "two undisturbed runs differ"
 
     def finished(self, place: Path) -> dict:
-        from checkpointing import list_checkpoints, verify
-
         from pixelrepa_diffusers import PixelREPAPipeline
+        from pixelrepa_diffusers.training.checkpoints import list_checkpoints, verify
 
         run, found = place / "run", {}
         for checkpoint in list_checkpoints(run):
@@ -249,7 +259,7 @@ class Conversion(Activity):
     def run(self, place: Path) -> None:
         from transformers import HfArgumentParser
 
-        from pipelines.convert_checkpoint import ConvertArguments, main
+        from pixelrepa_diffusers.commands.convert_checkpoint import ConvertArguments, main
 
         def convert(*words) -> None:
             main(HfArgumentParser(ConvertArguments).parse_args_into_dataclasses([str(word) for word in words])[0])
@@ -266,7 +276,7 @@ class Conversion(Activity):
     def finished(self, place: Path) -> dict:
         from pixelrepa_diffusers import PixelREPAPipeline
         from pixelrepa_diffusers.adapter import MaskedTransformerAdapter
-        from pixelrepa_diffusers.checkpoints import read_original_checkpoint
+        from pixelrepa_diffusers.conversion import read_original_checkpoint
 
         found = {}
         for pipe in place.glob("pipe-*"):
@@ -311,7 +321,7 @@ class Generation(Activity):
     def generate(self, output: Path, label: int, seeds: str, max_grid_images: int) -> None:
         from transformers import HfArgumentParser
 
-        from pipelines.generate import GenerateArguments, main
+        from pixelrepa_diffusers.commands.generate import GenerateArguments, main
 
         words = ["--pipeline", self.folder / "pipeline", "--output_dir", output, "--class_labels", label]
         words += ["--seeds", seeds, "--num_inference_steps", 5, "--batch_size", 2, "--overwrite"]
@@ -350,7 +360,7 @@ class Evaluation(Activity):
     def evaluate(self, output: Path, *scales: float) -> None:
         from transformers import HfArgumentParser
 
-        from pipelines.evaluate import EvaluateArguments, main
+        from pixelrepa_diffusers.commands.evaluate import EvaluateArguments, main
 
         words = ["--pipeline", self.folder / "pipeline", "--output_dir", output, "--metrics", "fd_teacher"]
         words += ["--teacher", TEACHER, "--teacher_image_size", 28, "--num_samples", 60, "--num_inference_steps", 4]
@@ -582,11 +592,10 @@ def check_processes() -> None:
 
 def import_everything() -> None:
     """What the children inherit."""
-    import train_pixelrepa  # noqa: F401
+    load_script("training/train_pixelrepa.py")
     from diffusers.utils import logging
     from matplotlib.figure import Figure  # noqa: F401
 
-    from pipelines import convert_checkpoint, evaluate, generate  # noqa: F401
     from pixelrepa_diffusers import hub  # noqa: F401
 
     logging.disable_progress_bar()

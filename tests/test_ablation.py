@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
-from run_ablation import main, read_config
-from training_runs import ROOT, TEACHER
+from training_runs import ROOT, TEACHER, load_script
 
-from pixelrepa_diffusers.metrics import FeatureStatistics, VisionEncoderNetwork, extract
+from pixelrepa_diffusers.evaluation import FeatureStatistics, VisionEncoderNetwork, extract
+
+
+main = load_script("examples/digits/run_ablation.py").main
+read_config = load_script("examples/digits/run_ablation.py").read_config
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +168,7 @@ def test_bad_configurations_are_refused_before_the_first_run(config, tmp_path, c
 
 
 def test_the_digits_ablation_covers_the_papers_arms():
-    args = read_config(ROOT / "training" / "configs" / "ablation_digits.yaml")
+    args = read_config(ROOT / "examples" / "digits" / "ablation.yaml")
     arms = list(args.arms.values())
     assert {"objective": "none"} in arms and {"objective": "repa"} in arms
     assert {arm["mask_ratio"] for arm in arms if arm["objective"] == "pixelrepa"} >= {0, 0.2}

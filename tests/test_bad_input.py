@@ -10,45 +10,56 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-import prepare_dataset
-import prepare_teacher
 import pytest
-import run_ablation
-import score_digits
 import torch
 import torch.nn as nn
-import train_pixelrepa
 import yaml
-from arguments import parse_arguments
-from data import DataArguments, ImageLoader, open_source
 from diffusers import DDIMScheduler
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
-from training_runs import TEACHER, arguments, write_images
+from training_runs import TEACHER, arguments, load_script, write_images
 from transformers import HfArgumentParser
 
-from pipelines import benchmark, convert_checkpoint, evaluate, generate, prepare_reference, probe_alignment, publish
-from pixelrepa_diffusers import JiTFlowMatchScheduler, JiTTransformer2DModel, PixelREPAPipeline, get_preset, metrics
+from pixelrepa_diffusers import JiTFlowMatchScheduler, JiTTransformer2DModel, PixelREPAPipeline, get_preset
+from pixelrepa_diffusers import evaluation as metrics
 from pixelrepa_diffusers.adapter import ConvProjector, MaskedTransformerAdapter, MLPProjector
-from pixelrepa_diffusers.checkpoints import load_original_checkpoint
+from pixelrepa_diffusers.commands import (
+    convert_checkpoint,
+    evaluate,
+    generate,
+    prepare_dataset,
+    prepare_reference,
+    probe_alignment,
+    publish,
+)
+from pixelrepa_diffusers.conversion import load_original_checkpoint
 from pixelrepa_diffusers.ema import ConstantDecayEMA
-from pixelrepa_diffusers.evaluation import finished_record
-from pixelrepa_diffusers.images import center_crop_adm, make_grid, to_uint8
-from pixelrepa_diffusers.metrics import (
+from pixelrepa_diffusers.evaluation import (
     FeatureBank,
     FeatureMoments,
     FeatureStatistics,
     InceptionNetwork,
     InceptionScoreSums,
     VisionEncoderNetwork,
+    finished_record,
     frechet_distance,
     precision_recall,
     stack_images,
 )
+from pixelrepa_diffusers.images import center_crop_adm, make_grid, to_uint8
 from pixelrepa_diffusers.objective import PixelREPAObjective, draw_keep_mask, draw_timesteps, drop_labels
 from pixelrepa_diffusers.teacher import SemanticTeacher
+from pixelrepa_diffusers.training.arguments import parse_arguments
+from pixelrepa_diffusers.training.data import DataArguments, ImageLoader, open_source
+
+
+benchmark = load_script("benchmarks/sampling.py")
+prepare_teacher = load_script("examples/digits/prepare_teacher.py")
+run_ablation = load_script("examples/digits/run_ablation.py")
+score_digits = load_script("examples/digits/score_digits.py")
+train_pixelrepa = load_script("training/train_pixelrepa.py")
 
 
 ROOT = Path(__file__).resolve().parent.parent

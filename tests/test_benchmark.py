@@ -6,20 +6,22 @@ import math
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from training_runs import load_script
 from transformers import HfArgumentParser
 
-from pipelines import benchmark as sampling_benchmark
 from pixelrepa_diffusers import JiTFlowMatchScheduler, JiTTransformer2DModel, PixelREPAPipeline
 from pixelrepa_diffusers.adapter import MaskedTransformerAdapter
-from pixelrepa_diffusers.benchmarking import (
-    StepClock,
-    adapter_flops,
-    format_table,
-    median_ratio,
-    time_interleaved,
-    transformer_flops,
-    with_published_arithmetic,
-)
+
+
+published = load_script("benchmarks/published.py")
+StepClock = published.StepClock
+adapter_flops = published.adapter_flops
+format_table = published.format_table
+median_ratio = published.median_ratio
+time_interleaved = published.time_interleaved
+transformer_flops = published.transformer_flops
+with_published_arithmetic = published.with_published_arithmetic
+sampling_benchmark = load_script("benchmarks/sampling.py")
 
 
 CPU = torch.device("cpu")

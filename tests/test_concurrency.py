@@ -7,19 +7,22 @@ import subprocess
 import sys
 from pathlib import Path
 
-import prepare_teacher
 import pytest
 import torch
 from standin_hub import StandInHub
 from test_hub import log_in
-from training_runs import ROOT, TEACHER, ended, fork
+from training_runs import ROOT, TEACHER, ended, fork, load_script
 from transformers import HfArgumentParser
 
-from pipelines import convert_checkpoint, evaluate, generate
 from pixelrepa_diffusers import PixelREPAPipeline
+from pixelrepa_diffusers.commands import convert_checkpoint, evaluate, generate
+from pixelrepa_diffusers.evaluation import FeatureMoments, FeatureStatistics, VisionEncoderNetwork, extract
+from pixelrepa_diffusers.files import only_writer, write_atomically
 from pixelrepa_diffusers.hub import publish_folder
-from pixelrepa_diffusers.metrics import FeatureMoments, FeatureStatistics, VisionEncoderNetwork, extract
-from pixelrepa_diffusers.sampling import only_writer, write_atomically
+
+
+prepare_teacher = load_script("examples/digits/prepare_teacher.py")
+train_pixelrepa = load_script("training/train_pixelrepa.py")
 
 
 PUBLISHED = TEACHER.parent / "checkpoint-last.pth"
@@ -130,7 +133,6 @@ TWO_TRAININGS = """
 import os, signal, sys
 from pathlib import Path
 from training_runs import arguments, ended, fork, train, write_images
-import train_pixelrepa
 
 folder = Path(sys.argv[1])
 data, run = write_images(folder / "images"), folder / "run"

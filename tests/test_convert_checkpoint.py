@@ -14,15 +14,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import HfArgumentParser
 
-from pipelines import generate
-from pipelines.convert_checkpoint import ConvertArguments, main
 from pixelrepa_diffusers import PRESETS, JiTTransformer2DModel, PixelREPAPipeline
 from pixelrepa_diffusers.adapter import MaskedTransformerAdapter
-from pixelrepa_diffusers.checkpoints import (
-    load_original_checkpoint,
-    read_original_checkpoint,
-    save_original_checkpoint,
-)
+from pixelrepa_diffusers.commands import generate
+from pixelrepa_diffusers.commands.convert_checkpoint import ConvertArguments, main
+from pixelrepa_diffusers.conversion import load_original_checkpoint, read_original_checkpoint, save_original_checkpoint
 
 
 ROOT = Path(__file__).parents[1]

@@ -7,7 +7,6 @@ import json
 import multiprocessing
 import os
 import signal
-import sys
 import tarfile
 from pathlib import Path
 
@@ -18,13 +17,16 @@ import torch
 from PIL import Image
 
 from pixelrepa_diffusers.images import center_crop_adm
-
-
-TRAINING = Path(__file__).resolve().parents[1] / "training"
-sys.path.append(str(TRAINING))  # the scripts import each other by name, as they do when they are run
-
-import data as training_data  # noqa: E402
-from data import BadImageError, DataArguments, ImageLoader, decode_image, draws, open_source, to_float  # noqa: E402
+from pixelrepa_diffusers.training import data as training_data
+from pixelrepa_diffusers.training.data import (
+    BadImageError,
+    DataArguments,
+    ImageLoader,
+    decode_image,
+    draws,
+    open_source,
+    to_float,
+)
 
 
 SIZE = 8

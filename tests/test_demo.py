@@ -2,16 +2,17 @@
 
 import pytest
 from accelerate.state import AcceleratorState, GradientState
-from training_runs import ROOT
+from training_runs import ROOT, load_script
 
 from pixelrepa_diffusers.teacher import SemanticTeacher
 
 
 def test_the_demo_runs_from_nothing_to_a_score(tmp_path, capsys):
-    import prepare_teacher
-    import score_digits
-    import train_pixelrepa
-    from arguments import parse_arguments
+    prepare_teacher = load_script("examples/digits/prepare_teacher.py")
+    score_digits = load_script("examples/digits/score_digits.py")
+    train_pixelrepa = load_script("training/train_pixelrepa.py")
+
+    from pixelrepa_diffusers.training.arguments import parse_arguments
 
     prepare_teacher.main(prepare_teacher.PrepareTeacherArguments(output_dir=str(tmp_path), steps=2))
     assert len(list((tmp_path / "train").glob("*/*.png"))) + len(list((tmp_path / "test").glob("*/*.png"))) == 1797

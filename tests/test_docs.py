@@ -28,7 +28,7 @@ def messages() -> list[str]:
 def promised() -> list[str]:
     """The first column of every table of messages, cut where something is filled in: at … and at numbers."""
     rows = []
-    for path in ("README.md", "pipelines/README.md"):
+    for path in ("README.md", "docs/pipelines.md"):
         lines = (ROOT / path).read_text(encoding="utf-8").splitlines()
         for start in (number for number, line in enumerate(lines) if line.startswith("| message |")):
             for line in lines[start + 2 :]:
@@ -56,7 +56,7 @@ def test_there_is_advice():
 
 def commands() -> list[str]:
     """Every call of a script of ours in the READMEs and in the scripts' own descriptions."""
-    texts = [(ROOT / path).read_text(encoding="utf-8") for path in ("README.md", "pipelines/README.md")]
+    texts = [(ROOT / path).read_text(encoding="utf-8") for path in ("README.md", "docs/pipelines.md")]
     for path in sorted((*ROOT.glob("training/*.py"), *ROOT.glob("pipelines/*.py"))):
         texts.append(ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "")
     found = []

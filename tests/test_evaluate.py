@@ -12,27 +12,25 @@ from tiny import TEACHER_IMAGE_SIZE, TinyClassifier, encoder, random_images, ref
 from training_runs import ROOT, TEACHER, launch_two
 from transformers import HfArgumentParser
 
-from pipelines import evaluate as script
-from pipelines.evaluate import EvaluateArguments, main
 from pixelrepa_diffusers import PixelREPAPipeline
+from pixelrepa_diffusers.commands import evaluate as script
+from pixelrepa_diffusers.commands.evaluate import EvaluateArguments, main
 from pixelrepa_diffusers.evaluation import (
+    FeatureMoments,
     FeatureSpace,
+    FeatureStatistics,
+    InceptionScoreSums,
     accumulate,
     evaluate_pipeline,
+    extract,
     file_images,
     list_images,
     open_spaces,
     pipeline_images,
+    precision_recall,
     results,
 )
 from pixelrepa_diffusers.hub import card_for_folder, weights_sha256
-from pixelrepa_diffusers.metrics import (
-    FeatureMoments,
-    FeatureStatistics,
-    InceptionScoreSums,
-    extract,
-    precision_recall,
-)
 from pixelrepa_diffusers.sampling import seeded
 
 

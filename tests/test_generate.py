@@ -11,8 +11,8 @@ from PIL import Image
 from training_runs import launch_two
 from transformers import HfArgumentParser
 
-from pipelines.generate import GenerateArguments, main, parse_seeds
 from pixelrepa_diffusers import JiTFlowMatchScheduler, JiTTransformer2DModel, PixelREPAPipeline
+from pixelrepa_diffusers.commands.generate import GenerateArguments, main, parse_seeds
 from pixelrepa_diffusers.sampling import SCHEDULERS, compile_transformer, seeded
 
 

@@ -15,28 +15,35 @@ import zipfile
 import zlib
 from pathlib import Path
 
-import checkpointing
 import datasets
 import numpy as np
 import pytest
 import torch
-import train_pixelrepa
-from arguments import parse_arguments
-from data import BadImageError, DataArguments, ImageLoader, open_source
 from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from training_runs import TEACHER, arguments, write_images
+from training_runs import TEACHER, arguments, load_script, write_images
 from transformers import HfArgumentParser
 
-from pipelines import evaluate, generate, prepare_reference
-from pixelrepa_diffusers import JiTTransformer2DModel, PixelREPAPipeline
-from pixelrepa_diffusers.checkpoints import _WeightSet, load_original_checkpoint, read_original_checkpoint
-from pixelrepa_diffusers.evaluation import FeatureSpace, Tally, file_images, read_image
+from pixelrepa_diffusers import JiTTransformer2DModel, PixelREPAPipeline, files
+from pixelrepa_diffusers.commands import evaluate, generate, prepare_reference
+from pixelrepa_diffusers.conversion import _WeightSet, load_original_checkpoint, read_original_checkpoint
+from pixelrepa_diffusers.evaluation import (
+    FeatureSpace,
+    FeatureStatistics,
+    VisionEncoderNetwork,
+    file_images,
+    read_image,
+)
+from pixelrepa_diffusers.evaluation.loop import Tally
 from pixelrepa_diffusers.hub import card_for_folder, pipeline_files
-from pixelrepa_diffusers.metrics import FeatureStatistics, VisionEncoderNetwork
 from pixelrepa_diffusers.teacher import SemanticTeacher
+from pixelrepa_diffusers.training.arguments import parse_arguments
+from pixelrepa_diffusers.training.data import BadImageError, DataArguments, ImageLoader, open_source
+
+
+train_pixelrepa = load_script("training/train_pixelrepa.py")
 
 
 PUBLISHED = Path(__file__).parent / "fixtures" / "reference_a" / "checkpoint-last.pth"
@@ -114,9 +121,11 @@ def resume(trained, tmp_path):
     def run(change, keep_manifest: bool = False):
         change(copy)
         if not keep_manifest:
-            names = [name for name in checkpointing._files(copy) if name != checkpointing.MANIFEST]
-            content = {name: checkpointing._fingerprint(copy / name) for name in names}
-            (copy / checkpointing.MANIFEST).write_text(json.dumps(content))
+            names = [
+                p.relative_to(copy).as_posix() for p in copy.rglob("*") if p.is_file() and p.name != files.MANIFEST
+            ]
+            content = {name: files._fingerprint(copy / name) for name in names}
+            (copy / files.MANIFEST).write_text(json.dumps(content))
         words = arguments(data, tmp_path / "out", resume_from_checkpoint=copy, **options)
         return train_pixelrepa.main(parse_arguments(words))
 
@@ -152,7 +161,7 @@ def test_pickles_of_registered_objects_which_no_run_has_are_refused(resume, mark
 
 
 def plant_manifest(text: str):
-    return lambda checkpoint: (checkpoint / checkpointing.MANIFEST).write_text(text)
+    return lambda checkpoint: (checkpoint / files.MANIFEST).write_text(text)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +178,7 @@ def plant_manifest(text: str):
     ids=lambda text: text[:12],
 )
 def test_a_manifest_that_is_none_is_a_damaged_checkpoint(resume, text, named):
-    with pytest.raises(checkpointing.DamagedCheckpointError, match=named):
+    with pytest.raises(files.DamagedFolderError, match=named):
         resume(plant_manifest(text), keep_manifest=True)
 
 

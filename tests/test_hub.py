@@ -25,8 +25,8 @@ from diffusers import UniPCMultistepScheduler
 from safetensors.torch import load_file, save_file
 from standin_hub import HubState, StandInHub
 
-from pipelines.publish import main as publish
 from pixelrepa_diffusers import JiTFlowMatchScheduler, JiTTransformer2DModel, PixelREPAPipeline
+from pixelrepa_diffusers.commands.publish import main as publish
 from pixelrepa_diffusers.hub import (
     CARD_MARKER,
     BackgroundPusher,

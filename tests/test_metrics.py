@@ -15,8 +15,8 @@ from tiny import TinyClassifier
 from training_runs import TEACHER
 from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
-from pixelrepa_diffusers import metrics
-from pixelrepa_diffusers.metrics import (
+from pixelrepa_diffusers import evaluation as metrics
+from pixelrepa_diffusers.evaluation import (
     FeatureBank,
     FeatureMoments,
     FeatureStatistics,

@@ -7,7 +7,7 @@ from tiny import REFERENCE, recorded_architecture, recorded_config
 from training_runs import TEACHER
 
 from pixelrepa_diffusers.adapter import MaskedTransformerAdapter
-from pixelrepa_diffusers.checkpoints import adapter_state_from_original, transformer_state_from_original
+from pixelrepa_diffusers.conversion import adapter_state_from_original, transformer_state_from_original
 from pixelrepa_diffusers.ema import ConstantDecayEMA
 from pixelrepa_diffusers.objective import PixelREPAObjective
 from pixelrepa_diffusers.teacher import SemanticTeacher

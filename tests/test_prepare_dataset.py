@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -16,12 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
-
-TRAINING = Path(__file__).resolve().parents[1] / "training"
-sys.path.append(str(TRAINING))  # the scripts import each other by name, as they do when they are run
-
-from data import BadImageError, DataArguments, ImageLoader, open_source  # noqa: E402
-from prepare_dataset import PrepareArguments, main  # noqa: E402
+from pixelrepa_diffusers.commands.prepare_dataset import PrepareArguments, main
+from pixelrepa_diffusers.training.data import BadImageError, DataArguments, ImageLoader, open_source
 
 
 SIZE = 8

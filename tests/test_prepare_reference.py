@@ -3,17 +3,17 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-import prepare_dataset
 import pytest
 from accelerate import debug_launcher
 from accelerate.state import AcceleratorState
-from data import DataArguments, decode_image
 from PIL import Image
 from training_runs import TEACHER
 
-from pipelines.prepare_reference import ReferenceArguments, main
+from pixelrepa_diffusers.commands import prepare_dataset
+from pixelrepa_diffusers.commands.prepare_reference import ReferenceArguments, main
+from pixelrepa_diffusers.evaluation import FeatureMoments, FeatureStatistics, VisionEncoderNetwork, extract
 from pixelrepa_diffusers.images import center_crop_adm
-from pixelrepa_diffusers.metrics import FeatureMoments, FeatureStatistics, VisionEncoderNetwork, extract
+from pixelrepa_diffusers.training.data import DataArguments, decode_image
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,16 @@ from PIL import Image
 from training_runs import ROOT, TEACHER, launch_two
 from transformers import HfArgumentParser
 
-from pipelines.probe_alignment import LateScheduler, ProbeArguments, main, noised_and_denoised
 from pixelrepa_diffusers import JiTFlowMatchScheduler, PixelREPAPipeline
-from pixelrepa_diffusers.evaluation import list_images, read_image
-from pixelrepa_diffusers.metrics import FeatureMoments, FeatureStatistics, VisionEncoderNetwork, extract
+from pixelrepa_diffusers.commands.probe_alignment import LateScheduler, ProbeArguments, main, noised_and_denoised
+from pixelrepa_diffusers.evaluation import (
+    FeatureMoments,
+    FeatureStatistics,
+    VisionEncoderNetwork,
+    extract,
+    list_images,
+    read_image,
+)
 
 
 CLASSES, PER_CLASS, KEPT = 3, 24, 10
@@ -111,7 +117,7 @@ def test_a_late_start_at_the_first_grid_point_is_the_whole_grid(make_pipeline, s
 
 
 def test_an_image_does_not_depend_on_its_batch(folders, data):
-    from pipelines.probe_alignment import Item
+    from pixelrepa_diffusers.commands.probe_alignment import Item
 
     pipeline = PixelREPAPipeline.from_pretrained(folders[0])
     pipeline.scheduler = LateScheduler()

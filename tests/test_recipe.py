@@ -6,14 +6,16 @@ import shutil
 
 import pytest
 import torch
-import train_pixelrepa
-from arguments import TrainingArguments
-from reporting import build_pipeline
 from safetensors.torch import load_file
-from training_runs import assert_equal, weights, write_images
+from training_runs import assert_equal, load_script, weights, write_images
 
 from pixelrepa_diffusers import PRESETS, JiTTransformer2DModel, PixelREPAPipeline, get_preset
+from pixelrepa_diffusers.training.arguments import TrainingArguments
+from pixelrepa_diffusers.training.reporting import build_pipeline
 from pixelrepa_diffusers.transformer_jit import JiTBlock
+
+
+train_pixelrepa = load_script("training/train_pixelrepa.py")
 
 
 CPU = torch.device("cpu")

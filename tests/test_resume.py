@@ -11,10 +11,10 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from checkpointing import find_checkpoint
 from training_runs import ROOT, arguments, assert_equal, launch_two, weights
 
 from pixelrepa_diffusers import PixelREPAPipeline
+from pixelrepa_diffusers.training.checkpoints import find_checkpoint
 
 
 def test_a_resumed_run_equals_one_straight_through(train, tmp_path):
@@ -119,7 +119,7 @@ def test_what_a_kill_left_half_written_does_not_stop_the_next_run(train, tmp_pat
 
 
 def test_a_run_killed_while_it_samples_samples_that_step_after_the_restart(train, tmp_path, monkeypatch):
-    from reporting import Exporter
+    from pixelrepa_diffusers.training.reporting import Exporter
 
     def die(*args):
         raise KeyboardInterrupt

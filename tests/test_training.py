@@ -11,27 +11,30 @@ import subprocess
 import sys
 from pathlib import Path
 
-import prepare_dataset
 import pytest
 import torch
 from accelerate import Accelerator, debug_launcher
 from accelerate.state import AcceleratorState
-from arguments import parse_arguments
-from data import DataArguments
 from diffusers import DiffusionPipeline
 from PIL import Image
-from prepare_dataset import PrepareArguments
-from reporting import Journal
 from standin_hub import StandInHub
 from tiny import TEACHER_IMAGE_SIZE, encoder, reference_of
-from train_pixelrepa import NonFiniteLossError, main
-from training_runs import ROOT, TEACHER, arguments, assert_equal, weights
+from training_runs import ROOT, TEACHER, arguments, assert_equal, load_script, weights
 
 from pixelrepa_diffusers import JiTTransformer2DModel, PixelREPAPipeline
 from pixelrepa_diffusers.adapter import MaskedTransformerAdapter
+from pixelrepa_diffusers.commands import prepare_dataset
+from pixelrepa_diffusers.commands.prepare_dataset import PrepareArguments
 from pixelrepa_diffusers.evaluation import evaluate_pipeline, list_images, open_spaces, read_image
 from pixelrepa_diffusers.hub import card_for_folder
 from pixelrepa_diffusers.teacher import SemanticTeacher
+from pixelrepa_diffusers.training.arguments import parse_arguments
+from pixelrepa_diffusers.training.data import DataArguments
+from pixelrepa_diffusers.training.reporting import Journal
+from pixelrepa_diffusers.training.step import NonFiniteLossError
+
+
+main = load_script("training/train_pixelrepa.py").main
 
 
 def test_a_run_leaves_checkpoints_samples_curves_and_a_pipeline(train, tmp_path):

@@ -8,7 +8,7 @@ import torch
 from training_runs import TEACHER
 
 from pixelrepa_diffusers import JiTTransformer2DModel
-from pixelrepa_diffusers.metrics import (
+from pixelrepa_diffusers.evaluation import (
     FeatureBank,
     FeatureMoments,
     FeatureStatistics,

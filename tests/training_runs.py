@@ -9,6 +9,7 @@ finishes, over and over; prints a JSON report. Forking after the imports makes a
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import random
@@ -19,14 +20,29 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 from PIL import Image
 
 
 ROOT = Path(__file__).parent.parent
+TRAINER = "training/train_pixelrepa.py"
 TEACHER = Path(__file__).parent / "fixtures" / "reference_a" / "teacher"
-sys.path.insert(0, str(ROOT / "training"))
+
+
+def load_script(path: str) -> ModuleType:
+    """A script of the repository as a module, found as Python finds it: with its own folder first on the path."""
+    file = ROOT / path
+    if file.stem not in sys.modules:
+        specification = importlib.util.spec_from_file_location(file.stem, file)
+        sys.modules[file.stem] = module = importlib.util.module_from_spec(specification)
+        sys.path.insert(0, str(file.parent))
+        try:
+            specification.loader.exec_module(module)
+        finally:
+            sys.path.remove(str(file.parent))
+    return sys.modules[file.stem]
 
 
 def write_images(folder: Path, classes: int = 3, per_class: int = 8, size: int = 20) -> Path:
@@ -139,8 +155,9 @@ def ended(child: int, seconds: float) -> int | None:
 
 
 def train(words: list[str]) -> None:
-    from arguments import parse_arguments
-    from train_pixelrepa import main
+    main = load_script(TRAINER).main
+
+    from pixelrepa_diffusers.training.arguments import parse_arguments
 
     main(parse_arguments(words))
 
@@ -164,7 +181,7 @@ def launch_two(script: Path, words: list[str], record: Path) -> None:
 
 
 def kill_trials(folder: Path, trials: int, seed: int) -> dict:
-    import train_pixelrepa  # noqa: F401  the children inherit the imports
+    load_script(TRAINER)  # the children inherit the imports
 
     draw = random.Random(seed)
     data = write_images(folder / "data")

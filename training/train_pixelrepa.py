@@ -25,12 +25,9 @@ import contextlib
 import json
 import logging
 import os
-import resource
 import signal
-import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -38,393 +35,51 @@ import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, ProjectConfiguration, gather_object
-from arguments import TrainingArguments, parse_arguments
-from checkpointing import Checkpointer, find_checkpoint, sweep
-from data import ImageLoader, ImageSource, StreamSource, check_global_batch, draws, open_source, to_float
 from diffusers.optimization import get_scheduler
-from reporting import (
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from tqdm.auto import tqdm
+
+from pixelrepa_diffusers import JiTTransformer2DModel, get_preset
+from pixelrepa_diffusers.cli import run
+from pixelrepa_diffusers.ema import ConstantDecayEMA
+from pixelrepa_diffusers.files import only_writer, remove_incomplete, write_json
+from pixelrepa_diffusers.hub import BackgroundPusher
+from pixelrepa_diffusers.training.arguments import TrainingArguments, parse_arguments
+from pixelrepa_diffusers.training.builders import (
+    apply_switches,
+    build_objective,
+    build_optimizer,
+    build_projector,
+    build_teacher,
+    build_transformer,
+    compare_classes,
+    load_pretrained,
+    load_pretrained_projector,
+    transformer_config,
+)
+from pixelrepa_diffusers.training.checkpoints import Checkpointer, find_checkpoint
+from pixelrepa_diffusers.training.data import (
+    ImageLoader,
+    ImageSource,
+    StreamSource,
+    check_global_batch,
+    draws,
+    open_source,
+)
+from pixelrepa_diffusers.training.reporting import (
     Exporter,
     Journal,
     build_pipeline,
     estimate_memory,
     open_evaluation,
-    pipeline_config,
+    peak_memory,
     teacher_config,
 )
-from teacher_cache import CachedTeacher
-from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.distributed.tensor import DTensor
-from tqdm.auto import tqdm
-
-from pixelrepa_diffusers import JiTTransformer2DModel, get_preset
-from pixelrepa_diffusers.adapter import ConvProjector, MaskedTransformerAdapter, MLPProjector
-from pixelrepa_diffusers.ema import ConstantDecayEMA
-from pixelrepa_diffusers.hub import BackgroundPusher
-from pixelrepa_diffusers.objective import PixelREPAObjective, draw_keep_mask, draw_timesteps, drop_labels
-from pixelrepa_diffusers.sampling import only_writer, write_atomically
-from pixelrepa_diffusers.teacher import SemanticTeacher
-from pixelrepa_diffusers.transformer_jit import JiTBlock
+from pixelrepa_diffusers.training.step import WEIGHT_DRAWS, LossRecord, prepared_batches, take_step
+from pixelrepa_diffusers.training.teacher_cache import CachedTeacher
 
 
 logger = get_logger(__name__)
-
-# Arguments of the transformer that the command line may name.
-TRANSFORMER_ARGUMENTS = (
-    "patch_size", "num_layers", "num_attention_heads", "attention_head_dim", "bottleneck_dim", "in_context_len",
-    "in_context_start", "dropout", "noise_scale", "t_eps",
-)  # fmt: skip
-
-# Keys of the draws made here; data.py has those of order, crops and flips.
-IMAGE_DRAWS, DROPOUT_DRAWS, WEIGHT_DRAWS = 101, 102, 103
-
-
-class NonFiniteLossError(RuntimeError):
-    """The loss became NaN or infinite; the message names the step, the images and the last good checkpoint."""
-
-
-class LossRecord:
-    """Losses of the steps since the last log, kept on the device, and the images they were of."""
-
-    def __init__(self, accelerator: Accelerator):
-        self.accelerator = accelerator
-        self.losses: list[torch.Tensor] = []
-        self.images: list[list[int]] = []
-
-    def __len__(self) -> int:
-        return len(self.losses)
-
-    def add(self, losses: torch.Tensor, images: list[int]) -> None:
-        """losses (3,): total, denoising, alignment."""
-        self.losses.append(losses)
-        self.images.append(images)
-
-    def clear(self) -> None:
-        self.losses.clear()
-        self.images.clear()
-
-    def check(self, step: int, last_checkpoint: Path | None) -> torch.Tensor:
-        """
-        (processes, steps, 3) on the host, after a look at each: the one place where the device is waited for.
-
-        Raises:
-            NonFiniteLossError: a loss is NaN or infinite; `step` is the last step's number.
-        """
-        losses = self.accelerator.gather(torch.stack(self.losses)[None]).cpu()
-        bad = (~losses.isfinite().all(dim=(0, 2))).nonzero()
-        if len(bad):
-            index = bad[0].item()
-            images = gather_object(self.images[index])
-            raise NonFiniteLossError(
-                f"The loss of step {step - len(self) + index + 1} is not finite. Its images (places in the data) were "
-                f"{sorted(images)}. The last good checkpoint is {last_checkpoint}: resume from it with a smaller "
-                "--learning_rate, --max_grad_norm 1, --mixed_precision bf16 or no, or --on_nonfinite skip."
-            )
-        return losses
-
-
-# ---------------------------------------------------------------------------------------------------- what is trained
-
-
-def transformer_config(args: TrainingArguments, num_classes: int) -> dict:
-    """
-    The preset, overridden by whatever the command line names; or the pretrained transformer's, of which the command line
-    may change what is no matter of shape.
-    """
-    given = {name: getattr(args, name) for name in TRANSFORMER_ARGUMENTS if getattr(args, name) is not None}
-    if args.resolution is not None:
-        given["sample_size"] = args.resolution
-    source = args.pretrained_model_name_or_path
-    if source is None:
-        return {**get_preset(args.preset).transformer_config(), **given, "num_classes": num_classes}
-    config = JiTTransformer2DModel.load_config(source, subfolder="transformer", revision=args.revision)
-    for name, value in given.items():
-        if value != config[name] and name not in ("dropout", "noise_scale", "t_eps"):
-            flag = "resolution" if name == "sample_size" else name
-            raise ValueError(f"--{flag} is {value}, but {source} was trained with {config[name]}: leave it out.")
-    return {**config, **given, "num_classes": num_classes}
-
-
-def build_transformer(args: TrainingArguments, num_classes: int) -> JiTTransformer2DModel:
-    return JiTTransformer2DModel.from_config(transformer_config(args, num_classes))
-
-
-def build_teacher(args: TrainingArguments, config: dict, device: torch.device) -> SemanticTeacher | None:
-    if args.objective == "none":
-        return None
-    return SemanticTeacher.from_pretrained(
-        args.teacher_model_name_or_path,
-        grid_size=config["sample_size"] // config["patch_size"],
-        image_size=config["sample_size"],
-        mode=args.teacher_mode,
-        dtype=torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32,
-        revision=args.teacher_revision,
-    ).to(device)
-
-
-def build_projector(args: TrainingArguments, config: dict, teacher_dim: int) -> torch.nn.Module | None:
-    width = config["num_attention_heads"] * config["attention_head_dim"]
-    grid_size = config["sample_size"] // config["patch_size"]
-    match args.objective:
-        case "none":
-            return None
-        case "repa":
-            return MLPProjector(width, teacher_dim)
-        case "irepa":
-            return ConvProjector(width, teacher_dim, grid_size=grid_size)
-        case "pixelrepa":
-            return MaskedTransformerAdapter(
-                width,
-                config["num_attention_heads"],
-                teacher_dim,
-                num_layers=args.adapter_layers,
-                grid_size=grid_size,
-                in_context_len=config["in_context_len"],
-                num_classes=config["num_classes"],
-                mlp_ratio=config["mlp_ratio"],
-            )
-
-
-def load_pretrained(args: TrainingArguments, part: str, model: torch.nn.Module) -> None:
-    """Takes over the weights of `part` of the pretrained pipeline, where other classes are learnt all but theirs."""
-    source = args.pretrained_model_name_or_path
-    trained = type(model).from_pretrained(source, subfolder=part, revision=args.revision)
-    state, num_classes = trained.state_dict(), model.config.get("num_classes")
-    if trained.config.get("num_classes") != num_classes:
-        logger.warning(
-            f"The {part} of {source} knows {trained.config.num_classes} classes, the data have {num_classes}: its class "
-            "embedding starts anew."
-        )
-        name = "conditioning.class_embedding.weight"
-        state[name] = model.state_dict()[name]
-    model.load_state_dict(state)
-
-
-def load_pretrained_projector(args: TrainingArguments, projector: torch.nn.Module) -> None:
-    """Goes on with the projector beside the pretrained transformer where there is one that fits, and says so."""
-    source = args.pretrained_model_name_or_path
-    try:
-        config = type(projector).load_config(source, subfolder="adapter", revision=args.revision)
-    except OSError as error:
-        logger.warning(f"{source} has no adapter, a new one is trained ({error}).")
-        return
-    shape = {name: value for name, value in projector.config.items() if name[0] != "_" and name != "num_classes"}
-    needed = {"_class_name": type(projector).__name__, **shape}
-    other = [
-        f"{name} {config.get(name)}, needed is {needed[name]}" for name in needed if config.get(name) != needed[name]
-    ]
-    if other:
-        logger.warning(f"The adapter of {source} does not fit ({', '.join(other)}): a new one is trained.")
-        return
-    load_pretrained(args, "adapter", projector)
-    logger.info(f"Goes on with the adapter of {source}.")
-
-
-def compare_classes(args: TrainingArguments, id2label: dict[str, str] | None) -> None:
-    """Warns where the pretrained pipeline calls as many classes by other names: each goes on from that of its number."""
-    source = args.pretrained_model_name_or_path
-    known = pipeline_config(source, args.revision).get("id2label")
-    if known and id2label and len(known) == len(id2label) and known != id2label:
-        number = next(number for number in id2label if known.get(number) != id2label[number])
-        logger.warning(
-            f"The classes of {source} have other names than those of the data (class {number}: {known.get(number)!r}, "
-            f"here {id2label[number]!r}). Each class goes on from the embedding of its number: check the order."
-        )
-
-
-def build_objective(args: TrainingArguments, transformer: JiTTransformer2DModel, projector) -> PixelREPAObjective:
-    return PixelREPAObjective(
-        transformer,
-        projector,
-        alignment_weight=args.alignment_weight,
-        spatial_norm=args.spatial_norm if args.objective == "irepa" else None,
-        alignment_depth=args.alignment_depth,
-    )
-
-
-def compile_blocks(objective: PixelREPAObjective) -> None:
-    """Compiles every block, the projector's too, in place."""
-    # It would cut each block's graph where DDP's gradient buckets end; blocks are short enough to overlap as they are.
-    torch._dynamo.config.optimize_ddp = False
-    for block in objective.modules():
-        if isinstance(block, JiTBlock):
-            block.compile(fullgraph=True)
-
-
-def apply_switches(args: TrainingArguments, objective: PixelREPAObjective) -> None:
-    """Checkpointing, attention kernel, compilation: how the objective is computed, not what."""
-    if args.gradient_checkpointing:
-        objective.transformer.enable_gradient_checkpointing()
-        if isinstance(objective.projector, MaskedTransformerAdapter):
-            objective.projector.enable_gradient_checkpointing()
-    if args.attention_backend is not None:
-        objective.transformer.set_attention_backend(args.attention_backend)
-    if args.compile:
-        compile_blocks(objective)
-
-
-def build_optimizer(args: TrainingArguments, objective: PixelREPAObjective, learning_rate: float):
-    """AdamW; biases and norm weights are never decayed."""
-    parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": args.adam_weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    settings = {"lr": learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
-    if not args.use_8bit_adam:
-        return torch.optim.AdamW(groups, fused=True, **settings)
-    import bitsandbytes  # not a dependency; the arguments have been checked for it
-
-    return bitsandbytes.optim.AdamW8bit(groups, **settings)
-
-
-# ------------------------------------------------------------------------------------------------ what a step is given
-
-
-def draw(args: TrainingArguments, batch: dict, step: int, num_tokens: int, num_classes: int, device) -> dict:
-    """
-    Times, dropped labels, keep mask and noise of a batch: functions of (seed, step, image) and of the kind of
-    device, on which the noise is made.
-    """
-    timesteps, labels, keep, seeds = [], [], [], []
-    for index, label in zip(batch["index"].tolist(), batch["class_labels"], strict=True):
-        small, large = draws(args.seed, step, index, purpose=IMAGE_DRAWS, count=2)
-        generator = torch.Generator().manual_seed(int(small))
-        timesteps.append(draw_timesteps(1, generator, args.P_mean, args.P_std))
-        labels.append(drop_labels(label[None], num_classes, generator, args.label_drop_prob))
-        keep.append(draw_keep_mask(1, num_tokens, generator, args.mask_ratio))
-        seeds.append(int(large))
-    noise = torch.empty(batch["pixel_values"].shape, device=device)
-    generator = torch.Generator(device)
-    for image, seed in zip(noise, seeds, strict=True):
-        image.normal_(generator=generator.manual_seed(seed))
-
-    def send(parts: list[torch.Tensor]) -> torch.Tensor:
-        whole = torch.cat(parts)
-        return (whole.pin_memory() if device.type == "cuda" else whole).to(device, non_blocking=True)
-
-    return {
-        "class_labels": send(labels),
-        "timestep": send(timesteps),
-        "noise": noise,
-        "keep_mask": send(keep) if args.objective == "pixelrepa" else None,
-    }
-
-
-def prepared_batches(
-    args, loader: ImageLoader, teach: Callable | None, step: int, num_tokens: int, num_classes: int, device
-) -> Iterator:
-    """
-    Batches with everything the objective takes, on the device, and what the trainer remembers about each.
-
-    On a GPU copies, draws and the teacher run on their own stream one batch ahead, beside the student's work on the
-    batch before. The teacher is frozen, so nothing it is given depends on the student.
-
-    `teach` makes features of pixels and of the batch they are from; None for plain JiT.
-    """
-    stream = torch.cuda.Stream() if device.type == "cuda" else None
-
-    def prepare(batch: dict, step: int) -> tuple[dict, dict]:
-        about = {
-            "index": batch["index"].tolist(),
-            "skipped": int(batch["skipped"].sum()),
-            "loader": loader.state_dict(),  # read now: the loader will be a batch ahead when this one is used
-        }
-        inputs = draw(args, batch, step, num_tokens, num_classes, device)
-        inputs["pixel_values"] = to_float(batch["pixel_values"].to(device, non_blocking=True))
-        taught = teach is not None and args.aligns(step)
-        inputs["teacher_features"] = teach(inputs["pixel_values"], batch) if taught else None
-        return inputs, about
-
-    def numbered() -> Iterator[tuple[dict, int]]:
-        for number, batch in enumerate(loader):
-            yield batch, step + number // args.gradient_accumulation_steps
-
-    if stream is None:
-        for batch, number in numbered():
-            yield prepare(batch, number)
-        return
-
-    ahead = None
-    for batch, number in numbered():
-        with torch.cuda.stream(stream):
-            following = prepare(batch, number)
-        if ahead is not None:
-            yield ahead
-        # The student's stream waits for the side stream on the device; the host does not.
-        torch.cuda.current_stream().wait_stream(stream)
-        for tensor in following[0].values():
-            if tensor is not None:
-                tensor.record_stream(torch.cuda.current_stream())
-        ahead = following
-
-
-# ---------------------------------------------------------------------------------------------------------- the method
-
-
-@dataclass
-class Step:
-    """
-    What an optimizer step leaves behind; on the device, until someone logs it.
-
-    Attributes:
-        losses: (3,): total, denoising and alignment loss (0 where there is none), means over the micro-steps.
-        images: places in the data of this process's images.
-        skipped_images: how many of this process's images could not be read and were replaced.
-        grad_norm: before clipping, where it was asked for.
-        skipped: the gradient was not finite, and nothing was changed.
-        position: of the loader, behind the step's images.
-    """
-
-    losses: torch.Tensor
-    images: list[int]
-    skipped_images: int
-    grad_norm: torch.Tensor | None
-    skipped: bool
-    position: dict
-
-
-def take_step(
-    args: TrainingArguments,
-    accelerator: Accelerator,
-    objective: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    transformer: JiTTransformer2DModel,
-    ema: ConstantDecayEMA | None,
-    batches: Iterator,
-    step: int,
-    wants_norm: bool,
-) -> Step:
-    """One step of the method; `step` counts those before it, `transformer` is the objective's, which `ema` averages."""
-    losses, images, skipped_images = [], [], 0
-    for micro_step in range(args.gradient_accumulation_steps):
-        inputs, about = next(batches)
-        dropout_seeds = draws(args.seed, step, accelerator.process_index, DROPOUT_DRAWS, micro_step + 1)
-        torch.manual_seed(int(dropout_seeds[micro_step]))
-        with accelerator.accumulate(objective):
-            with accelerator.autocast():
-                output = objective(**inputs)
-            accelerator.backward(output.loss)
-        parts = (output.loss, output.denoising_loss, output.alignment_loss)
-        losses.append(torch.stack([output.loss.new_zeros(()) if part is None else part.detach() for part in parts]))
-        images += about["index"]
-        skipped_images += about["skipped"]
-
-    grad_norm, skipped = None, False
-    if wants_norm or args.max_grad_norm is not None or args.on_nonfinite == "skip":
-        bound = float("inf") if args.max_grad_norm is None else args.max_grad_norm
-        grad_norm = accelerator.clip_grad_norm_(objective.parameters(), bound)
-        if isinstance(grad_norm, DTensor):
-            grad_norm = grad_norm.full_tensor()
-        skipped = args.on_nonfinite == "skip" and not torch.isfinite(grad_norm)
-    if not skipped or accelerator.scaler is not None:  # the scaler skips by itself, and learns from it
-        optimizer.step()
-    optimizer.zero_grad()
-    if ema is not None and not skipped:
-        ema.update(transformer)
-    return Step(torch.stack(losses).mean(dim=0), images, skipped_images, grad_norm, skipped, about["loader"])
-
-
-# ------------------------------------------------------------------------------------------------------------- the run
 
 
 def dry_run(args: TrainingArguments, accelerator: Accelerator, source: ImageSource | StreamSource | None) -> dict:
@@ -553,7 +208,8 @@ def main(args: TrainingArguments) -> Path | None:
     with contextlib.ExitStack() as stack:
         if accelerator.is_main_process:
             stack.enter_context(only_writer(output_dir))
-            sweep(output_dir)
+            remove_incomplete(output_dir / "samples")
+            remove_incomplete(output_dir / "hub")
         accelerator.wait_for_everyone()
         pusher = None
         if args.push_to_hub and accelerator.is_main_process:
@@ -652,8 +308,7 @@ def train(
         raise ValueError(f"{checkpoint} is at step {step}, beyond the {max_train_steps} steps asked for.")
     if accelerator.is_main_process:
         resolved = {**args.saved(), "resolved_steps": max_train_steps, "resolved_warmup_steps": warmup_steps}
-        text = json.dumps(resolved, indent=1)
-        write_atomically(output_dir / "arguments.json", lambda path: path.write_text(text, encoding="utf-8"))
+        write_json(output_dir / "arguments.json", resolved)
         logger.info("Arguments: " + json.dumps(resolved))
     accelerator.init_trackers(
         args.tracker_project_name,
@@ -751,13 +406,5 @@ def train(
     return folder
 
 
-def peak_memory(device: torch.device) -> float:
-    """GiB: the allocator's peak on a GPU, the process's resident peak on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
 if __name__ == "__main__":
-    main(parse_arguments())
+    run(lambda: main(parse_arguments()))

@@ -21,9 +21,10 @@ import torch.nn.functional as F
 from PIL import Image
 from sklearn.datasets import load_digits
 from tqdm.auto import trange
-from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model, HfArgumentParser
+from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
 
-from pixelrepa_diffusers.sampling import only_writer
+from pixelrepa_diffusers.cli import parse, run
+from pixelrepa_diffusers.files import only_writer
 
 
 NUM_CLASSES = 10
@@ -113,4 +114,4 @@ def prepare(output_dir: Path, steps: int, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    main(HfArgumentParser(PrepareTeacherArguments).parse_args_into_dataclasses()[0])
+    run(lambda: main(parse(PrepareTeacherArguments, __doc__.partition("\n")[0])))

@@ -22,6 +22,7 @@ import json
 import math
 import re
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -29,10 +30,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import train_pixelrepa
 import yaml
-from arguments import ObjectiveArguments, TrainingArguments, parse_arguments
-from data import open_source
 from PIL import Image
 from score_digits import read_digits
 from sklearn.svm import SVC
@@ -40,19 +38,25 @@ from sklearn.svm import SVC
 from pixelrepa_diffusers import JiTFlowMatchScheduler, JiTTransformer2DModel, PixelREPAPipeline, get_preset
 from pixelrepa_diffusers.evaluation import (
     FeatureSpace,
+    VisionEncoderNetwork,
     accumulate,
+    feature_statistics,
     finished_record,
     list_images,
     pipeline_images,
     read_image,
     results,
-    statistics,
 )
-from pixelrepa_diffusers.metrics import VisionEncoderNetwork
-from pixelrepa_diffusers.sampling import device_name, versions, write_atomically
+from pixelrepa_diffusers.files import write_atomically
+from pixelrepa_diffusers.sampling import device_name, versions
+from pixelrepa_diffusers.training.arguments import ObjectiveArguments, TrainingArguments, parse_arguments
+from pixelrepa_diffusers.training.data import open_source
 
 
 METRIC_TITLES = {"fd_teacher": "Fréchet distance in the teacher's space ↓", "recognised": "recognised ↑"}
+
+
+TRAINER = Path(__file__).resolve().parents[2] / "training" / "train_pixelrepa.py"
 
 
 @dataclass
@@ -147,7 +151,7 @@ class Referee:
         network = VisionEncoderNetwork.from_pretrained(args.teacher, args.image_size, args.pooling).to(self.device)
         self.image_size = image_size
         bare = FeatureSpace("teacher", network, ("fd_teacher",))
-        self.held_out = statistics(self._tally_files(args.held_out_dir, bare), bare)
+        self.held_out = feature_statistics(self._tally_files(args.held_out_dir, bare), bare)
         self.space = dataclasses.replace(bare, reference=self.held_out)
         self.classifier = SVC(C=10).fit(*read_digits(Path(args.classifier_dir))) if args.classifier_dir else None
 
@@ -217,17 +221,14 @@ def command(args: AblationArguments, arm: str, seed: int) -> list[str]:
 def train(args: AblationArguments, arm: str, seed: int, folder: Path) -> float:
     """Trains one run to its end and returns the seconds of this start."""
     started, end = time.perf_counter(), "it was stopped; run the ablation again to go on"
-    if args.launcher is None:
-        train_pixelrepa.main(parse_arguments(command(args, arm, seed)))
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        log = folder / "log.txt"
-        with log.open("a", encoding="utf-8") as file:
-            words = [*args.launcher, train_pixelrepa.__file__, *command(args, arm, seed)]
-            code = subprocess.run(words, stdout=file, stderr=subprocess.STDOUT).returncode
-        if code:
-            tail = log.read_text(encoding="utf-8").splitlines(keepends=True)[-15:]
-            end = f"exit status {code}. The end of {log}:\n{''.join(tail)}"
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / "log.txt"
+    with log.open("a", encoding="utf-8") as file:
+        words = [*(args.launcher or [sys.executable]), str(TRAINER), *command(args, arm, seed)]
+        code = subprocess.run(words, stdout=file, stderr=subprocess.STDOUT).returncode
+    if code:
+        tail = log.read_text(encoding="utf-8").splitlines(keepends=True)[-15:]
+        end = f"exit status {code}. The end of {log}:\n{''.join(tail)}"
     if not (folder / "pipeline").is_dir():
         raise RuntimeError(f"The run {arm}, seed {seed}, did not finish: {end}")
     return time.perf_counter() - started

@@ -21,10 +21,10 @@ from PIL import Image
 from sklearn.neighbors import NearestNeighbors
 from sklearn.svm import SVC
 from tqdm.auto import trange
-from transformers import HfArgumentParser
 
+from pixelrepa_diffusers.cli import parse, run
+from pixelrepa_diffusers.evaluation import precision_recall
 from pixelrepa_diffusers.images import make_grid
-from pixelrepa_diffusers.metrics import precision_recall
 from pixelrepa_diffusers.sampling import seeded
 
 
@@ -107,4 +107,4 @@ def main(args: ScoreArguments) -> dict:
 
 
 if __name__ == "__main__":
-    main(HfArgumentParser(ScoreArguments).parse_args_into_dataclasses()[0])
+    run(lambda: main(parse(ScoreArguments, __doc__.partition("\n")[0])))

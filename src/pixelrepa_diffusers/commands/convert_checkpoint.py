@@ -24,18 +24,18 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import HfArgumentParser
 
-from pixelrepa_diffusers import JiTFlowMatchScheduler, PixelREPAPipeline
-from pixelrepa_diffusers.adapter import MaskedTransformerAdapter
-from pixelrepa_diffusers.checkpoints import (
+from .. import JiTFlowMatchScheduler, PixelREPAPipeline
+from ..adapter import MaskedTransformerAdapter
+from ..cli import parse, run
+from ..conversion import (
     load_original_checkpoint,
     matching_presets,
     read_original_checkpoint,
     save_original_checkpoint,
 )
-from pixelrepa_diffusers.hub import imagenet_id2label
-from pixelrepa_diffusers.sampling import only_writer
+from ..files import only_writer
+from ..hub import imagenet_id2label
 
 
 @dataclass
@@ -250,5 +250,5 @@ def main(args: ConvertArguments) -> None:
         from_original(args)
 
 
-if __name__ == "__main__":
-    main(HfArgumentParser(ConvertArguments, description=__doc__.partition("\n")[0]).parse_args_into_dataclasses()[0])
+def cli() -> None:
+    run(lambda: main(parse(ConvertArguments, __doc__.partition("\n")[0])))

@@ -39,13 +39,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from transformers import HfArgumentParser
 
-from pixelrepa_diffusers import JiTTransformer2DModel, PixelREPAPipeline
-from pixelrepa_diffusers.evaluation import (
+from .. import JiTTransformer2DModel, PixelREPAPipeline
+from ..cli import parse, run
+from ..evaluation import (
     HIGHER_IS_BETTER,
     METRICS,
     FeatureSpace,
+    InceptionNetwork,
+    VisionEncoderNetwork,
     accumulate,
     file_images,
     finished_record,
@@ -54,20 +56,10 @@ from pixelrepa_diffusers.evaluation import (
     pipeline_images,
     results,
 )
-from pixelrepa_diffusers.hub import weights_sha256
-from pixelrepa_diffusers.images import make_grid
-from pixelrepa_diffusers.metrics import InceptionNetwork, VisionEncoderNetwork
-from pixelrepa_diffusers.sampling import (
-    SCHEDULERS,
-    check_launch,
-    describe_pipeline,
-    device_name,
-    fetch_pipeline,
-    only_writer,
-    remove_incomplete,
-    versions,
-    write_atomically,
-)
+from ..files import only_writer, remove_incomplete, write_atomically
+from ..hub import weights_sha256
+from ..images import make_grid
+from ..sampling import SCHEDULERS, check_launch, describe_pipeline, device_name, fetch_pipeline, versions
 
 
 @dataclass
@@ -487,7 +479,5 @@ def draw_heatmap(path: Path, cells: list[Cell], records: list[dict]) -> None:
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
 
 
-if __name__ == "__main__":
-    main(HfArgumentParser(EvaluateArguments, description=__doc__.partition("\n")[0]).parse_args_into_dataclasses()[0])
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+def cli() -> None:
+    run(lambda: main(parse(EvaluateArguments, __doc__.partition("\n")[0])))

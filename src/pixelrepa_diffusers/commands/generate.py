@@ -26,11 +26,12 @@ import torch
 from accelerate import Accelerator
 from PIL import Image, PngImagePlugin
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser
 
-from pixelrepa_diffusers import PixelREPAPipeline
-from pixelrepa_diffusers.images import make_grid
-from pixelrepa_diffusers.sampling import (
+from .. import PixelREPAPipeline
+from ..cli import parse, run
+from ..files import only_writer, write_atomically
+from ..images import make_grid
+from ..sampling import (
     SCHEDULERS,
     check_cuda_graphs,
     check_launch,
@@ -38,10 +39,8 @@ from pixelrepa_diffusers.sampling import (
     describe_pipeline,
     device_name,
     fetch_pipeline,
-    only_writer,
     seeded,
     versions,
-    write_atomically,
 )
 
 
@@ -245,7 +244,5 @@ def png_info(facts: dict, scheduler: str | None) -> PngImagePlugin.PngInfo:
     return info
 
 
-if __name__ == "__main__":
-    main(HfArgumentParser(GenerateArguments, description=__doc__.partition("\n")[0]).parse_args_into_dataclasses()[0])
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+def cli() -> None:
+    run(lambda: main(parse(GenerateArguments, __doc__.partition("\n")[0])))

@@ -29,12 +29,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
-from data import BadImageError, DataArguments, Example, ItemMaker, open_source
 from datasets.arrow_writer import ArrowWriter
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from pixelrepa_diffusers.stored_images import MANIFEST
+from ..cli import run
+from ..stored_images import MANIFEST
+from ..training.data import BadImageError, DataArguments, Example, ItemMaker, open_source
 
 
 FEATURES = datasets.Features(
@@ -156,5 +157,5 @@ def main(data_args: DataArguments, args: PrepareArguments) -> None:
     print(f"Stored {count} images of {source.num_classes} classes in {output}, skipped {len(skipped)}.")
 
 
-if __name__ == "__main__":
-    main(*HfArgumentParser((DataArguments, PrepareArguments)).parse_args_into_dataclasses())
+def cli() -> None:
+    run(lambda: main(*HfArgumentParser((DataArguments, PrepareArguments)).parse_args_into_dataclasses()))

@@ -25,10 +25,9 @@ from accelerate import Accelerator
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser
 
-from pixelrepa_diffusers.images import DECODING_ERRORS, center_crop_adm, to_rgb
-from pixelrepa_diffusers.metrics import (
+from ..cli import parse, run
+from ..evaluation import (
     FeatureBank,
     FeatureMoments,
     FeatureStatistics,
@@ -40,8 +39,9 @@ from pixelrepa_diffusers.metrics import (
     network_sha256,
     stack_images,
 )
-from pixelrepa_diffusers.sampling import check_launch
-from pixelrepa_diffusers.stored_images import (
+from ..images import DECODING_ERRORS, center_crop_adm, to_rgb
+from ..sampling import check_launch
+from ..stored_images import (
     check_source,
     is_prepared,
     open_data_set,
@@ -201,7 +201,5 @@ def main(args: ReferenceArguments) -> FeatureStatistics:
     return statistics
 
 
-if __name__ == "__main__":
-    main(HfArgumentParser(ReferenceArguments, description=__doc__.partition("\n")[0]).parse_args_into_dataclasses()[0])
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+def cli() -> None:
+    run(lambda: main(parse(ReferenceArguments, __doc__.partition("\n")[0])))

@@ -28,21 +28,23 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser
 
-from pixelrepa_diffusers import JiTFlowMatchScheduler, PixelREPAPipeline
-from pixelrepa_diffusers.evaluation import FeatureSpace, accumulate, list_images, read_image, statistics
-from pixelrepa_diffusers.images import to_uint8
-from pixelrepa_diffusers.metrics import InceptionNetwork, VisionEncoderNetwork, extract, network_name
-from pixelrepa_diffusers.sampling import (
-    check_launch,
-    describe_pipeline,
-    device_name,
-    fetch_pipeline,
-    seeded,
-    versions,
-    write_atomically,
+from .. import JiTFlowMatchScheduler, PixelREPAPipeline
+from ..cli import parse, run
+from ..evaluation import (
+    FeatureSpace,
+    InceptionNetwork,
+    VisionEncoderNetwork,
+    accumulate,
+    extract,
+    feature_statistics,
+    list_images,
+    network_name,
+    read_image,
 )
+from ..files import write_atomically
+from ..images import to_uint8
+from ..sampling import check_launch, describe_pipeline, device_name, fetch_pipeline, seeded, versions
 
 
 @dataclass
@@ -231,7 +233,7 @@ def main(args: ProbeArguments) -> dict:
         tally = accumulate(
             make_images, len(subsets[subset]), [space], args.batch_size, description=f"{description}, {subset}"
         )
-        return statistics(tally, space)
+        return feature_statistics(tally, space)
 
     def real_images(items: list[Item]):
         return lambda indices: torch.stack([read_image(items[index].path, size) for index in indices])
@@ -301,7 +303,5 @@ def plot(path: Path, record: dict) -> None:
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
 
 
-if __name__ == "__main__":
-    main(HfArgumentParser(ProbeArguments, description=__doc__.partition("\n")[0]).parse_args_into_dataclasses()[0])
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+def cli() -> None:
+    run(lambda: main(parse(ProbeArguments, __doc__.partition("\n")[0])))

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from transformers import HfArgumentParser
 
-from pixelrepa_diffusers.hub import PublishError, card_for_folder, pipeline_files, publish_folder
+from ..cli import run
+from ..hub import PublishError, card_for_folder, pipeline_files, publish_folder
 
 
 @dataclass
@@ -45,7 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(str(error)) from None
 
 
-if __name__ == "__main__":
+def cli() -> None:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("pixelrepa_diffusers").setLevel(logging.INFO)
-    main()
+    run(main)

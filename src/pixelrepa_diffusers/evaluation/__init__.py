@@ -21,6 +21,21 @@ As plain pieces, one pass of the network for several metrics:
 Feature width, number of images and numeric type are checked on the way; see the functions.
 """
 
+from .loop import (
+    HIGHER_IS_BETTER,
+    METRICS,
+    FeatureSpace,
+    accumulate,
+    evaluate_pipeline,
+    feature_statistics,
+    file_images,
+    finished_record,
+    list_images,
+    open_spaces,
+    pipeline_images,
+    read_image,
+    results,
+)
 from .networks import (
     InceptionNetwork,
     VisionEncoderNetwork,
@@ -30,7 +45,7 @@ from .networks import (
     stack_images,
 )
 from .reference import FeatureStatistics
-from .streaming import (
+from .statistics import (
     FeatureBank,
     FeatureMoments,
     InceptionScoreSums,
@@ -41,19 +56,32 @@ from .streaming import (
 
 
 __all__ = [
+    "HIGHER_IS_BETTER",
+    "METRICS",
     "FeatureBank",
     "FeatureMoments",
+    "FeatureSpace",
     "FeatureStatistics",
     "InceptionNetwork",
     "InceptionScoreSums",
     "VisionEncoderNetwork",
+    "accumulate",
+    "evaluate_pipeline",
     "extract",
+    "feature_statistics",
+    "file_images",
+    "finished_record",
     "frechet_distance",
     "gather",
+    "list_images",
     "load",
     "network_name",
     "network_sha256",
+    "open_spaces",
+    "pipeline_images",
     "precision_recall",
+    "read_image",
+    "results",
     "stack_images",
 ]
 
@@ -76,6 +104,6 @@ def load(name: str, **kwargs):
     if name not in MODULE_NAMES:
         raise ValueError(f"There is no metric {name!r}; there are {', '.join(MODULE_NAMES)}.")
     # Late, because importing `evaluate` takes about 4 s.
-    from .modules import MODULES
+    from .scores import MODULES
 
     return MODULES[name](**kwargs)

@@ -30,20 +30,13 @@ from accelerate import PartialState
 from PIL import ExifTags, Image
 from tqdm.auto import tqdm
 
-from .images import DECODING_ERRORS, center_crop_adm, to_rgb, to_uint8
-from .metrics import (
-    FeatureBank,
-    FeatureMoments,
-    FeatureStatistics,
-    InceptionScoreSums,
-    extract,
-    gather,
-    network_name,
-    network_sha256,
-    precision_recall,
-)
-from .pipeline_pixelrepa import PixelREPAPipeline
-from .sampling import seeded, write_atomically
+from ..files import write_atomically
+from ..images import DECODING_ERRORS, center_crop_adm, to_rgb, to_uint8
+from ..pipeline_pixelrepa import PixelREPAPipeline
+from ..sampling import seeded
+from .networks import extract, network_name, network_sha256
+from .reference import FeatureStatistics
+from .statistics import FeatureBank, FeatureMoments, InceptionScoreSums, gather, precision_recall
 
 
 # Metric → feature space, and what `Tally` accumulates for it.
@@ -313,7 +306,7 @@ def results(tally: Tally, spaces: Sequence[FeatureSpace]) -> dict[str, float]:
         for metric in space.metrics:
             kind = METRICS[metric][1]
             if kind == "moments":
-                values[metric] = statistics(tally, space).distance(space.reference)
+                values[metric] = feature_statistics(tally, space).distance(space.reference)
             elif kind == "scores":
                 values |= tally.scores[space.name].compute()
             else:
@@ -327,7 +320,7 @@ def results(tally: Tally, spaces: Sequence[FeatureSpace]) -> dict[str, float]:
     return values
 
 
-def statistics(tally: Tally, space: FeatureSpace) -> FeatureStatistics:
+def feature_statistics(tally: Tally, space: FeatureSpace) -> FeatureStatistics:
     """Mean and covariance of a tally's features in a space that has a Fréchet distance among its metrics."""
     return FeatureStatistics.from_moments(
         tally.moments[space.name], network=network_name(space.network), network_sha256=network_sha256(space.network)

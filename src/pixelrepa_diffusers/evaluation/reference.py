@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from numpy._core.multiarray import _reconstruct
 
-from ..sampling import write_atomically
-from .streaming import FeatureBank, FeatureMoments, frechet_distance
+from ..files import write_atomically
+from .statistics import FeatureBank, FeatureMoments, frechet_distance
 
 
 # What a pickled numpy array consists of; a file that names anything else is refused by `weights_only=True`.

@@ -18,7 +18,7 @@ import torch.nn as nn
 
 from .networks import InceptionNetwork, VisionEncoderNetwork, extract, network_name, network_sha256
 from .reference import FeatureStatistics
-from .streaming import FeatureBank, FeatureMoments, InceptionScoreSums, gather, precision_recall
+from .statistics import FeatureBank, FeatureMoments, InceptionScoreSums, gather, precision_recall
 
 
 _INPUTS = """

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Literal
 
 import yaml
-from data import DataArguments
 from transformers import HfArgumentParser
 
-from pixelrepa_diffusers import get_preset
-from pixelrepa_diffusers.evaluation import METRICS
+from .. import get_preset
+from ..evaluation import METRICS
+from .data import DataArguments
 
 
 def _flag(default, help: str, **metadata):

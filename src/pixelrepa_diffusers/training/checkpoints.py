@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import re
-import shutil
-import zlib
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
 
@@ -17,24 +13,20 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import DistributedType
-from arguments import BookkeepingArguments, TrainingArguments
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from pixelrepa_diffusers import JiTTransformer2DModel
-from pixelrepa_diffusers.ema import ConstantDecayEMA
-from pixelrepa_diffusers.objective import PixelREPAObjective
+from .. import JiTTransformer2DModel
+from ..ema import ConstantDecayEMA
+from ..files import DamagedFolderError, discard_folder, verify_folder, write_folder
+from ..objective import PixelREPAObjective
+from .arguments import BookkeepingArguments, TrainingArguments
 
 
 logger = get_logger(__name__)
 
-MANIFEST = "manifest.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
-
-
-class DamagedCheckpointError(ValueError):
-    """A checkpoint that is incomplete or altered; the message names the first wrong file."""
 
 
 def checkpoint_step(folder: Path) -> int:
@@ -51,92 +43,6 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     return sorted(found, key=checkpoint_step)
 
 
-def write_folder(
-    folder: Path,
-    write: Callable[[Path], None],
-    is_main: bool,
-    barrier: Callable[[], None],
-    manifest: bool = False,
-) -> None:
-    """
-    Calls `write(path)` on every process with a folder beside `folder`, then renames it into place on the main one.
-
-    Every file is on the disk before the rename, so a kill or a power cut at any moment leaves either the whole folder
-    or none. `manifest` adds the sizes and checksums that [`verify`] compares. An older folder of that name gives way at
-    the rename.
-
-    Raises:
-        OSError: something could not be written; the message names the folder, the cause and the space left.
-    """
-    beside = folder.with_name(f".{folder.name}.incomplete")
-    if is_main:
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-    barrier()
-    try:
-        write(beside)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save says nothing of a full disk
-        free = shutil.disk_usage(beside.parent).free / 2**20
-        raise OSError(
-            f"{folder} could not be written: {error} ({free:.0f} MiB are free there). Everything before it is whole: make "
-            "room and go on with --resume_from_checkpoint latest."
-        ) from error
-    barrier()
-    if is_main:
-        if manifest:
-            fingerprints = {name: _fingerprint(beside / name) for name in _files(beside)}
-            (beside / MANIFEST).write_text(json.dumps(fingerprints, indent=1), encoding="utf-8")
-        for path in (*beside.rglob("*"), beside):
-            _sync(path)
-        if folder.exists():
-            discard_folder(folder)
-        os.replace(beside, folder)
-        _sync(folder.parent)
-    barrier()
-
-
-def discard_folder(folder: Path) -> None:
-    """Removes a folder; a kill half-way does not leave one that looks complete."""
-    trash = folder.with_name(f".{folder.name}.discarded")
-    shutil.rmtree(trash, ignore_errors=True)
-    os.replace(folder, trash)
-    shutil.rmtree(trash)
-
-
-def sweep(output_dir: Path) -> None:
-    """Removes the folders and files that a killed run left half-written or half-removed."""
-    for folder in (output_dir, output_dir / "samples", output_dir / "hub"):
-        for path in (*folder.glob(".*.incomplete"), *folder.glob(".*.discarded")):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
-
-
-def verify(folder: Path) -> None:
-    """Raises [`DamagedCheckpointError`] unless every file is as it was written."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DamagedCheckpointError(f"{folder} is not a complete checkpoint: {MANIFEST}: {error}.") from error
-    if not isinstance(manifest, dict) or not all(
-        isinstance(entry, dict) and entry.keys() == {"size", "crc32"} for entry in manifest.values()
-    ):
-        raise DamagedCheckpointError(f"{folder} is damaged: {MANIFEST} does not list files with their size and crc32.")
-    if strangers := [name for name in manifest if Path(name).is_absolute() or ".." in Path(name).parts]:
-        raise DamagedCheckpointError(f"{folder} is damaged: {MANIFEST} names {strangers[0]!r}, which lies outside it.")
-
-    def check(name: str) -> None:
-        path = folder / name
-        if not path.is_file():
-            raise DamagedCheckpointError(f"{folder} is damaged: {name} is missing.")
-        if path.stat().st_size != manifest[name]["size"] or _fingerprint(path) != manifest[name]:
-            raise DamagedCheckpointError(f"{folder} is damaged: {name} is not as it was written.")
-
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(check, manifest))
-
-
 def find_checkpoint(output_dir: Path, resume: str | None, warn: Callable[[str], None]) -> Path | None:
     """
     The verified checkpoint to resume from, or `None` for a fresh start.
@@ -148,15 +54,15 @@ def find_checkpoint(output_dir: Path, resume: str | None, warn: Callable[[str], 
 
     Raises:
         FileNotFoundError: for a path that does not exist.
-        DamagedCheckpointError: for a path to a damaged checkpoint, or when "latest" finds only damaged ones.
+        DamagedFolderError: for a path to a damaged checkpoint, or when "latest" finds only damaged ones.
         FileExistsError: when nothing is to be resumed but the folder holds checkpoints, or when a path is and the folder
             holds others that are as far or further.
     """
 
     def undamaged(folder: Path) -> bool:
         try:
-            verify(folder)
-        except DamagedCheckpointError as error:
+            verify_folder(folder)
+        except DamagedFolderError as error:
             warn(str(error))
             return False
         return True
@@ -174,7 +80,7 @@ def find_checkpoint(output_dir: Path, resume: str | None, warn: Callable[[str], 
         if not folder.is_dir():
             raise FileNotFoundError(f"--resume_from_checkpoint {resume} does not exist.")
         step = checkpoint_step(folder)
-        verify(folder)
+        verify_folder(folder)
         # The run would write these steps again, and until it has, "latest" would go on from the others.
         ahead = [path for path in existing if checkpoint_step(path) >= step and not path.samefile(folder)]
         ahead = [path for path in ahead if undamaged(path)]  # "latest" passes over the damaged ones
@@ -188,7 +94,7 @@ def find_checkpoint(output_dir: Path, resume: str | None, warn: Callable[[str], 
         if undamaged(folder):
             return folder
     if existing:
-        raise DamagedCheckpointError(f"All {len(existing)} checkpoints in {output_dir} are damaged.")
+        raise DamagedFolderError(f"All {len(existing)} checkpoints in {output_dir} are damaged.")
     return None
 
 
@@ -197,26 +103,6 @@ def prune(output_dir: Path, limit: int | None) -> None:
     if limit is not None:
         for folder in list_checkpoints(output_dir)[:-limit]:
             discard_folder(folder)
-
-
-def _files(folder: Path) -> list[str]:
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-
-
-def _fingerprint(path: Path) -> dict[str, int]:
-    checksum, size = 0, 0
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 24):
-            checksum, size = zlib.crc32(chunk, checksum), size + len(chunk)
-    return {"size": size, "crc32": checksum}
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # ------------------------------------------------------------------------------------------------------ what is in them

@@ -49,8 +49,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
-from pixelrepa_diffusers.images import DECODING_ERRORS, center_crop_adm, to_rgb
-from pixelrepa_diffusers.stored_images import (
+from ..images import DECODING_ERRORS, center_crop_adm, to_rgb
+from ..stored_images import (
     check_source,
     is_prepared,
     open_data_set,

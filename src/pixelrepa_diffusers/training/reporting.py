@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import json
 import math
+import resource
 import shutil
+import sys
 from pathlib import Path
 
 import datasets
@@ -13,19 +15,26 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from arguments import TrainingArguments
-from checkpointing import with_weights, write_folder
 from PIL import Image
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, Dinov2Config, PretrainedConfig
 
-from pixelrepa_diffusers import JiTFlowMatchScheduler, JiTTransformer2DModel, PixelREPAPipeline, get_preset
-from pixelrepa_diffusers.ema import ConstantDecayEMA
-from pixelrepa_diffusers.evaluation import FeatureSpace, evaluate_pipeline, open_spaces, pipeline_images
-from pixelrepa_diffusers.hub import BackgroundPusher
-from pixelrepa_diffusers.images import make_grid
-from pixelrepa_diffusers.metrics import InceptionNetwork, VisionEncoderNetwork
-from pixelrepa_diffusers.sampling import cast_transformer, device_name, seeded, versions, write_atomically
+from .. import JiTFlowMatchScheduler, JiTTransformer2DModel, PixelREPAPipeline, get_preset
+from ..ema import ConstantDecayEMA
+from ..evaluation import (
+    FeatureSpace,
+    InceptionNetwork,
+    VisionEncoderNetwork,
+    evaluate_pipeline,
+    open_spaces,
+    pipeline_images,
+)
+from ..files import write_atomically, write_folder
+from ..hub import BackgroundPusher
+from ..images import make_grid
+from ..sampling import cast_transformer, device_name, seeded, versions
+from .arguments import TrainingArguments
+from .checkpoints import with_weights
 
 
 logger = get_logger(__name__)
@@ -347,3 +356,11 @@ def estimate_memory(
         f"activations (estimate, batch {args.train_batch_size})": activations * args.train_batch_size,
     }
     return {name: value / 2**30 for name, value in parts.items()}
+
+
+def peak_memory(device: torch.device) -> float:
+    """GiB: the allocator's peak on a GPU, the process's resident peak on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from accelerate.logging import get_logger
 
-from pixelrepa_diffusers.metrics import network_sha256
-from pixelrepa_diffusers.teacher import SemanticTeacher
+from ..evaluation import network_sha256
+from ..teacher import SemanticTeacher
 
 
 logger = get_logger(__name__)

@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import pixelrepa_diffusers.checkpoints as checkpoints
+import pixelrepa_diffusers.conversion as checkpoints
 from pixelrepa_diffusers import PRESETS, JiTTransformer2DModel
 from pixelrepa_diffusers.adapter import MaskedTransformerAdapter, MLPProjector
-from pixelrepa_diffusers.checkpoints import (
+from pixelrepa_diffusers.conversion import (
     adapter_state_from_original,
     adapter_state_to_original,
     load_original_checkpoint,

@@ -1,0 +1,170 @@
+"""Files and folders on disk: written whole or not at all, and by one run at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+
+
+MANIFEST = "manifest.json"
+
+
+class DamagedFolderError(ValueError):
+    """A folder that is incomplete or altered; the message names the first wrong file."""
+
+
+def write_atomically(path: Path, save: Callable[[Path], object]) -> None:
+    """Call `save` with a temporary path beside `path`, then rename: an interrupted run leaves no half-written `path`."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.incomplete")
+    try:
+        save(temporary)
+        temporary.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk is reported without a name
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write `content` as indented JSON, atomically."""
+    text = json.dumps(content, indent=1, ensure_ascii=False)
+    write_atomically(path, lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))
+
+
+def write_folder(
+    folder: Path,
+    write: Callable[[Path], None],
+    is_main: bool = True,
+    barrier: Callable[[], None] = lambda: None,
+    manifest: bool = False,
+) -> None:
+    """
+    Write a folder atomically: call `write` with a folder beside it, sync it to disk, and rename it into place.
+
+    With several processes every process calls this function, and the main one renames. An older folder of the same name
+    is replaced at the rename, so a kill or a power cut leaves the old folder or the new one, both complete.
+
+    Args:
+        folder: The folder to write.
+        write: Receives the temporary folder, on every process.
+        is_main: Whether this process creates and renames the folder.
+        barrier: Waits for all processes.
+        manifest: Also write manifest.json, the sizes and checksums that [`verify_folder`] compares.
+
+    Raises:
+        OSError: If something could not be written; names the folder, the cause and the free space.
+    """
+    temporary = folder.with_name(f".{folder.name}.incomplete")
+    if is_main:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    barrier()
+    try:
+        write(temporary)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save does not say that a disk is full
+        free = shutil.disk_usage(temporary.parent).free / 2**20
+        raise OSError(
+            f"{folder} could not be written: {error} ({free:.0f} MiB are free there). Everything before it is whole: make "
+            "room and go on with --resume_from_checkpoint latest."
+        ) from error
+    barrier()
+    if is_main:
+        if manifest:
+            files = sorted(path.relative_to(temporary).as_posix() for path in temporary.rglob("*") if path.is_file())
+            fingerprints = {name: _fingerprint(temporary / name) for name in files}
+            (temporary / MANIFEST).write_text(json.dumps(fingerprints, indent=1), encoding="utf-8")
+        for path in (*temporary.rglob("*"), temporary):
+            _sync(path)
+        if folder.exists():
+            discard_folder(folder)
+        os.replace(temporary, folder)
+        _sync(folder.parent)
+    barrier()
+
+
+def discard_folder(folder: Path) -> None:
+    """Remove a folder by renaming it first: a kill half-way leaves nothing that looks complete."""
+    trash = folder.with_name(f".{folder.name}.discarded")
+    shutil.rmtree(trash, ignore_errors=True)
+    os.replace(folder, trash)
+    shutil.rmtree(trash)
+
+
+def verify_folder(folder: Path) -> None:
+    """Raises [`DamagedFolderError`] unless every file is as it was written."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DamagedFolderError(f"{folder} is not a complete checkpoint: {MANIFEST}: {error}.") from error
+    if not isinstance(manifest, dict) or not all(
+        isinstance(entry, dict) and entry.keys() == {"size", "crc32"} for entry in manifest.values()
+    ):
+        raise DamagedFolderError(f"{folder} is damaged: {MANIFEST} does not list files with their size and crc32.")
+    if strangers := [name for name in manifest if Path(name).is_absolute() or ".." in Path(name).parts]:
+        raise DamagedFolderError(f"{folder} is damaged: {MANIFEST} names {strangers[0]!r}, which lies outside it.")
+
+    def check(name: str) -> None:
+        path = folder / name
+        if not path.is_file():
+            raise DamagedFolderError(f"{folder} is damaged: {name} is missing.")
+        if path.stat().st_size != manifest[name]["size"] or _fingerprint(path) != manifest[name]:
+            raise DamagedFolderError(f"{folder} is damaged: {name} is not as it was written.")
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(check, manifest))
+
+
+@contextlib.contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """
+    Create `folder`, lock it against other runs, and remove what a killed run left half-written in it.
+
+    The lock is the file `.lock` in the folder, which stays. The operating system releases it when a process is killed.
+
+    Raises:
+        RuntimeError: If another run is writing to the folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FileLock(folder / ".lock").acquire(timeout=0)
+    except (Timeout, FileNotFoundError):  # FileNotFoundError: another run has just removed its temporary folder
+        raise RuntimeError(f"Another run is writing to {folder}. Wait for it, or choose another folder.") from None
+    with lock:
+        remove_incomplete(folder)
+        yield
+
+
+def remove_incomplete(folder: Path) -> None:
+    """Remove what killed runs left half-written, or half-removed, in a folder that this run has locked."""
+    for path in (*folder.glob(".*.incomplete"), *folder.glob(".*.discarded")):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _fingerprint(path: Path) -> dict[str, int]:
+    checksum, size = 0, 0
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 24):
+            checksum, size = zlib.crc32(chunk, checksum), size + len(chunk)
+    return {"size": size, "crc32": checksum}
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

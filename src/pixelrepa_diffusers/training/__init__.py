@@ -1,0 +1,1 @@
+"""The parts of the training script: arguments, data, model building, the optimizer step, checkpoints, reports."""

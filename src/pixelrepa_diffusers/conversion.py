@@ -22,7 +22,7 @@ import torch
 from diffusers.utils import logging
 
 from .adapter import MaskedTransformerAdapter
-from .presets import PRESETS, Preset
+from .presets import PRESETS, Preset, matching_presets
 from .transformer_jit import JiTPositionTables, JiTTransformer2DModel
 
 
@@ -210,15 +210,6 @@ def adapter_state_to_original(state: Mapping[str, torch.Tensor]) -> dict[str, to
     """
     own = {key: value for key, value in state.items() if key != "mask_token"}
     return _to_original(own, _adapter_names(_count_blocks(own, "blocks")))
-
-
-def matching_presets(config: Mapping[str, Any]) -> dict[str, Preset]:
-    """The presets, by name, that agree with every [`JiTTransformer2DModel`] argument that `config` has in common."""
-    return {
-        name: preset
-        for name, preset in PRESETS.items()
-        if all(config.get(field, value) == value for field, value in preset.transformer_config().items())
-    }
 
 
 def read_original_checkpoint(path: str | os.PathLike) -> dict[str, Any]:

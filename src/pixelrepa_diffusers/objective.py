@@ -61,6 +61,19 @@ def drop_labels(
     return class_labels.masked_fill((uniform < probability).to(class_labels.device), num_classes)
 
 
+def interpolate(images: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+    """
+    The path z = t·x + (1 − t)·e from noise to image (JiT, arXiv 2511.13720).
+
+    Args:
+        images: x, (B, C, S, S), in [-1, 1].
+        noise: e, shaped like `images`, already multiplied by the model's `noise_scale`.
+        timestep: t in [0, 1], (B,).
+    """
+    t = timestep.view(-1, 1, 1, 1)
+    return t * images + (1 - t) * noise
+
+
 @dataclass
 class PixelREPAObjectiveOutput(BaseOutput):
     """
@@ -175,8 +188,8 @@ class PixelREPAObjective(nn.Module):
 
         device_type = pixel_values.device.type
         with torch.autocast(device_type, enabled=False):
-            images, t = pixel_values.float(), timestep.float().view(-1, 1, 1, 1)
-            noisy = t * images + (1 - t) * (self.transformer.config.noise_scale * noise.float())
+            images = pixel_values.float()
+            noisy = interpolate(images, self.transformer.config.noise_scale * noise.float(), timestep.float())
             target_velocity = self.transformer.velocity(images, noisy, timestep)
 
         output = self.transformer(

@@ -3,7 +3,9 @@
 Sources: JiT (arXiv 2511.13720), PixelREPA (arXiv 2603.14366) and their published code.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -101,3 +103,12 @@ def get_preset(name: str) -> Preset:
     if not isinstance(name, str) or name not in PRESETS:
         raise KeyError(f"There is no preset {name!r}. Known presets: {', '.join(PRESETS)}.")
     return PRESETS[name]
+
+
+def matching_presets(config: Mapping[str, Any]) -> dict[str, Preset]:
+    """The presets, by name, that agree with every [`JiTTransformer2DModel`] argument that `config` names."""
+    return {
+        name: preset
+        for name, preset in PRESETS.items()
+        if all(config.get(field, value) == value for field, value in preset.transformer_config().items())
+    }

@@ -30,11 +30,11 @@ from ..adapter import MaskedTransformerAdapter
 from ..cli import parse, run
 from ..conversion import (
     load_original_checkpoint,
-    matching_presets,
     read_original_checkpoint,
     save_original_checkpoint,
 )
 from ..files import only_writer
+from ..presets import matching_presets
 from ..hub import imagenet_id2label
 
 

@@ -1,10 +1,7 @@
-# Copyright 2026 The pixelrepa_diffusers authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
-# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""From the transformer's tokens to the teacher's feature space: PixelREPA's adapter, and the baselines' projectors.
+"""Projectors from the transformer's tokens to the teacher's feature space; used in training only.
 
-They are used in training alone. All take the same call, `(hidden_states, timestep, class_labels, keep_mask=None)`.
+PixelREPA's Masked Transformer Adapter and the projectors of REPA and iREPA share one call:
+`projector(hidden_states, timestep, class_labels, keep_mask=None)`.
 
 Letters in the shape trails: B batch, G side of the token grid, N = G² patch tokens, L in-context class tokens,
 D width of the transformer, F width of the teacher.
@@ -21,53 +18,30 @@ from .transformer_jit import (
     JiTBlock,
     JiTConditioning,
     JiTPositionTables,
-    check_integer,
-    check_labels,
-    check_mlp_ratio,
-    check_timestep,
+    JiTTransformer2DModel,
     initialize_jit_weights,
     prepend_class_tokens,
 )
-
-
-def _refuse_keep_mask(model: ModelMixin, keep_mask: torch.Tensor | None) -> None:
-    if keep_mask is not None:
-        raise ValueError(f"{type(model).__name__} has no mask token: `keep_mask` must be None.")
-
-
-def _check_tokens(hidden_states: torch.Tensor, hidden_size: int) -> None:
-    if hidden_states.ndim != 3 or hidden_states.shape[2] != hidden_size or not hidden_states.is_floating_point():
-        raise ValueError(
-            f"`hidden_states` must be floating point tokens (batch_size, tokens, {hidden_size}), the width the projector was "
-            f"made for, got {hidden_states.dtype} of shape {tuple(hidden_states.shape)}."
-        )
-
-
-def _check_num_tokens(hidden_states: torch.Tensor, grid_size: int) -> None:
-    if hidden_states.shape[1] != grid_size**2:
-        raise ValueError(
-            f"Expected {grid_size}×{grid_size} = {grid_size**2} tokens (batch_size, tokens, width), got "
-            f"{tuple(hidden_states.shape)}. `grid_size` must be the transformer's sample_size / patch_size."
-        )
 
 
 class MaskedTransformerAdapter(ModelMixin, ConfigMixin, AttentionMixin):
     r"""
     The Masked Transformer Adapter of PixelREPA (arXiv 2603.14366).
 
-    Tokens the keep mask leaves out are replaced by one learned mask token; then JiT blocks with their own timestep and
-    class embedding and in-context class tokens; then, only where the widths differ, a projection
-    Linear–LayerNorm–SiLU–Linear. The loss is over all tokens, the replaced ones included.
+    Replaces the tokens outside the keep mask by one learned mask token, runs JiT blocks with their own timestep and class
+    embeddings and in-context class tokens, and projects to the teacher's width (Linear, LayerNorm, SiLU, Linear) unless
+    the widths are equal.
 
-    Parameters:
-        hidden_size (`int`): Width D of the transformer's tokens, and of the adapter's blocks.
-        num_attention_heads (`int`): Heads; as in the transformer.
+    Args:
+        hidden_size (`int`): Width D of the transformer's tokens and of the adapter's blocks.
+        num_attention_heads (`int`): Attention heads, as in the transformer.
         teacher_dim (`int`): Width F of the teacher's features.
-        num_layers (`int`, defaults to 2): JiT blocks.
-        grid_size (`int`, defaults to 16): Side G of the token grid, the transformer's sample_size / patch_size.
-        in_context_len (`int`, defaults to 32): In-context class tokens; 0 for none.
-        num_classes (`int`, defaults to 1000): Classes. Index `num_classes` is the null class.
-        mlp_ratio (`float`, defaults to 4.0): As in the transformer.
+        num_layers (`int`, *optional*, defaults to 2): Number of JiT blocks.
+        grid_size (`int`, *optional*, defaults to 16): Side G of the token grid, `sample_size / patch_size` of the
+            transformer.
+        in_context_len (`int`, *optional*, defaults to 32): Number of in-context class tokens; may be 0.
+        num_classes (`int`, *optional*, defaults to 1000): Number of classes. Index `num_classes` is the null class.
+        mlp_ratio (`float`, *optional*, defaults to 4.0): Feed-forward ratio, as in the transformer.
     """
 
     _supports_gradient_checkpointing = True
@@ -87,28 +61,17 @@ class MaskedTransformerAdapter(ModelMixin, ConfigMixin, AttentionMixin):
         mlp_ratio: float = 4.0,
     ):
         super().__init__()
-        for name, value in (
-            ("hidden_size", hidden_size),
-            ("num_attention_heads", num_attention_heads),
-            ("teacher_dim", teacher_dim),
-            ("grid_size", grid_size),
-            ("num_classes", num_classes),
-        ):
-            check_integer(name, value)
-        check_integer("num_layers", num_layers, most=1024)
-        check_integer("in_context_len", in_context_len, least=0)
-        check_mlp_ratio(mlp_ratio, hidden_size)
         if hidden_size % (4 * num_attention_heads):
             raise ValueError(
-                "`hidden_size` must be heads × a head width that is a multiple of 4 (rotary pairs for rows and for "
-                f"columns), got {hidden_size} for {num_attention_heads} heads."
+                "`hidden_size` must be a multiple of 4 · `num_attention_heads` (rotary pairs for rows and columns), got "
+                f"{hidden_size} for {num_attention_heads} heads."
             )
         head_dim = hidden_size // num_attention_heads
         self.tables = JiTPositionTables(grid_size, head_dim, in_context_len)
-        self.mask_token = nn.Parameter(torch.empty(1, 1, hidden_size))
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, hidden_size))
         self.conditioning = JiTConditioning(num_classes, hidden_size)
         if in_context_len:
-            self.in_context_positions = nn.Parameter(torch.empty(1, in_context_len, hidden_size))
+            self.in_context_positions = nn.Parameter(torch.zeros(1, in_context_len, hidden_size))
         self.blocks = nn.ModuleList(
             [JiTBlock(hidden_size, num_attention_heads, head_dim, mlp_ratio) for _ in range(num_layers)]
         )
@@ -135,30 +98,22 @@ class MaskedTransformerAdapter(ModelMixin, ConfigMixin, AttentionMixin):
         keep_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
+        Predict the teacher's features from the transformer's tokens.
+
         Args:
             hidden_states (`torch.Tensor` of shape `(batch_size, grid_size², hidden_size)`): The transformer's tokens h.
             timestep (`torch.Tensor` of shape `(batch_size,)`): t in [0, 1]; 0 is noise, 1 is the image.
-            class_labels (`torch.Tensor` of shape `(batch_size,)`): The labels the transformer saw, dropped ones included.
-            keep_mask (`torch.BoolTensor` of shape `(batch_size, grid_size²)`, *optional*):
-                False where a token is replaced by the mask token. None replaces none, and then leaves `mask_token`
-                without a gradient: under DDP pass a mask of ones instead.
+            class_labels (`torch.Tensor` of shape `(batch_size,)`): The labels the transformer received, including dropped
+                ones.
+            keep_mask (`torch.BoolTensor` of shape `(batch_size, grid_size²)`, *optional*): False where a token is
+                replaced by the mask token. Without a mask `mask_token` gets no gradient: under DDP pass a mask of ones.
 
         Returns:
             `torch.Tensor` of shape `(batch_size, grid_size², teacher_dim)`.
         """
-        _check_tokens(hidden_states, self.config.hidden_size)
-        _check_num_tokens(hidden_states, self.config.grid_size)
-        check_timestep(timestep, len(hidden_states), one_for_all=False)
-        check_labels(class_labels, len(hidden_states))
         if keep_mask is not None:
-            if keep_mask.dtype != torch.bool or keep_mask.shape != hidden_states.shape[:2]:
-                raise ValueError(
-                    f"`keep_mask` must be a bool tensor of shape {tuple(hidden_states.shape[:2])}, got "
-                    f"{keep_mask.dtype} of shape {tuple(keep_mask.shape)}."
-                )
-            hidden_states = torch.where(
-                keep_mask.unsqueeze(-1), hidden_states, self.mask_token.to(hidden_states.dtype)
-            )
+            # Under autocast this promotes bfloat16 tokens to the float32 of the mask token, as in the published code.
+            hidden_states = torch.where(keep_mask.unsqueeze(-1), hidden_states, self.mask_token)
 
         num_patches = hidden_states.shape[1]
         conditioning, class_states = self.conditioning(timestep, class_labels)  # (B, D) each
@@ -180,23 +135,17 @@ class MaskedTransformerAdapter(ModelMixin, ConfigMixin, AttentionMixin):
 
 class MLPProjector(ModelMixin, ConfigMixin):
     r"""
-    REPA's projector (arXiv 2410.06940): Linear–SiLU–Linear–SiLU–Linear on every token by itself.
+    The projector of REPA (arXiv 2410.06940): a three-layer MLP applied to each token.
 
-    Parameters:
+    Args:
         hidden_size (`int`): Width D of the transformer's tokens.
         teacher_dim (`int`): Width F of the teacher's features.
-        projector_dim (`int`, defaults to 2048): Width of the two hidden layers.
+        projector_dim (`int`, *optional*, defaults to 2048): Width of the two hidden layers.
     """
 
     @register_to_config
     def __init__(self, hidden_size: int, teacher_dim: int, projector_dim: int = 2048):
         super().__init__()
-        for name, value in (
-            ("hidden_size", hidden_size),
-            ("teacher_dim", teacher_dim),
-            ("projector_dim", projector_dim),
-        ):
-            check_integer(name, value)
         self.projection = nn.Sequential(
             nn.Linear(hidden_size, projector_dim),
             nn.SiLU(),
@@ -213,27 +162,26 @@ class MLPProjector(ModelMixin, ConfigMixin):
         class_labels: torch.Tensor,
         keep_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """hidden_states (B, N, D) → (B, N, F). It is conditioned on nothing and masks nothing."""
-        _refuse_keep_mask(self, keep_mask)
-        _check_tokens(hidden_states, self.config.hidden_size)
+        """Map `hidden_states` (B, N, D) to (B, N, F). Uses no conditioning; `keep_mask` must be None."""
+        if keep_mask is not None:
+            raise ValueError("MLPProjector has no mask token: `keep_mask` must be None.")
         return self.projection(hidden_states)
 
 
 class ConvProjector(ModelMixin, ConfigMixin):
     r"""
-    iREPA's projector (arXiv 2512.10794): one 3×3 convolution over the token grid, padded with zeros.
+    The projector of iREPA (arXiv 2512.10794): one zero-padded 3×3 convolution over the token grid.
 
-    Parameters:
+    Args:
         hidden_size (`int`): Width D of the transformer's tokens.
         teacher_dim (`int`): Width F of the teacher's features.
-        grid_size (`int`, defaults to 16): Side G of the token grid, the transformer's sample_size / patch_size.
+        grid_size (`int`, *optional*, defaults to 16): Side G of the token grid, `sample_size / patch_size` of the
+            transformer.
     """
 
     @register_to_config
     def __init__(self, hidden_size: int, teacher_dim: int, grid_size: int = 16):
         super().__init__()
-        for name, value in (("hidden_size", hidden_size), ("teacher_dim", teacher_dim), ("grid_size", grid_size)):
-            check_integer(name, value)
         self.projection = nn.Conv2d(hidden_size, teacher_dim, 3, padding=1)
         initialize_jit_weights(self)
 
@@ -244,9 +192,22 @@ class ConvProjector(ModelMixin, ConfigMixin):
         class_labels: torch.Tensor,
         keep_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """hidden_states (B, G², D), row by row → (B, G², F). It is conditioned on nothing and masks nothing."""
-        _refuse_keep_mask(self, keep_mask)
-        _check_tokens(hidden_states, self.config.hidden_size)
-        _check_num_tokens(hidden_states, self.config.grid_size)
-        grid = hidden_states.transpose(1, 2).unflatten(2, (self.config.grid_size, -1))  # (B, D, G, G)
+        """Map `hidden_states` (B, G², D), in row-major order, to (B, G², F). Uses no conditioning; `keep_mask` must be None."""
+        if keep_mask is not None:
+            raise ValueError("ConvProjector has no mask token: `keep_mask` must be None.")
+        grid_size = self.config.grid_size
+        grid = hidden_states.transpose(1, 2).unflatten(2, (grid_size, grid_size))  # (B, D, G, G)
         return self.projection(grid).flatten(2).transpose(1, 2)  # (B, N, F)
+
+
+def check_projector_fits(projector: ModelMixin, transformer: JiTTransformer2DModel) -> None:
+    """Raise a `ValueError` unless the projector was built for the transformer's width, token grid and classes."""
+    config = transformer.config
+    for name, expected in (
+        ("hidden_size", config.num_attention_heads * config.attention_head_dim),
+        ("grid_size", config.sample_size // config.patch_size),
+        ("num_classes", config.num_classes),
+    ):
+        given = projector.config.get(name, expected)
+        if given != expected:
+            raise ValueError(f"The projector's `{name}` is {given}; this transformer needs {expected}.")

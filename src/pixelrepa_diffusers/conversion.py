@@ -110,8 +110,6 @@ def _count_blocks(state: StateDict, name: str) -> int:
 def _from_original(state: StateDict, names: Mapping[str, tuple[str, ...]]) -> dict[str, torch.Tensor]:
     converted = {}
     for key, value in state.items():
-        if key not in names:
-            raise ValueError(f"The published layout has no tensor {key!r}.")
         converted.update(zip(names[key], value.chunk(len(names[key])), strict=True))
     return converted
 
@@ -211,15 +209,12 @@ def read_original_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     except Exception as error:  # damaged pickles raise nearly anything: KeyError, struct.error, UnicodeDecodeError, …
         # torch's own message is not repeated: it recommends loading the file unsafely.
         refused = re.search(r"GLOBAL (\S+)", str(error))
-        if refused:
-            raise ValueError(
-                f"{path} is refused: its pickle needs `{refused[1]}`, and a checkpoint needs no class but "
-                "`argparse.Namespace`. None of it was run; do not load it by other means unless you trust its source."
-            ) from None
-        raise ValueError(
-            f"{path} cannot be read as a PyTorch checkpoint ({type(error).__name__}): it is damaged, cut short or another "
-            "kind of file."
-        ) from None
+        reason = (
+            f"is refused: its pickle needs `{refused[1]}`, which was not run; a checkpoint needs `argparse.Namespace` only"
+            if refused
+            else f"cannot be read as a PyTorch checkpoint ({type(error).__name__}): damaged, cut short or another kind of file"
+        )
+        raise ValueError(f"{path} {reason}.") from None
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path} holds a {type(checkpoint).__name__}, not the dictionary of a published checkpoint.")
     return checkpoint
@@ -245,7 +240,8 @@ def load_original_checkpoint(
             them.
         in_context_start (`int`, *optional*): Block (0-based) before which the class tokens are prepended. The weights do
             not show it; defaults to the file's `args` (written by [`save_original_checkpoint`]), else the preset's.
-        noise_scale (`float`, *optional*): Standard deviation of the training noise, overriding the file's and preset's.
+        noise_scale (`float`, *optional*): Standard deviation of the training noise, overriding the file's and preset's
+            (the papers use 1.0 at 256 px and 2.0 at 512 px).
 
     Returns:
         `tuple`: The transformer, and the adapter or None for a plain JiT; both in float32 and eval mode on the CPU.
@@ -354,15 +350,11 @@ def _training_settings(
     from_args["dropout"] = recorded.get("proj_dropout")
     for source in (from_args, given):
         settings |= {name: value for name, value in source.items() if value is not None}
-    for name, allowed in (
-        ("in_context_start", f"a block from 0 to {sizes['num_layers'] - 1}"),
-        ("noise_scale", "1.0 for the papers' models at 256 px, 2.0 at 512 px"),
-    ):
-        if name not in settings:
-            raise ValueError(
-                f"The checkpoint does not show its `{name}`, and its sizes are those of no preset ({', '.join(PRESETS)}): "
-                f"{sizes}. Pass `{name}`: {allowed}."
-            )
+    if missing := [name for name in ("in_context_start", "noise_scale") if name not in settings]:
+        raise ValueError(
+            f"Pass `{'`, `'.join(missing)}`: the file does not record it, and no preset ({', '.join(PRESETS)}) has these "
+            f"sizes: {sizes}."
+        )
     return settings
 
 

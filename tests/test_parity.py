@@ -1,4 +1,4 @@
-"""Inference equals the published implementation: tests/fixtures/reference_a holds what that computed (float32, CPU)."""
+"""Inference equals the published implementation, recorded in tests/fixtures/reference_a (float32, CPU)."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ def assert_close(actual, expected, atol):
 
 
 @torch.no_grad()
-def test_encoder_tokens_and_predictions_are_the_published_ones(reference):
+def test_alignment_states_and_predictions_are_the_published_ones(reference):
     tensors, null_class = reference.tensors, reference.config["classes"]
     conditional = reference.transformer(tensors["z"], tensors["t"], tensors["labels"], return_alignment_states=True)
     unconditional = reference.transformer(tensors["z"], tensors["t"], torch.full_like(tensors["labels"], null_class))
@@ -46,12 +46,12 @@ def test_samples_are_the_published_ones(name, reference, make_pipeline):
     images = (expected / 2 + 0.5).clamp(0, 1)
     assert_close(sample("latent"), expected, 2e-5)
     assert_close(sample("pt"), images, 5e-5)
-    # A value halfway between two levels may fall to either side.
+    # Values halfway between two levels may round either way.
     levels = np.stack([np.asarray(image, dtype=np.int16) for image in sample("pil")])
     expected_levels = (255 * images).round().permute(0, 2, 3, 1).numpy().astype(np.int16)
     assert np.abs(levels - expected_levels).max() <= 1
     assert (levels != expected_levels).mean() < 1e-3
 
 
-def test_samples_of_both_solvers_with_and_without_guidance_are_recorded():
+def test_both_solvers_are_recorded_with_and_without_guidance():
     assert len(SAMPLES) == 8

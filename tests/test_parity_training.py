@@ -1,4 +1,4 @@
-"""Training equals the published implementation: tests/fixtures/reference_a holds what that computed (float32, CPU)."""
+"""Training equals the published implementation, recorded in tests/fixtures/reference_a (float32, CPU)."""
 
 import pytest
 import torch
@@ -63,14 +63,14 @@ def assert_close(actual, expected, atol):
     torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
 
 
-def test_the_resampled_teacher_has_the_published_kernel_positions_and_features(teacher, recorded):
+def test_teacher_has_the_published_kernel_positions_and_features(teacher, recorded):
     embeddings = teacher.model.embeddings
     assert_close(embeddings.patch_embeddings.projection.weight, recorded["teacher_patch_weight"], 2e-6)
     assert_close(embeddings.position_embeddings, recorded["teacher_pos_embed"], 2e-6)
     assert_close(teacher(recorded["x"]), recorded["teacher_features"], 1e-5)
 
 
-def test_the_adapter_gives_the_published_features_with_and_without_mask(objective, recorded):
+def test_adapter_features_are_the_published_ones_with_and_without_mask(objective, recorded):
     arguments = recorded["encoded"], recorded["t"], recorded["labels"]
     with torch.no_grad():
         masked = objective.projector(*arguments, keep_mask(recorded["mask_uniform"]))
@@ -79,7 +79,7 @@ def test_the_adapter_gives_the_published_features_with_and_without_mask(objectiv
     assert_close(unmasked, recorded["adapter_out_unmasked"], 2e-6)
 
 
-def test_losses_and_every_gradient_are_the_published_ones(objective, recorded):
+def test_losses_and_gradients_are_the_published_ones(objective, recorded):
     output = objective(
         recorded["x"],
         recorded["labels"],
@@ -106,7 +106,7 @@ def test_losses_and_every_gradient_are_the_published_ones(objective, recorded):
             assert relative < 2e-5, (name, relative)
 
 
-def test_five_adamw_steps_and_both_averages_follow_the_published_run(objective, teacher, recorded):
+def test_five_adamw_steps_and_both_emas_follow_the_published_run(objective, teacher, recorded):
     optimizer = torch.optim.AdamW(
         objective.parameters(), lr=CONFIG["lr"], betas=tuple(CONFIG["betas"]), weight_decay=0.0
     )
@@ -141,8 +141,8 @@ def test_five_adamw_steps_and_both_averages_follow_the_published_run(objective, 
         assert actual.keys() == expected.keys()
         for name in expected:
             assert_close(actual[name], expected[name], 2e-6)
-    # An average moves by some 1e-6 here, on weights of rounding 1e-7, and the published update (m·β, then + p·(1 − β))
-    # rounds twice: it is 5e-7 off the exact average, ours 2e-7. Hence the comparison of the movement as a whole.
+    # EMA weights move by about 1e-6 here, on weights with rounding errors of 1e-7, and the published update (m·β, then
+    # + p·(1 − β)) rounds twice: it is 5e-7 off the exact EMA, ours 2e-7. Hence the comparison of the whole movement.
     start = torch.cat([tensor.flatten() for tensor in weights()[0].values()])
     for decay, file in ((0.9999, "jit_ema1_after5"), (0.9996, "jit_ema2_after5")):
         published = load_file(REFERENCE / f"{file}.safetensors")

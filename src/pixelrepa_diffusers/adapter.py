@@ -45,7 +45,7 @@ class MaskedTransformerAdapter(ModelMixin, ConfigMixin, AttentionMixin):
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["JiTBlock"]
+    _no_split_modules = ["JiTConditioning", "JiTBlock"]
     _repeated_blocks = ["JiTBlock"]
 
     @register_to_config

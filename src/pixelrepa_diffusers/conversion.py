@@ -259,10 +259,10 @@ def load_original_checkpoint(
     source = f"{path}, {_ENTRIES[weights]!r}"
     try:
         model, recorded = checkpoint.get("model", {}), vars(checkpoint.get("args", argparse.Namespace()))
-        parts = {prefix: _without_prefix(model, prefix) for prefix in (_NET, _ADAPTER)}
-        net = parts[_NET] if weights == "model" else checkpoint[_ENTRIES[weights]]
+        net = _without_prefix(model, _NET) if weights == "model" else checkpoint[_ENTRIES[weights]]
+        adapter_state = _without_prefix(model, _ADAPTER)
         sizes = _transformer_sizes(net)
-        adapter_sizes = _adapter_sizes(parts[_ADAPTER], sizes) if parts[_ADAPTER] else None
+        adapter_sizes = _adapter_sizes(adapter_state, sizes) if adapter_state else None
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise ValueError(f"{source}: not the layout of a PixelREPA or JiT checkpoint ({error}).") from None
     if unexpected := [key for key in model if not key.startswith((_NET, _ADAPTER, *_REBUILT))]:
@@ -285,8 +285,8 @@ def load_original_checkpoint(
     transformer.load_state_dict(_to_float32(state), assign=True)
     if adapter is not None:
         expected = adapter_state_to_original(adapter.state_dict())
-        _check_tensors(f"{path}, {_ADAPTER!r} in 'model'", parts[_ADAPTER], expected)
-        state = adapter_state_from_original(parts[_ADAPTER], net["mask_token"])
+        _check_tensors(f"{path}, {_ADAPTER!r} in 'model'", adapter_state, expected)
+        state = adapter_state_from_original(adapter_state, net["mask_token"])
         adapter.load_state_dict(_to_float32(state), assign=True)
         adapter.eval()
     return transformer.eval(), adapter

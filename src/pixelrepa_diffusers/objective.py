@@ -99,7 +99,7 @@ class PixelREPAObjective(nn.Module):
     """
 
     # accelerate's FSDP wrapping reads this from the outermost module.
-    _no_split_modules = JiTTransformer2DModel._no_split_modules
+    _no_split_modules = ["JiTBlock"]
 
     def __init__(
         self,

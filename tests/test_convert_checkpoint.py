@@ -139,7 +139,7 @@ def test_empty_folders_are_filled_and_nothing_is_overwritten(tmp_path, folder):
         (["--guidance_interval", "0.5"], "guidance_interval"),
         (["--guidance_interval", "0.9", "0.1"], "guidance_interval"),
         (["--in_context_start", "4"], "in_context_start"),
-        (["--id2label", PUBLISHED.with_name("adapter.safetensors")], "not valid JSON"),
+        (["--id2label", PUBLISHED.with_name("adapter.safetensors")], "not a JSON object"),
     ],
 )
 def test_wrong_settings_are_refused_before_anything_is_written(tmp_path, options, named):

@@ -61,8 +61,8 @@ class ConvertArguments:
     output_path: Path | None = flag(None, "With --to_original: the new .pth file.")
 
 
-def check_direction(args: ConvertArguments) -> None:
-    """Refuse missing flags, and flags of the other direction."""
+def check_flags(args: ConvertArguments) -> None:
+    """Refuse missing flags, flags of the other direction, and a wrong guidance interval."""
     backward = ["pipeline", "output_path"]
     forward = [field.name for field in fields(args) if field.name not in ("to_original", *backward)]
     needed, other = (backward, forward) if args.to_original else (["checkpoint_path", "output_dir"], backward)
@@ -71,13 +71,16 @@ def check_direction(args: ConvertArguments) -> None:
         raise ValueError(f"{' and '.join(missing)} needed {direction} --to_original.")
     if unused := [f"--{name}" for name in other if getattr(args, name) != getattr(ConvertArguments, name)]:
         raise ValueError(f"{', '.join(unused)} has no effect {direction} --to_original.")
+    interval = args.guidance_interval
+    if interval and not (len(interval) == 2 and interval[0] < interval[1]):
+        raise ValueError(f"--guidance_interval must be LOW HIGH with LOW < HIGH, got {interval}.")
 
 
 def read_id2label(path: Path) -> dict[str, str]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"--id2label {path} is not valid JSON: {error}") from None
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"--id2label {path} is not a JSON object of class names: {error}") from None
 
 
 def choose_guidance(
@@ -164,7 +167,7 @@ def to_original(args: ConvertArguments) -> None:
 
 
 def main(args: ConvertArguments) -> None:
-    check_direction(args)
+    check_flags(args)
     if args.to_original:
         to_original(args)
     else:

@@ -191,7 +191,9 @@ def read_image(
         BadImageError: If the image is damaged, too large, or of an undefined range.
         OSError: If the file cannot be read.
     """
-    if not isinstance(image, bytes):
+    if isinstance(image, bytes):
+        name = name or f"of {len(image)} bytes"
+    else:
         name = name or str(image)
         with fsspec.open(image, "rb") if "://" in str(image) else open(image, "rb") as file:
             image = file.read()  # so that an error of the file system is not mistaken for a damaged image
@@ -218,14 +220,12 @@ def to_rgb(picture: Image.Image) -> Image.Image:
         One of `DECODING_ERRORS`: If its bytes are damaged.
     """
     picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I"):
+    if picture.mode.startswith(("I", "F")):
         # Pillow opens 16-bit grayscale as "I;16…" or, depending on version and format, as 32-bit "I".
         gray = np.asarray(picture)
-        if gray.min() < 0 or gray.max() > 65535:
-            raise ValueError("32-bit grayscale has no defined range; store it with 8 or 16 bits")
+        if picture.mode == "F" or gray.min() < 0 or gray.max() > 65535:
+            raise ValueError("floating point and 32-bit grayscale have no defined range; store it with 8 or 16 bits")
         return Image.fromarray(np.rint(gray * (255 / 65535)).astype(np.uint8)).convert("RGB")
-    if picture.mode == "F":
-        raise ValueError("floating point grayscale has no defined range; store it with 8 or 16 bits")
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)

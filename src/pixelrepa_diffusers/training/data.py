@@ -157,8 +157,8 @@ class StreamSource:
         image_column: str,
         label_column: str | None,
         num_classes: int,
-        class_names: list[str] | None = None,
-        shuffle_buffer_size: int = 1000,
+        class_names: list[str] | None,
+        shuffle_buffer_size: int,
     ):
         self._stream = stream
         self._image_column, self._label_column = image_column, label_column

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import struct
 import zlib
@@ -15,13 +16,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from accelerate.logging import get_logger
 
 from ..evaluation import network_sha256
 from ..teacher import SemanticTeacher
 
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 _CHECKSUM = struct.Struct("<Q")
 
@@ -103,7 +103,7 @@ class CachedTeacher:
                 raise OSError("the disk is full")
         except OSError as error:
             self._disk_is_full = True
-            logger.warning(f"Teacher features are no longer cached: {self.path}: {error}.", main_process_only=False)
+            logger.warning("Teacher features are no longer cached: %s: %s", self.path, error)
 
 
 def _checksum(features: bytes | bytearray, pixels: int) -> int:

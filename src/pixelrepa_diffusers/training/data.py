@@ -456,7 +456,7 @@ class StreamedBatches(IterableDataset):
 
     def read_global_batches(self, epoch: int, batch: int) -> Iterator[tuple[int, int, list[Example]]]:
         size = self.loader.global_batch_size
-        for epoch in itertools.count(epoch):  # noqa: B020
+        while True:
             stream = self.loader.source.shuffled(self.loader.make_item.seed, epoch)
             for position in itertools.count():
                 examples = list(itertools.islice(stream, size))
@@ -469,7 +469,7 @@ class StreamedBatches(IterableDataset):
                     f"Epoch {epoch} of the stream has {position} batches of {size} images, at least {max(batch, 1)} are "
                     "needed: the stream is too short, or not the one of the checkpoint."
                 )
-            batch = 0
+            epoch, batch = epoch + 1, 0
 
 
 # ------------------------------------------------------------------------------------------------------------- loader
@@ -600,12 +600,12 @@ class ImageLoader:
             yield items
 
     def _shuffled_keys(self, epoch: int, batch: int) -> Iterator[tuple[int, int, list[int]]]:
-        for epoch in itertools.count(epoch):  # noqa: B020
+        while True:
             order = epoch_order(self.make_item.seed, epoch, len(self.source))
             for number in range(batch, self.batches_per_epoch):
                 for part in self.parts:
                     yield epoch, number, [int(order[number * self.global_batch_size + offset]) for offset in part]
-            batch = 0
+            epoch, batch = epoch + 1, 0
 
 
 def leave_process_group(worker_id: int) -> None:

@@ -29,7 +29,6 @@ from pixelrepa_diffusers.evaluation import evaluate_pipeline, list_images, open_
 from pixelrepa_diffusers.hub import card_for_folder
 from pixelrepa_diffusers.teacher import SemanticTeacher
 from pixelrepa_diffusers.training.arguments import parse_arguments
-from pixelrepa_diffusers.training.data import DataArguments
 from pixelrepa_diffusers.training.reporting import Journal
 from pixelrepa_diffusers.training.step import NonFiniteLossError
 
@@ -56,8 +55,9 @@ def test_a_run_leaves_checkpoints_samples_curves_and_a_pipeline(train, tmp_path)
 
 
 def test_prepared_images_train_the_same_weights(train, image_folder, tmp_path):
-    data, settings = DataArguments(train_data_dir=str(image_folder)), {"max_train_steps": 3, "lr_warmup_steps": 0}
-    prepare_dataset.main(data, PrepareArguments(output_dir=str(tmp_path / "prepared"), resolution=16, num_threads=1))
+    settings = {"max_train_steps": 3, "lr_warmup_steps": 0}
+    prepared = str(tmp_path / "prepared")
+    prepare_dataset.main(PrepareArguments(train_data_dir=str(image_folder), output_dir=prepared, resolution=16))
     train(tmp_path / "raw", **settings)
     train(tmp_path / "run", tmp_path / "prepared", **settings)
     assert_equal(weights(tmp_path / "raw/checkpoint-3"), weights(tmp_path / "run/checkpoint-3"))

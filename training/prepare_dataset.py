@@ -1,7 +1,4 @@
-"""Store a data set once at training resolution, to be read back by memory map without decoding.
-
-Installed as `pixelrepa-prepare-dataset`; `--help` lists the flags.
-"""
+"""Store a data set once at training resolution; the same as the installed command `pixelrepa-prepare-dataset`."""
 
 from pixelrepa_diffusers.commands.prepare_dataset import cli
 

@@ -21,6 +21,7 @@ As plain pieces, one pass of the network for several metrics:
 Feature width, number of images and numeric type are checked on the way; see the functions.
 """
 
+from ..images import list_images, read_image
 from .loop import (
     HIGHER_IS_BETTER,
     METRICS,
@@ -30,10 +31,8 @@ from .loop import (
     feature_statistics,
     file_images,
     finished_record,
-    list_images,
     open_spaces,
     pipeline_images,
-    read_image,
     results,
 )
 from .networks import (

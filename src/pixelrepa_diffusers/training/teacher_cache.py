@@ -1,14 +1,14 @@
-"""Teacher features on disk: what a frozen teacher says of an image is computed once, not once an epoch.
+"""Cache of teacher features on disk: the frozen teacher sees each view of an image once, not once per epoch.
 
-A data set of n images needs n records, 2·n with flips; a record of DINOv2-base at 256 pixels in bfloat16 has 0.4 MB, so
-this is for data sets of up to some hundred thousand images. Records are filled in as the images come by, during the first
-epochs, by any number of processes, and may be shared by runs: everything that shapes a feature is in the file's name.
+Two records per image (flipped or not) fill in during the first epochs. A record of DINOv2-base at 256 pixels in bfloat16 has
+0.4 MB, so the cache suits up to some hundred thousand images. Any number of processes and runs may share it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import struct
 import zlib
@@ -16,29 +16,28 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from accelerate.logging import get_logger
 
 from ..evaluation import network_sha256
 from ..teacher import SemanticTeacher
 
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 _CHECKSUM = struct.Struct("<Q")
 
 
 class CachedTeacher:
     """
-    A teacher that looks its features up.
+    A teacher that looks up its features in a file.
 
-    A record holds one view (flipped or not) of one image: a checksum of the view's pixels and its features, and the
-    features in the teacher's type. A record that is missing, cut off by a kill, damaged, or of other pixels than it is
-    asked for fails its checksum, and is computed and written again; so a stale or broken file costs time, never a result.
+    A record holds a checksum of one view's pixels and features, and the features in the teacher's dtype. A record that is
+    missing, truncated, damaged or of other pixels fails its checksum and is computed again, so a stale file costs time but
+    never changes a result. The file's name depends on everything that determines the features.
 
     Args:
-        teacher: frozen.
-        folder: receives the file; created if needed.
-        num_images: of the data set.
+        teacher (`SemanticTeacher`): The frozen teacher.
+        folder (`str` or `Path`): Folder of the file; created if needed.
+        num_images (`int`): Size of the data set.
     """
 
     def __init__(self, teacher: SemanticTeacher, folder: str | Path, num_images: int):
@@ -60,55 +59,52 @@ class CachedTeacher:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         self._pool = ThreadPoolExecutor(8)  # reading and checksums release the interpreter lock
-        self._full = False
+        self._disk_is_full = False
 
     def __call__(self, pixel_values: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """
         Args:
-            pixel_values: what the teacher is given, (B, 3, H, H) in [-1, 1], on the teacher's device.
-            batch: of `data.ImageLoader`, on the CPU; its `pixel_values` are the uint8 originals of `pixel_values`.
+            pixel_values (`torch.Tensor`): Teacher input, (B, 3, H, H) in [-1, 1] on the teacher's device.
+            batch (`dict[str, torch.Tensor]`): The batch of `ImageLoader`, on the CPU, with the uint8 originals.
 
         Returns:
-            Features (B, N, F) float32 on the device of `pixel_values`.
+            `torch.Tensor`: Features (B, N, F) in float32 on the device of `pixel_values`.
         """
-        places = (2 * batch["index"] + batch["flipped"]).tolist()
+        positions = (2 * batch["index"] + batch["flipped"]).tolist()
         pixels = [zlib.crc32(view.numpy()) for view in batch["pixel_values"].contiguous()]
-        stored = list(self._pool.map(self._read, places, pixels))
+        stored = list(self._pool.map(self._read, positions, pixels))
         if all(record is not None for record in stored):
-            rows = torch.stack([torch.frombuffer(record, dtype=self.dtype) for record in stored])
-            rows = rows.view(-1, *self.shape)
+            features = torch.stack([torch.frombuffer(record, dtype=self.dtype) for record in stored])
+            features = features.view(-1, *self.shape)
             if pixel_values.device.type == "cuda":
-                rows = rows.pin_memory()
-            return rows.to(pixel_values.device, non_blocking=True).float()
+                features = features.pin_memory()
+            return features.to(pixel_values.device, non_blocking=True).float()
+
         features = self.teacher(pixel_values)
-        missing = [place for place, record in enumerate(stored) if record is None]
-        rows = features[missing].to("cpu", self.dtype).contiguous().view(torch.uint8).numpy()
-        if not self._full:
-            for place, row in zip(missing, rows, strict=True):
-                self._write(places[place], pixels[place], row.tobytes())
+        missing = [row for row, record in enumerate(stored) if record is None]
+        records = features[missing].to("cpu", self.dtype).contiguous().view(torch.uint8).numpy()
+        for row, record in zip(missing, records, strict=True):
+            self._write(positions[row], pixels[row], record.tobytes())
         return features
 
-    def _read(self, place: int, pixels: int) -> bytearray | None:
+    def _read(self, position: int, pixels: int) -> bytearray | None:
         record = bytearray(self.record_bytes)
-        size = os.preadv(self._file, [record], place * self.record_bytes)
-        if size < self.record_bytes or _CHECKSUM.unpack_from(record)[0] != _checksum(
-            memoryview(record)[_CHECKSUM.size :], pixels
-        ):
-            return None
-        return record[_CHECKSUM.size :]
+        size = os.preadv(self._file, [record], position * self.record_bytes)
+        (expected,) = _CHECKSUM.unpack_from(record)
+        features = record[_CHECKSUM.size :]
+        return features if size == self.record_bytes and _checksum(features, pixels) == expected else None
 
-    def _write(self, place: int, pixels: int, features: bytes) -> None:
+    def _write(self, position: int, pixels: int, features: bytes) -> None:
+        if self._disk_is_full:
+            return
         record = _CHECKSUM.pack(_checksum(features, pixels)) + features
         try:
-            written = os.pwrite(self._file, record, place * self.record_bytes)
+            if os.pwrite(self._file, record, position * self.record_bytes) < len(record):
+                raise OSError("the disk is full")
         except OSError as error:
-            self._full = True
-            logger.warning(f"Teacher features are no longer stored: {self.path}: {error}.", main_process_only=False)
-            return
-        if written < len(record):  # the checksum of a part never fits
-            self._full = True
-            logger.warning(f"Teacher features are no longer stored: {self.path}: the disk is full.")
+            self._disk_is_full = True
+            logger.warning("Teacher features are no longer cached: %s: %s", self.path, error)
 
 
-def _checksum(features: bytes | memoryview, pixels: int) -> int:
-    return 1 << 32 | zlib.crc32(features, pixels)  # never 0, which a hole in the file reads as
+def _checksum(features: bytes | bytearray, pixels: int) -> int:
+    return 1 << 32 | zlib.crc32(features, pixels)  # never 0, which is what a hole in the file reads as

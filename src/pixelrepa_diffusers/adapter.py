@@ -21,10 +21,6 @@ from .transformer_jit import (
     JiTBlock,
     JiTConditioning,
     JiTPositionTables,
-    check_integer,
-    check_labels,
-    check_mlp_ratio,
-    check_timestep,
     initialize_jit_weights,
     prepend_class_tokens,
 )
@@ -87,17 +83,6 @@ class MaskedTransformerAdapter(ModelMixin, ConfigMixin, AttentionMixin):
         mlp_ratio: float = 4.0,
     ):
         super().__init__()
-        for name, value in (
-            ("hidden_size", hidden_size),
-            ("num_attention_heads", num_attention_heads),
-            ("teacher_dim", teacher_dim),
-            ("grid_size", grid_size),
-            ("num_classes", num_classes),
-        ):
-            check_integer(name, value)
-        check_integer("num_layers", num_layers, most=1024)
-        check_integer("in_context_len", in_context_len, least=0)
-        check_mlp_ratio(mlp_ratio, hidden_size)
         if hidden_size % (4 * num_attention_heads):
             raise ValueError(
                 "`hidden_size` must be heads × a head width that is a multiple of 4 (rotary pairs for rows and for "
@@ -148,8 +133,6 @@ class MaskedTransformerAdapter(ModelMixin, ConfigMixin, AttentionMixin):
         """
         _check_tokens(hidden_states, self.config.hidden_size)
         _check_num_tokens(hidden_states, self.config.grid_size)
-        check_timestep(timestep, len(hidden_states), one_for_all=False)
-        check_labels(class_labels, len(hidden_states))
         if keep_mask is not None:
             if keep_mask.dtype != torch.bool or keep_mask.shape != hidden_states.shape[:2]:
                 raise ValueError(
@@ -191,12 +174,6 @@ class MLPProjector(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(self, hidden_size: int, teacher_dim: int, projector_dim: int = 2048):
         super().__init__()
-        for name, value in (
-            ("hidden_size", hidden_size),
-            ("teacher_dim", teacher_dim),
-            ("projector_dim", projector_dim),
-        ):
-            check_integer(name, value)
         self.projection = nn.Sequential(
             nn.Linear(hidden_size, projector_dim),
             nn.SiLU(),
@@ -232,8 +209,6 @@ class ConvProjector(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(self, hidden_size: int, teacher_dim: int, grid_size: int = 16):
         super().__init__()
-        for name, value in (("hidden_size", hidden_size), ("teacher_dim", teacher_dim), ("grid_size", grid_size)):
-            check_integer(name, value)
         self.projection = nn.Conv2d(hidden_size, teacher_dim, 3, padding=1)
         initialize_jit_weights(self)
 

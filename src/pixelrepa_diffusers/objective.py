@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from diffusers.utils import BaseOutput
 
 from .adapter import ConvProjector, MaskedTransformerAdapter, MLPProjector
-from .transformer_jit import JiTTransformer2DModel, check_timestep
+from .transformer_jit import JiTTransformer2DModel
 
 
 def _check_real(name: str, value: float, least: float, most: float, allowed: str) -> None:
@@ -184,7 +184,6 @@ class PixelREPAObjective(nn.Module):
             raise ValueError(
                 f"`noise` must have the shape of `pixel_values`, {tuple(pixel_values.shape)}, got {tuple(noise.shape)}."
             )
-        check_timestep(timestep, len(pixel_values), one_for_all=False)
 
         device_type = pixel_values.device.type
         with torch.autocast(device_type, enabled=False):

@@ -139,7 +139,7 @@ class PixelREPAPipeline(DiffusionPipeline):
 
     def check_inputs(
         self,
-        class_labels: ClassLabels | None,
+        batch_size: int,
         guidance_scale: float,
         guidance_interval: tuple[float, float],
         num_inference_steps: int,
@@ -147,15 +147,11 @@ class PixelREPAPipeline(DiffusionPipeline):
         latents: torch.Tensor | None,
         callback_on_step_end_tensor_inputs: list[str],
     ) -> None:
-        batch_size = len(self.get_label_ids(class_labels))
         if not 0 <= guidance_scale < float("inf"):
             raise ValueError(f"`guidance_scale` must be at least 0 (1 disables guidance), got {guidance_scale}.")
         low, high = guidance_interval
         if not 0 <= low < high <= 1:
-            raise ValueError(
-                f"`guidance_interval` must satisfy 0 ≤ low < high ≤ 1 (t = 0 is noise, t = 1 is the image), got "
-                f"({low}, {high})."
-            )
+            raise ValueError(f"`guidance_interval` must satisfy 0 ≤ low < high ≤ 1 (0 is noise), got ({low}, {high}).")
         if num_inference_steps < 1:
             raise ValueError(f"`num_inference_steps` must be at least 1, got {num_inference_steps}.")
         if isinstance(generator, list) and len(generator) != batch_size:
@@ -165,20 +161,16 @@ class PixelREPAPipeline(DiffusionPipeline):
         if latents is not None and latents.shape != shape:
             raise ValueError(f"`latents` must have the shape {shape}, got {tuple(latents.shape)}.")
         if not set(callback_on_step_end_tensor_inputs) <= set(self._callback_tensor_inputs):
-            raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` has to be in {self._callback_tensor_inputs}, but found "
-                f"{callback_on_step_end_tensor_inputs}."
-            )
+            raise ValueError(f"`callback_on_step_end_tensor_inputs` may only name {self._callback_tensor_inputs}.")
         # Flow-matching schedulers have `scale_noise` and `num_train_timesteps`; others need flow settings.
         settings = self.scheduler.config
         is_flow_matching = hasattr(self.scheduler, "scale_noise") and "num_train_timesteps" in settings
         has_flow_settings = settings.get("prediction_type") == "flow_prediction" and settings.get("use_flow_sigmas")
         if not is_flow_matching and not has_flow_settings:
             raise ValueError(
-                f"{type(self.scheduler).__name__} is not set up for flow matching. Use JiTFlowMatchScheduler, "
-                "FlowMatchEulerDiscreteScheduler or FlowMatchHeunDiscreteScheduler, or a DPMSolverMultistepScheduler, "
-                "DPMSolverSinglestepScheduler, UniPCMultistepScheduler or DEISMultistepScheduler with "
-                '`prediction_type="flow_prediction"` and `use_flow_sigmas=True`.'
+                f"{type(self.scheduler).__name__} is not set up for flow matching. Use JiTFlowMatchScheduler, a FlowMatch "
+                "scheduler of diffusers, or its DPMSolverMultistep, DPMSolverSinglestep, UniPCMultistep or DEISMultistep "
+                'scheduler with `prediction_type="flow_prediction", use_flow_sigmas=True`.'
             )
 
     def prepare_latents(
@@ -268,10 +260,11 @@ class PixelREPAPipeline(DiffusionPipeline):
         ```
         """
         # 1. Check inputs
+        label_ids = self.get_label_ids(class_labels)
         guidance_scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
         guidance_interval = self.config.guidance_interval if guidance_interval is None else guidance_interval
         self.check_inputs(
-            class_labels,
+            len(label_ids),
             guidance_scale,
             guidance_interval,
             num_inference_steps,
@@ -287,7 +280,7 @@ class PixelREPAPipeline(DiffusionPipeline):
 
         # 2. Prepare labels, noise and timesteps
         device = self._execution_device
-        labels = torch.tensor(self.get_label_ids(class_labels), device=device)
+        labels = torch.tensor(label_ids, device=device)
         labels_and_null = torch.cat([labels, torch.full_like(labels, num_classes)])
         latents = self.prepare_latents(len(labels), device, generator, latents)
         timesteps, times = self.prepare_timesteps(num_inference_steps, device)
@@ -346,7 +339,7 @@ class PixelREPAPipeline(DiffusionPipeline):
             images = latents
         elif latents.isfinite().all():
             images = self.image_processor.postprocess(latents, output_type=output_type)
-        else:  # clipping would turn them into black or white pixels
+        else:  # clipping would turn these values into black or white pixels
             raise ValueError(
                 "The images contain NaN or infinite values. Check the weights, the scheduler's settings, "
                 f"guidance_scale={guidance_scale} and the dtype {self.transformer.dtype}; "

@@ -133,25 +133,28 @@ class PixelREPAPipeline(DiffusionPipeline):
         if not class_ids:
             names = {known.casefold(): known for known in self._ids_by_name}
             nearest = difflib.get_close_matches(name.strip().casefold(), names, n=5, cutoff=0.4)
-            hint = f"Nearest names: {', '.join(repr(names[key]) for key in nearest)}." if nearest else ""
+            hint = f"The nearest names: {', '.join(repr(names[key]) for key in nearest)}." if nearest else ""
             raise ValueError(f"There is no class called {name!r}. {hint or 'See `pipe.config.id2label`.'}")
         return class_ids[0]
 
     def check_inputs(
         self,
-        batch_size: int,
+        class_labels: ClassLabels | None,
         guidance_scale: float,
         guidance_interval: tuple[float, float],
         num_inference_steps: int,
         generator: torch.Generator | list[torch.Generator] | None,
         latents: torch.Tensor | None,
+        output_type: str,
         callback_on_step_end_tensor_inputs: list[str],
     ) -> None:
+        batch_size = len(self.get_label_ids(class_labels))
         if not 0 <= guidance_scale < float("inf"):
             raise ValueError(f"`guidance_scale` must be at least 0 (1 disables guidance), got {guidance_scale}.")
-        low, high = guidance_interval
-        if not 0 <= low < high <= 1:
-            raise ValueError(f"`guidance_interval` must satisfy 0 ≤ low < high ≤ 1 (0 is noise), got ({low}, {high}).")
+        if len(guidance_interval) != 2 or not 0 <= guidance_interval[0] < guidance_interval[1] <= 1:
+            raise ValueError(
+                f"`guidance_interval` must satisfy 0 ≤ low < high ≤ 1 (0 is noise), got {guidance_interval}."
+            )
         if num_inference_steps < 1:
             raise ValueError(f"`num_inference_steps` must be at least 1, got {num_inference_steps}.")
         if isinstance(generator, list) and len(generator) != batch_size:
@@ -160,6 +163,8 @@ class PixelREPAPipeline(DiffusionPipeline):
         shape = (batch_size, config.in_channels, config.sample_size, config.sample_size)
         if latents is not None and latents.shape != shape:
             raise ValueError(f"`latents` must have the shape {shape}, got {tuple(latents.shape)}.")
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f'`output_type` must be "pil", "np", "pt" or "latent", got {output_type!r}.')
         if not set(callback_on_step_end_tensor_inputs) <= set(self._callback_tensor_inputs):
             raise ValueError(f"`callback_on_step_end_tensor_inputs` may only name {self._callback_tensor_inputs}.")
         # Flow-matching schedulers have `scale_noise` and `num_train_timesteps`; others need flow settings.
@@ -260,16 +265,16 @@ class PixelREPAPipeline(DiffusionPipeline):
         ```
         """
         # 1. Check inputs
-        label_ids = self.get_label_ids(class_labels)
         guidance_scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
         guidance_interval = self.config.guidance_interval if guidance_interval is None else guidance_interval
         self.check_inputs(
-            len(label_ids),
+            class_labels,
             guidance_scale,
             guidance_interval,
             num_inference_steps,
             generator,
             latents,
+            output_type,
             callback_on_step_end_tensor_inputs,
         )
         self._guidance_scale = guidance_scale
@@ -280,7 +285,7 @@ class PixelREPAPipeline(DiffusionPipeline):
 
         # 2. Prepare labels, noise and timesteps
         device = self._execution_device
-        labels = torch.tensor(label_ids, device=device)
+        labels = torch.tensor(self.get_label_ids(class_labels), device=device)
         labels_and_null = torch.cat([labels, torch.full_like(labels, num_classes)])
         latents = self.prepare_latents(len(labels), device, generator, latents)
         timesteps, times = self.prepare_timesteps(num_inference_steps, device)

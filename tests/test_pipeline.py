@@ -496,17 +496,7 @@ def test_a_pipeline_with_a_compiled_transformer_can_be_saved(make_pipeline, tmp_
     assert type(load(tmp_path).transformer) is JiTTransformer2DModel
 
 
-# Offloading and caches
-
-
-@pytest.mark.parametrize("offload_type", ["block_level", "leaf_level"])
-def test_group_offloading_changes_nothing(make_pipeline, offload_type):
-    pipeline, cpu = make_pipeline(guidance_scale=2.0), torch.device("cpu")
-    expected = sample(pipeline)
-    pipeline.enable_group_offload(
-        onload_device=cpu, offload_device=cpu, offload_type=offload_type, num_blocks_per_group=1
-    )
-    assert torch.equal(sample(pipeline), expected)
+# Caches
 
 
 CACHES = {

@@ -428,17 +428,19 @@ class JiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin,
 
     def enable_cache(self, config) -> None:
         """Enable one of diffusers' caches for sampling; the class docstring lists the supported ones."""
-        name = type(config).__name__
-        reason = {
-            "FasterCacheConfig": "it expects guidance at every step, with the unconditional half first",
-            "TextKVCacheConfig": "there is no text to cache",
-            "TaylorSeerCacheConfig": getattr(config, "use_lite_mode", False)
-            and "its lite mode needs a layer named `proj_out`; set `use_lite_mode=False`, "
-            '`cache_identifiers=["final_layer"]` and `skip_predict_identifiers=[r".*_blocks\\.\\d+"]`',
-            "SeaCacheConfig": getattr(config, "raw_vision_callback", None) is None
-            and "it needs a `raw_vision_callback` that returns the noisy images",
-        }.get(name)
-        if reason:
+        name, reason = type(config).__name__, None
+        if name == "FasterCacheConfig":
+            reason = "it expects guidance at every step, with the unconditional half first"
+        elif name == "TextKVCacheConfig":
+            reason = "there is no text to cache"
+        elif name == "TaylorSeerCacheConfig" and config.use_lite_mode:
+            reason = (
+                "its lite mode needs a layer named `proj_out`; set `use_lite_mode=False`, "
+                '`cache_identifiers=["final_layer"]` and `skip_predict_identifiers=[r".*_blocks\\.\\d+"]`'
+            )
+        elif name == "SeaCacheConfig" and config.raw_vision_callback is None:
+            reason = "it needs a `raw_vision_callback` that returns the noisy images"
+        if reason is not None:
             raise ValueError(f"{name} does not fit this model: {reason}.")
         self._broadcast_context = None
         super().enable_cache(config)

@@ -1,4 +1,4 @@
-"""Who may import whom: the arrows of the package's layers, and nothing heavy at import."""
+"""Import rules: layers, self-contained remote code, nothing heavy at import."""
 
 import ast
 import graphlib
@@ -8,119 +8,105 @@ from pathlib import Path
 
 import pytest
 
+import pixelrepa_diffusers
+
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "pixelrepa_diffusers"
-MODULES = sorted(
-    path.relative_to(PACKAGE).with_suffix("").as_posix()
-    for path in PACKAGE.rglob("*.py")
-    if path.name != "__init__.py"
-)
-SCRIPTS = sorted(
-    path.relative_to(ROOT).as_posix() for folder in ("training", "pipelines") for path in (ROOT / folder).glob("*.py")
-)
+FILES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
+SCRIPTS = [path for folder in ("training", "pipelines") for path in sorted((ROOT / folder).glob("*.py"))]
 
-# The lower layers, and what each may import of the package. What is not listed stands above them all.
-LOWER = {
-    "presets": set(),
-    "transformer_jit": set(),
-    "scheduling_jit": set(),
-    "pipeline_pixelrepa": set(),
-    "teacher": set(),
-    "ema": set(),
-    "images": set(),
-    "stored_images": set(),
-    "adapter": {"transformer_jit"},
-    "objective": {"adapter", "transformer_jit"},
-    "checkpoints": {"presets", "transformer_jit", "adapter"},
-    "hub": {"presets", "transformer_jit", "scheduling_jit", "pipeline_pixelrepa"},
+# From the bottom up; every other module belongs to the bottom layer. Imports within a layer must be free of cycles.
+LAYERS = {
+    "adapter": 1,
+    "objective": 2,
+    "conversion": 3,
+    "hub": 3,
+    "sampling": 4,
+    "evaluation": 5,
+    "training": 6,
+    "commands": 7,
 }
-# They travel with the weights.
-PUBLISHED = ["transformer_jit", "scheduling_jit", "pipeline_pixelrepa"]
+
+
+def layer(module: str) -> int:
+    return LAYERS.get(module.partition("/")[0], 0)
 
 
 def imports(path: Path) -> set[str]:
-    """Dotted names of everything a file imports anywhere in it, relative ones with their leading dot."""
+    """Dotted names of all imports in a file; relative imports become `pixelrepa_diffusers.…`."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            module = "." * node.level + (node.module or "")
-            names |= {f"{module}{'' if module.endswith('.') else '.'}{alias.name}" for alias in node.names}
+            parents = path.relative_to(PACKAGE.parent).parts[: -node.level] if node.level else ()
+            names |= {".".join(filter(None, (*parents, node.module, alias.name))) for alias in node.names}
     return names
 
 
-def own_modules(path: Path) -> set[str]:
-    """The modules of the package a file imports; a name of a package's own `__init__` counts as that package's."""
+def own_imports(module: str) -> set[str]:
+    """The modules of the package that a module imports."""
     found = set()
-    for name in imports(path):
-        if name.startswith("."):
-            level = len(name) - len(name.lstrip("."))
-            parents = path.relative_to(PACKAGE).parts[:-level]
-            name = ".".join((*parents, name.lstrip(".")))
-        elif name.partition(".")[0] == PACKAGE.name:
-            name = name.partition(".")[2]
-        else:
+    for name in imports(FILES[module]):
+        root, _, name = name.partition(".")
+        if root != PACKAGE.name:
             continue
-        fits = [module for module in MODULES if f"{name}.".startswith(f"{module.replace('/', '.')}.")]
-        rooms = {module.partition("/")[0] for module in MODULES if "/" in module}
-        found |= set(fits) or {name.partition(".")[0] for room in rooms if name.partition(".")[0] == room}
-    return found
+        name = pixelrepa_diffusers._MODULES.get(name, name).replace(".", "/")
+        candidates = [name, name.rpartition("/")[0], f"{name}/__init__", f"{name.rpartition('/')[0]}/__init__"]
+        found |= {next((module for module in candidates if module in FILES), "__init__")}
+    return found - {"__init__", module}
 
 
-@pytest.mark.parametrize("module", LOWER)
-def test_a_lower_layer_imports_only_what_lies_below_it(module):
-    assert own_modules(PACKAGE / f"{module}.py") <= LOWER[module]
+@pytest.mark.parametrize("module", sorted(set(FILES) - {"__init__"}))
+def test_modules_import_only_from_lower_layers(module):
+    assert {name for name in own_imports(module) if layer(name) > layer(module)} == set()
 
 
-def test_no_modules_of_the_package_import_each_other():
-    graph = {module: own_modules(PACKAGE / f"{module}.py") for module in MODULES}
-    for room in {module.partition("/")[0] for module in MODULES if "/" in module}:
-        graph[room] = own_modules(PACKAGE / room / "__init__.py")
+def test_the_package_has_no_import_cycles():
+    graph = {module: own_imports(module) for module in FILES if module != "__init__"}
     tuple(graphlib.TopologicalSorter(graph).static_order())  # raises on a cycle
 
 
-@pytest.mark.parametrize("module", PUBLISHED)
-def test_a_published_file_stands_alone(module):
-    names = imports(PACKAGE / f"{module}.py")
-    assert not [name for name in names if name.startswith(".")]
-    roots = {name.partition(".")[0] for name in names}
+@pytest.mark.parametrize("module", ["transformer_jit", "scheduling_jit", "pipeline_pixelrepa"])
+def test_remote_code_is_self_contained(module):
+    roots = {name.partition(".")[0] for name in imports(FILES[module])}
     assert roots - set(sys.stdlib_module_names) <= {"torch", "numpy", "PIL", "diffusers"}
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_the_package_does_not_import_the_scripts(module):
-    assert not {name.partition(".")[0] for name in imports(PACKAGE / f"{module}.py")} & {"training", "pipelines"}
+def test_no_file_imports_a_script_or_an_undeclared_dependency():
+    scripts = {path.stem for path in SCRIPTS} - {"evaluate"}  # also a library
+    for path in (*FILES.values(), *SCRIPTS):
+        roots = {name.partition(".")[0] for name in imports(path)}
+        assert not roots & {*scripts, "training", "pipelines", "einops", "timm", "torchvision"}, path
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_training_and_pipelines_import_the_package_and_never_each_other(script):
-    room = Path(script).parts[0]
-    roots = {name.lstrip(".").partition(".")[0] for name in imports(ROOT / script)}
-    other = {"training": "pipelines", "pipelines": "training"}[room]
-    stems = {Path(path).stem for path in SCRIPTS if path.startswith(f"{other}/")}
-    # Names that are also a script of this room, or a library's, say nothing.
-    stems -= {Path(path).stem for path in SCRIPTS if path.startswith(f"{room}/")} | {"evaluate"}
-    assert not roots & {other, *stems}
-
-
-@pytest.mark.parametrize("path", [*(f"src/pixelrepa_diffusers/{module}.py" for module in MODULES), *SCRIPTS])
-def test_no_file_needs_einops_timm_or_torchvision(path):
-    roots = {name.partition(".")[0] for name in imports(ROOT / path)}
-    assert not roots & {"einops", "timm", "torchvision"}
-
-
-def test_importing_the_package_imports_nothing_heavy():
+def test_importing_the_package_is_light_and_registers_its_classes():
     heavy = ["evaluate", "datasets", "matplotlib", "torchvision", "timm", "sklearn", "tensorboard", "wandb"]
     code = (
         "import sys\n"
         "from diffusers import DiffusionPipeline\n"
-        "theirs = set(sys.modules)\n"
+        "from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES\n"
+        "before = set(sys.modules)\n"
         "import pixelrepa_diffusers as package\n"
-        "assert all(hasattr(package, name) for name in package.__all__)\n"
-        "import pixelrepa_diffusers.metrics\n"
-        f"print([name for name in {heavy} if name in set(sys.modules) - theirs])"
+        "assert set(LOADABLE_CLASSES['pixelrepa_diffusers']) == {'ModelMixin', 'SchedulerMixin'}\n"
+        "assert not [name for name in sys.modules if name.startswith('pixelrepa_diffusers.')]\n"
+        "assert all(hasattr(package, name) and name in dir(package) for name in package.__all__)\n"
+        "import pixelrepa_diffusers.evaluation\n"
+        f"print([name for name in {heavy} if name in set(sys.modules) - before])"
     )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "[]"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stdout.strip() == "[]", run.stderr
+
+
+def test_type_checkers_see_the_public_names():
+    (block,) = [node for node in ast.parse(FILES["__init__"].read_text()).body if isinstance(node, ast.If)][:1]
+    declared = {alias.asname: node.module for node in block.body for alias in node.names}
+    assert declared == pixelrepa_diffusers._MODULES
+
+
+def test_unknown_names_and_presets_are_refused():
+    with pytest.raises(AttributeError, match="no attribute 'NoSuchName'"):
+        _ = pixelrepa_diffusers.NoSuchName
+    with pytest.raises(ValueError, match="Known presets: JiT-B/16"):
+        pixelrepa_diffusers.get_preset("JiT-B")

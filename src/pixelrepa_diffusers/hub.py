@@ -18,7 +18,6 @@ import shlex
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
-from .presets import PRESETS
+from .presets import PRESETS, imagenet_id2label
 
 
 try:
@@ -92,21 +91,6 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 class PublishError(RuntimeError):
     """Publishing failed. The message says why, what it means for the repository, and what finishes the job."""
-
-
-@cache
-def _imagenet_names() -> tuple[str, ...]:
-    path = Path(__file__).with_name("imagenet_classes.json")
-    return tuple(json.loads(path.read_text(encoding="utf-8"))["names"])
-
-
-def imagenet_id2label() -> dict[int, str]:
-    """
-    ImageNet-1k class id to name, for the published presets: `{207: "golden retriever", ...}`.
-
-    A name lists its synonyms separated by commas, and a pipeline takes each of them. Source: imagenet_classes.json.
-    """
-    return dict(enumerate(_imagenet_names()))
 
 
 # ------------------------------------------------------------------------------------------------------------- secrets

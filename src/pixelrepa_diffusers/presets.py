@@ -1,17 +1,21 @@
-"""The papers' variants, one frozen record each, and the demo's sizes.
+"""Model variants of the papers and of the digits demo, and the class names of ImageNet.
 
 Sources: JiT (arXiv 2511.13720), PixelREPA (arXiv 2603.14366) and their published code.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 
 @dataclass(frozen=True)
 class Preset:
-    """One architecture at one image size. The first group are `JiTTransformer2DModel` arguments, the second the guidance
-    the papers evaluate with: a scale for PixelREPA, a scale for plain JiT, and the interval of t they act in."""
+    """
+    Architecture of a variant, as arguments of [`JiTTransformer2DModel`], and the guidance of the papers' evaluation: a
+    scale for PixelREPA, a scale for plain JiT, and the interval of t.
+    """
 
     sample_size: int
     patch_size: int
@@ -30,12 +34,12 @@ class Preset:
     guidance_scale_jit: float = 1.0
     guidance_interval: tuple[float, float] = (0.1, 1.0)
 
-    def transformer_config(self) -> dict[str, int | float]:
-        """The keyword arguments of [`JiTTransformer2DModel`] for this variant."""
+    def transformer_config(self) -> dict[str, Any]:
+        """Keyword arguments of [`JiTTransformer2DModel`]."""
         return {name: value for name, value in vars(self).items() if not name.startswith("guidance")}
 
 
-_ARCHITECTURES = {
+_ARCHITECTURES: dict[str, dict[str, Any]] = {
     "B": {
         "num_layers": 12,
         "num_attention_heads": 12,
@@ -80,7 +84,7 @@ PRESETS: dict[str, Preset] = {
     for patch_size, sample_size, noise_scale in ((16, 256, 1.0), (32, 512, 2.0))
     for size, architecture in _ARCHITECTURES.items()
 }
-# Not from the papers: a few minutes of two CPU cores on scanned 8x8 digits enlarged to 16x16.
+# Demo only: trains in minutes on two CPU cores, on scanned 8x8 digits enlarged to 16x16.
 PRESETS["JiT-Digits/4"] = Preset(
     sample_size=16,
     patch_size=4,
@@ -99,16 +103,31 @@ PRESETS["JiT-Digits/4"] = Preset(
 
 
 def get_preset(name: str) -> Preset:
-    """The record called `name`, such as "JiT-B/16"; a `KeyError` lists the known names."""
-    if not isinstance(name, str) or name not in PRESETS:
-        raise KeyError(f"There is no preset {name!r}. Known presets: {', '.join(PRESETS)}.")
+    """
+    Return a preset by name, such as `"JiT-B/16"`.
+
+    Raises:
+        `ValueError`: If there is no such preset; the message lists the known names.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"There is no preset {name!r}. Known presets: {', '.join(PRESETS)}.")
     return PRESETS[name]
 
 
 def matching_presets(config: Mapping[str, Any]) -> dict[str, Preset]:
-    """The presets, by name, that agree with every [`JiTTransformer2DModel`] argument that `config` names."""
+    """Return the presets, by name, that agree with every [`JiTTransformer2DModel`] argument in `config`."""
     return {
         name: preset
         for name, preset in PRESETS.items()
         if all(config.get(field, value) == value for field, value in preset.transformer_config().items())
     }
+
+
+def imagenet_id2label() -> dict[int, str]:
+    """
+    Return the ImageNet-1k class names by class id: `{207: "golden retriever", ...}`.
+
+    A name lists its synonyms separated by commas. imagenet_classes.json states the source of the names.
+    """
+    path = Path(__file__).with_name("imagenet_classes.json")
+    return dict(enumerate(json.loads(path.read_text(encoding="utf-8"))["names"]))

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from ..cli import flag, parse, run
+from ..cli import check_launch, flag, parse, run
 from ..evaluation import (
     FeatureBank,
     FeatureMoments,
@@ -29,7 +29,6 @@ from ..evaluation import (
     network_name,
     network_sha256,
 )
-from ..sampling import check_launch
 from ..training.data import DataArguments, ImageSource, open_source, read_pixels
 
 
@@ -76,15 +75,8 @@ class CroppedImages(Dataset):
 
 def open_images(args: ReferenceArguments) -> ImageSource:
     """Open the images of `args` as training does."""
-    data_flags = (
-        "train_data_dir",
-        "dataset_name",
-        "dataset_config_name",
-        "dataset_split",
-        "cache_dir",
-        "image_column",
-    )
-    source = open_source(DataArguments(**{name: getattr(args, name) for name in data_flags}, unconditional=True))
+    names = ("train_data_dir", "dataset_name", "dataset_config_name", "dataset_split", "cache_dir", "image_column")
+    source = open_source(DataArguments(**{name: getattr(args, name) for name in names}, unconditional=True))
     if source.resolution not in (None, args.resolution):
         raise ValueError(
             f"--resolution is {args.resolution}, but {args.train_data_dir} was prepared at {source.resolution} pixels: use "

@@ -24,13 +24,13 @@ from pixelrepa_diffusers.evaluation import (
     evaluate_pipeline,
     extract,
     file_images,
-    list_images,
     open_spaces,
     pipeline_images,
     precision_recall,
     results,
 )
 from pixelrepa_diffusers.hub import card_for_folder, weights_sha256
+from pixelrepa_diffusers.images import list_images
 from pixelrepa_diffusers.sampling import seeded
 
 

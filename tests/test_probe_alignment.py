@@ -16,9 +16,8 @@ from pixelrepa_diffusers.evaluation import (
     FeatureStatistics,
     VisionEncoderNetwork,
     extract,
-    list_images,
-    read_image,
 )
+from pixelrepa_diffusers.images import list_images, read_image
 
 
 CLASSES, PER_CLASS, KEPT = 3, 24, 10

@@ -42,12 +42,11 @@ from pixelrepa_diffusers.evaluation import (
     accumulate,
     feature_statistics,
     finished_record,
-    list_images,
     pipeline_images,
-    read_image,
     results,
 )
 from pixelrepa_diffusers.files import write_atomically
+from pixelrepa_diffusers.images import list_images, read_image
 from pixelrepa_diffusers.sampling import device_name, versions
 from pixelrepa_diffusers.training.arguments import ObjectiveArguments, TrainingArguments, parse_arguments
 from pixelrepa_diffusers.training.data import open_source

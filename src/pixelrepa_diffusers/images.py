@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 
-__all__ = ["DECODING_ERRORS", "center_crop_adm", "make_grid", "to_rgb", "to_uint8"]
+__all__ = [
+    "DECODING_ERRORS",
+    "center_crop_adm",
+    "list_images",
+    "make_grid",
+    "open_image",
+    "read_image",
+    "to_rgb",
+    "to_uint8",
+]
 
 # What damaged bytes lead Pillow's decoders into (all of these were seen or are raised in its sources).
 DECODING_ERRORS = (
@@ -146,3 +157,38 @@ def make_grid(
                 text = text.removesuffix("…")[:-1] + "…"
             draw.text((left, top), text, fill="black", font=font)
     return grid
+
+
+def list_images(folder: str | Path) -> list[Path]:
+    """Image files below a folder, or that fit a pattern such as "images/0*.png", sorted."""
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    path = Path(folder)
+    root, pattern = (path, "**/*") if path.is_dir() else (path.parent, path.name)
+    paths = sorted(file for file in root.glob(pattern) if file.suffix.lower() in suffixes and file.is_file())
+    if not paths:
+        raise FileNotFoundError(
+            f"No images at {folder}: give a folder of images, or a pattern such as 'images/*.png'."
+        )
+    return paths
+
+
+@contextlib.contextmanager
+def open_image(path: Path) -> Iterator[Image.Image]:
+    """Open an image file without decoding it; errors, also later ones, become a `ValueError` that names the file."""
+    try:
+        with Image.open(path) as image:
+            # Pillow itself only warns between its limit and twice its limit.
+            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                raise ValueError(f"its {image.width}×{image.height} pixels are more than {Image.MAX_IMAGE_PIXELS}")
+            yield image
+    except DECODING_ERRORS as error:
+        raise ValueError(f"Bad image {path}: {error}. Replace it, or leave it out.") from error
+
+
+def read_image(path: Path, size: int | None = None) -> torch.Tensor:
+    """An image file as `torch.uint8` (3, H, W); with `size`, its ADM centre crop."""
+    with open_image(path) as image:
+        image = to_rgb(image)
+    if size is not None:
+        image = center_crop_adm(image, size)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)

@@ -51,14 +51,13 @@ from ..evaluation import (
     accumulate,
     file_images,
     finished_record,
-    list_images,
     open_spaces,
     pipeline_images,
     results,
 )
 from ..files import only_writer, remove_incomplete, write_atomically
 from ..hub import weights_sha256
-from ..images import make_grid
+from ..images import list_images, make_grid
 from ..sampling import SCHEDULERS, check_launch, describe_pipeline, device_name, fetch_pipeline, versions
 
 

@@ -38,12 +38,10 @@ from ..evaluation import (
     accumulate,
     extract,
     feature_statistics,
-    list_images,
     network_name,
-    read_image,
 )
 from ..files import write_atomically
-from ..images import to_uint8
+from ..images import list_images, read_image, to_uint8
 from ..sampling import check_launch, describe_pipeline, device_name, fetch_pipeline, seeded, versions
 
 

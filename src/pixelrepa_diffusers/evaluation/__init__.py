@@ -1,24 +1,20 @@
-# Copyright 2026 The pixelrepa_diffusers authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
-# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""FID, Inception Score, precision and recall, and FD-DINOv2, streamed and distributed.
+"""
+FID, Inception Score, precision and recall, and FD-DINOv2, streamed and distributed.
 
 As `evaluate` modules:
 
-    fid = metrics.load("fid")
+    fid = load("fid")
     fid.add_batch(images=images)                             # PIL or uint8, or features=…
     fid.compute(reference="jit_in256_stats.npz")             # {"fid": …}
 
-As plain pieces, one pass of the network for several metrics:
+Several metrics of a pipeline in one pass, see [`evaluate_pipeline`]:
 
-    moments, bank, scores = FeatureMoments(), FeatureBank(), InceptionScoreSums(num_images=50_000)
-    for indices, images in batches:
-        outputs = extract(network, images)                   # uint8 (B, 3, H, W) → features (B, D), logits (B, C)
-        moments.update(outputs["features"]), bank.update(outputs["features"]), scores.update(outputs["logits"], indices)
-    FeatureStatistics.from_moments(gather(moments)).distance(FeatureStatistics.load("reference.npz"))
+    networks, references = {"inception": InceptionNetwork}, {"inception": "jit_in256_stats.npz"}
+    spaces = open_spaces(["fid", "inception_score"], 50_000, networks, references)
+    evaluate_pipeline(pipeline, spaces, num_images=50_000)   # {"fid": …, "inception_score": …, …}
 
-Feature width, number of images and numeric type are checked on the way; see the functions.
+As plain functions: [`extract`] features, accumulate them in [`FeatureMoments`], [`FeatureBank`] or [`InceptionScoreSums`],
+[`gather`] over processes, and compare [`FeatureStatistics`].
 """
 
 from .loop import (
@@ -30,10 +26,8 @@ from .loop import (
     feature_statistics,
     file_images,
     finished_record,
-    list_images,
     open_spaces,
     pipeline_images,
-    read_image,
     results,
 )
 from .networks import (
@@ -73,37 +67,30 @@ __all__ = [
     "finished_record",
     "frechet_distance",
     "gather",
-    "list_images",
     "load",
     "network_name",
     "network_sha256",
     "open_spaces",
     "pipeline_images",
     "precision_recall",
-    "read_image",
     "results",
     "stack_images",
 ]
 
-MODULE_NAMES = ("fid", "inception_score", "precision_recall", "fd_dinov2")
-
 
 def load(name: str, **kwargs):
-    """One of the `evaluate` modules `fid`, `inception_score`, `precision_recall`, `fd_dinov2`.
+    """
+    Create one of the `evaluate` modules `fid`, `inception_score`, `precision_recall` and `fd_dinov2`.
 
     Args:
-        name: which one.
-        kwargs: `network`, `batch_size` and the arguments of `evaluate.Metric`; see `metrics.modules.StreamingMetric`.
+        name (`str`): The metric.
+        kwargs: `network`, `batch_size` and arguments of `evaluate.Metric`, see [`~scores.StreamingMetric`].
 
     Returns:
-        An `evaluate.Metric`; its `inputs_description` says what `compute` takes.
-
-    Raises:
-        ValueError: unknown name.
+        `evaluate.Metric`: Its `inputs_description` documents the arguments of `compute`.
     """
-    if name not in MODULE_NAMES:
-        raise ValueError(f"There is no metric {name!r}; there are {', '.join(MODULE_NAMES)}.")
-    # Late, because importing `evaluate` takes about 4 s.
-    from .scores import MODULES
+    from .scores import MODULES  # importing `evaluate` takes seconds
 
+    if name not in MODULES:
+        raise ValueError(f"Unknown metric {name!r}, choose from {', '.join(MODULES)}.")
     return MODULES[name](**kwargs)

@@ -408,6 +408,14 @@ def prepared_source(folder: Path, args: DataArguments) -> ImageSource:
     return ImageSource(images, labels, num_classes, class_names, manifest["resolution"], args.max_train_samples)
 
 
+def read_pixels(example: Example, resolution: int, offset: float | None = None) -> torch.Tensor:
+    """Pixels of an example, uint8 (3, resolution, resolution)."""
+    if isinstance(example.image, np.ndarray):
+        return torch.from_numpy(example.image.copy())
+    picture = decode_image(example.image, example.name)
+    return torch.from_numpy(crop_image(picture, resolution, example.name, offset))
+
+
 @dataclass
 class ItemMaker:
     """Turns stored images into training items; picklable, for the workers."""

@@ -1,0 +1,694 @@
+"""The evaluation library: arithmetic against independent implementations, streaming, references, networks and the loop."""
+
+import pickle
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from accelerate import Accelerator, debug_launcher
+from accelerate.state import AcceleratorState
+from PIL import ExifTags, Image
+from record_torch_fidelity import draw_images, draw_weights
+from tiny import TinyClassifier, encoder, random_images, reference_of
+from training_runs import TEACHER
+from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
+
+from pixelrepa_diffusers import evaluation
+from pixelrepa_diffusers.evaluation import (
+    FeatureBank,
+    FeatureMoments,
+    FeatureSpace,
+    FeatureStatistics,
+    InceptionNetwork,
+    InceptionScoreSums,
+    VisionEncoderNetwork,
+    accumulate,
+    evaluate_pipeline,
+    extract,
+    file_images,
+    finished_record,
+    frechet_distance,
+    gather,
+    network_sha256,
+    open_spaces,
+    pipeline_images,
+    precision_recall,
+    results,
+    stack_images,
+)
+from pixelrepa_diffusers.images import list_images
+from pixelrepa_diffusers.sampling import seeded
+
+
+RECORDED = Path(__file__).parent / "fixtures" / "metrics"  # by record_torch_fidelity.py
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    with np.load(RECORDED / "torch_fidelity.npz") as file:
+        return dict(file)
+
+
+@pytest.fixture
+def load(tmp_path):
+    return lambda name, **kwargs: evaluation.load(name, cache_dir=str(tmp_path / "evaluate"), **kwargs)
+
+
+def moments_of(*batches) -> FeatureMoments:
+    moments = FeatureMoments()
+    for batch in batches:
+        moments.update(batch)
+    return moments
+
+
+def statistics_of(*batches) -> FeatureStatistics:
+    return FeatureStatistics.from_moments(moments_of(*batches))
+
+
+def random_covariance(rng, size, rank=None):
+    factor = rng.normal(size=(size, rank or size))
+    return factor @ factor.T
+
+
+# ---------------------------------------------------------------------------------------------------- Fréchet distance
+
+
+@pytest.mark.parametrize("zeros", [0, 25])
+def test_frechet_distance_of_commuting_covariances(rng, zeros):
+    rotation = np.linalg.qr(rng.normal(size=(40, 40)))[0]
+    a, b = rng.uniform(0.1, 5, (2, 40))
+    a[:zeros], b[zeros // 2 : zeros] = 0, 0
+    mu1, mu2 = rng.normal(size=(2, 40))
+    expected = ((mu1 - mu2) ** 2).sum() + ((np.sqrt(a) - np.sqrt(b)) ** 2).sum()
+    sigma1, sigma2 = (rotation * a) @ rotation.T, (rotation * b) @ rotation.T
+    assert frechet_distance(mu1, sigma1, mu2, sigma2) == pytest.approx(expected, rel=1e-12)
+
+
+def test_frechet_distance_equals_the_matrix_square_root(rng):
+    sigma1, sigma2, mu = random_covariance(rng, 30), random_covariance(rng, 30), rng.normal(size=30)
+    root = scipy.linalg.sqrtm(sigma1 @ sigma2).real
+    expected = (mu**2).sum() + np.trace(sigma1 + sigma2 - 2 * root)
+    assert frechet_distance(mu, sigma1, np.zeros(30), sigma2) == pytest.approx(expected, rel=1e-10)
+
+
+def test_frechet_distance_is_exact_for_singular_covariances(rng):
+    # With rank one, A₁ = a and A₂ = b are vectors and tr (Σ₁Σ₂)^½ = |a·b|; eigenvalues of Σ₁Σ₂ give 1e-8 here.
+    a, b = rng.normal(size=(2, 200))
+    expected = a @ a + b @ b - 2 * abs(a @ b)
+    distance = frechet_distance(np.zeros(200), np.outer(a, a), np.zeros(200), np.outer(b, b))
+    assert distance == pytest.approx(expected, rel=1e-13)
+
+
+def test_frechet_distance_to_itself_is_zero(rng):
+    mu, sigma = rng.normal(size=50) + 100, random_covariance(rng, 50, rank=20)
+    assert abs(frechet_distance(mu, sigma, mu, sigma)) < 1e-12 * np.trace(sigma)
+    constant = statistics_of(np.full((30, 4), 2.0))  # no variance
+    assert constant.distance(constant) == 0
+    assert constant.distance(FeatureStatistics(np.zeros(4), np.eye(4))) == pytest.approx(4 * 2.0**2 + 4)
+
+
+# ----------------------------------------------------------------------------------------------------------- streaming
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_streamed_moments_equal_numpy(rng, dtype):
+    features = torch.from_numpy(rng.normal(size=(101, 7)) * rng.uniform(0.01, 10, 7)).to(dtype)
+    moments, exact = moments_of(*features.tensor_split([1, 2, 40, 40, 90])), features.double().numpy()
+    assert moments.count == 101
+    np.testing.assert_allclose(moments.mean, exact.mean(0), rtol=1e-13, atol=1e-15)
+    np.testing.assert_allclose(moments.covariance, np.cov(exact, rowvar=False), rtol=1e-11, atol=1e-14)
+
+
+def test_a_large_mean_does_not_cancel_the_covariance(rng):
+    noise = rng.normal(size=(500, 4))
+    moments = moments_of(*np.split(noise + 1e7, 10))
+    np.testing.assert_allclose(moments.covariance, np.cov(noise, rowvar=False), atol=1e-8)
+
+
+def test_merging_equals_the_whole_and_copies(rng):
+    features = rng.normal(size=(64, 5)) + 3
+    whole, left, right, empty = (
+        moments_of(features),
+        moments_of(features[:20]),
+        moments_of(features[20:]),
+        moments_of(),
+    )
+    left.merge(right)
+    left.merge(FeatureMoments())
+    empty.merge(whole)
+    for merged in (left, empty):
+        assert merged.count == 64
+        np.testing.assert_allclose(merged.mean, whole.mean, rtol=1e-14)
+        np.testing.assert_allclose(merged.scatter, whole.scatter, rtol=1e-12)
+    before = whole.scatter.copy()
+    empty.update(features)
+    assert np.array_equal(whole.scatter, before)
+
+
+@pytest.mark.parametrize("accumulator", [FeatureMoments, FeatureBank])
+@pytest.mark.parametrize(
+    "features, message",
+    [([[1, 2], [np.nan, 1]], "NaN or infinite"), ([[1, 2], [np.inf, 1]], "NaN or infinite"), ([1, 2], "shape")],
+)
+def test_unusable_features_are_refused(accumulator, features, message):
+    with pytest.raises(ValueError, match=message):
+        accumulator().update(np.array(features))
+
+
+def test_features_that_overflow_half_precision_are_refused():
+    with pytest.raises(ValueError, match="overflow float16"):
+        FeatureBank().update(np.full((1, 2), 7e4))
+
+
+def _on_two_processes(folder):
+    AcceleratorState._reset_state(reset_partial_state=True)  # forked from a parent with one process
+    rank = Accelerator(cpu=True).process_index
+    features = np.random.default_rng(1).normal(size=(60, 6)) + 2
+    logits = np.random.default_rng(2).normal(size=(60, 5)) * 3
+    moments, bank, scores, lonely = FeatureMoments(), FeatureBank(), InceptionScoreSums(60), FeatureMoments()
+    for batch in np.array_split(np.arange(60)[rank::2], 4):
+        moments.update(features[batch]), bank.update(features[batch]), scores.update(logits[batch], batch)
+    fid = evaluation.load("fid", cache_dir=folder)
+    if rank == 1:  # process 0 has no images
+        lonely.update(features)
+        fid.add_batch(features=features)
+    moments, bank, scores, lonely = (gather(accumulator) for accumulator in (moments, bank, scores, lonely))
+    np.savez(
+        f"{folder}/{rank}.npz",
+        mean=moments.mean,
+        covariance=moments.covariance,
+        bank=np.sort(bank.features, axis=0),
+        scores=list(scores.compute().values()),
+        lonely=lonely.covariance,
+        fid=fid.compute(reference=FeatureStatistics(np.zeros(6), np.eye(6)))["fid"],
+    )
+
+
+def test_two_processes_equal_one_also_without_images(tmp_path):
+    debug_launcher(_on_two_processes, args=(str(tmp_path),), num_processes=2)
+    ranks = [dict(np.load(tmp_path / f"{rank}.npz")) for rank in (0, 1)]
+    features = np.random.default_rng(1).normal(size=(60, 6)) + 2
+    scores = InceptionScoreSums(60)
+    scores.update(np.random.default_rng(2).normal(size=(60, 5)) * 3, np.arange(60))
+    one = moments_of(features)
+    for rank in ranks:
+        np.testing.assert_allclose(rank["mean"], one.mean, rtol=1e-13)
+        np.testing.assert_allclose(rank["covariance"], one.covariance, rtol=1e-12, atol=1e-15)
+        np.testing.assert_allclose(rank["lonely"], one.covariance, rtol=1e-13)
+        np.testing.assert_array_equal(rank["bank"], np.sort(features.astype(np.float16), axis=0))
+        np.testing.assert_allclose(rank["scores"], list(scores.compute().values()), rtol=1e-13)
+        expected = FeatureStatistics.from_moments(one).distance(FeatureStatistics(np.zeros(6), np.eye(6)))
+        assert rank["fid"] == pytest.approx(expected, rel=1e-12)
+    assert all(np.array_equal(ranks[0][name], ranks[1][name]) for name in ranks[0])
+
+
+def test_gathering_without_the_other_processes_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RuntimeError, match="WORLD_SIZE is 2"):
+        gather(FeatureMoments())
+
+
+# ----------------------------------------------------------------------------------------------------- Inception Score
+
+
+def test_inception_score_equals_its_definition_in_any_order(rng):
+    logits, arrival = rng.normal(size=(50, 8)) * 2, rng.permutation(50)
+    scores, rest = InceptionScoreSums(50, 5, shuffle_seed=None), InceptionScoreSums(50, 5, shuffle_seed=None)
+    for batch in np.array_split(arrival[:30], 4):
+        scores.update(logits[batch], batch)
+    rest.update(torch.from_numpy(logits[arrival[30:]]), arrival[30:])
+    scores.merge(rest)
+
+    expected = []
+    for part in np.split(logits, 5):
+        p = torch.from_numpy(part).softmax(1).numpy()
+        expected.append(np.exp(np.mean([(row * np.log(row / p.mean(0))).sum() for row in p])))
+    assert list(scores.compute().values()) == pytest.approx([np.mean(expected), np.std(expected)], rel=1e-12)
+
+
+@pytest.mark.parametrize("logits, expected", [(np.zeros((20, 4)), 1), (np.tile(np.eye(4) * 1000, (5, 1)), 4)])
+def test_inception_score_lies_between_one_and_the_number_of_classes(logits, expected):
+    scores = InceptionScoreSums(20, splits=5, shuffle_seed=None)
+    scores.update(logits, np.arange(20))
+    assert scores.compute() == {"inception_score": pytest.approx(expected), "inception_score_std": pytest.approx(0)}
+
+
+def test_inception_score_of_missing_images_is_refused(rng):
+    with pytest.raises(ValueError, match="10 splits"):
+        InceptionScoreSums(9)
+    scores = InceptionScoreSums(20)
+    scores.update(rng.normal(size=(10, 3)), np.arange(10))
+    with pytest.raises(ValueError, match="only 10"):
+        scores.compute()
+
+
+# ------------------------------------------------------------------------------------------------ precision and recall
+
+
+def share_inside(queries, centres, k):
+    def distance(a, b):
+        return np.sqrt(((a - b) ** 2).sum())
+
+    radii = [sorted(distance(a, b) for j, b in enumerate(centres) if j != i)[k - 1] for i, a in enumerate(centres)]
+    return np.mean([any(distance(q, c) <= r for c, r in zip(centres, radii, strict=True)) for q in queries])
+
+
+@pytest.mark.parametrize("k", [1, 3, 5])
+@pytest.mark.parametrize("offset", [0, 1e6])
+def test_precision_and_recall_equal_brute_force(rng, k, offset):
+    generated, real = rng.normal(size=(40, 4)) * 1.2 + 0.5 + offset, rng.normal(size=(30, 4)) + offset
+    result = precision_recall(generated, torch.from_numpy(real), k=k, batch_size=7)
+    assert result["precision"] == pytest.approx(share_inside(generated, real, k), abs=1e-15)
+    assert result["recall"] == pytest.approx(share_inside(real, generated, k), abs=1e-15)
+    assert 0 < result["precision"] < 1 and 0 < result["recall"] < 1
+
+
+def test_rounding_does_not_decide_about_copies(rng):
+    # A coarse lattice has many copies and many equal distances.
+    generated, real = (rng.integers(0, 4, (count, 3)) / 3 + 7 for count in (40, 30))
+    result = precision_recall(generated, real, k=3, batch_size=11)
+    assert result == {"precision": share_inside(generated, real, 3), "recall": share_inside(real, generated, 3)}
+    repeated = np.repeat(rng.normal(size=(30, 6)), 5, axis=0)  # balls of radius 0
+    assert precision_recall(repeated, np.roll(repeated, 5, axis=0)) == {"precision": 1, "recall": 1}
+
+
+def test_precision_and_recall_of_identical_and_disjoint_sets(rng):
+    for features in (rng.normal(size=(20, 6)).astype(np.float16), np.full((10, 6), 0.3)):
+        assert precision_recall(features, features) == {"precision": 1, "recall": 1}
+        assert precision_recall(features, features + 100) == {"precision": 0, "recall": 0}
+
+
+def test_half_precision_moves_precision_and_recall_by_at_most_a_thousandth(rng):
+    generated, real = rng.normal(size=(1000, 64)) * 0.9 + 0.1, rng.normal(size=(1000, 64))
+    exact = precision_recall(generated, real)
+    halved = precision_recall(generated.astype(np.float16), real.astype(np.float16))
+    assert 0.05 < exact["recall"] < 0.95
+    assert all(abs(exact[name] - halved[name]) <= 0.001 for name in exact)
+
+
+def test_too_few_images_for_the_neighbour_are_refused(rng):
+    with pytest.raises(ValueError, match="9 generated and 3 real"):
+        precision_recall(rng.normal(size=(9, 2)), rng.normal(size=(3, 2)))
+
+
+# --------------------------------------------------------------------------------------- parity with torch-fidelity
+
+
+def test_fid_equals_torch_fidelity(recorded):
+    generated, real = (
+        statistics_of(*np.array_split(recorded[f"features_{name}"], 7)) for name in ("generated", "real")
+    )
+    # torch-fidelity averages float32 features in float32; given float64 features it agrees to rounding.
+    assert generated.distance(real) == pytest.approx(float(recorded["fid"]), rel=1e-6)
+    assert generated.distance(real) == pytest.approx(float(recorded["fid_float64"]), rel=1e-11)
+
+
+@pytest.mark.parametrize("seed, prefix", [(2020, "isc"), (None, "isc_unshuffled")])
+def test_inception_score_equals_torch_fidelity(recorded, seed, prefix):
+    scores = InceptionScoreSums(40, shuffle_seed=seed)
+    for batch in np.array_split(np.arange(40)[::-1], 3):
+        scores.update(recorded["logits_generated"][batch], batch)
+    expected = [float(recorded[f"{prefix}_{part}"]) for part in ("mean", "std")]
+    assert list(scores.compute().values()) == pytest.approx(expected, rel=1e-12)
+
+
+def test_precision_and_recall_equal_torch_fidelity(recorded):
+    result = precision_recall(recorded["features_generated"][:60], recorded["features_generated"][60:])
+    # torch-fidelity returns float32 means.
+    assert result == pytest.approx({name: float(recorded[name]) for name in result}, rel=1e-6)
+
+
+def test_torch_fidelity_cache_is_a_reference(recorded):
+    statistics = FeatureStatistics.load(RECORDED / "torch_fidelity_stat.pt")
+    expected = moments_of(recorded["features_real"])
+    np.testing.assert_allclose(statistics.mu, expected.mean, rtol=1e-6)
+    np.testing.assert_allclose(statistics.sigma, expected.covariance, rtol=1e-5, atol=1e-9)
+
+
+def test_inception_network_equals_torch_fidelity_where_installed(recorded, tmp_path, load):
+    pytest.importorskip("torch_fidelity", reason="its torchvision cannot be imported beside CPU builds of torch")
+    torch.save(draw_weights(int(recorded["weights_seed"])), tmp_path / "weights.pth")
+    seed = int(recorded["images_seed"])
+    generated, real = draw_images(120, tint=0, seed=seed), draw_images(100, tint=64, seed=seed + 1)
+    network = InceptionNetwork(tmp_path / "weights.pth")
+    reference = statistics_of(*(extract(network, batch)["features"] for batch in real.split(64)))
+    assert len(reference.mu) == 2048
+    with pytest.warns(UserWarning, match="covariance is singular"):
+        result = load("fid", network=network).compute(images=generated, reference=reference)
+    # Convolutions sum in another order from one batch size and one build of torch to the next.
+    assert result["fid"] == pytest.approx(float(recorded["fid_2048"]), rel=1e-5)
+    result = load("inception_score", network=network).compute(images=generated[:40])
+    assert result["inception_score"] == pytest.approx(float(recorded["isc_mean"]), rel=1e-5)
+    features = extract(InceptionNetwork(tmp_path / "weights.pth", layer="64"), generated[:8])["features"]
+    np.testing.assert_allclose(features, recorded["features_generated"][:8], rtol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ reference statistics
+
+
+def test_statistics_survive_saving(rng, tmp_path):
+    bank, features = FeatureBank(), rng.normal(size=(9, 4))
+    bank.update(features)
+    statistics = FeatureStatistics.from_moments(moments_of(features), bank, "a network", "0123")
+    statistics.save(tmp_path / "reference.npz")
+    loaded = FeatureStatistics.load(tmp_path / "reference.npz")
+    assert (loaded.count, loaded.network, loaded.network_sha256) == (9, "a network", "0123")
+    assert loaded.sha256 == statistics.sha256
+    assert loaded.features.dtype == np.float16 and np.array_equal(loaded.features, bank.features)
+    assert [path.name for path in tmp_path.iterdir()] == ["reference.npz"]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_files_of_other_programs_are_references(rng, tmp_path, dtype):
+    # The layout of jit_in256_stats.npz and clean-fid; ADM's files hold more arrays.
+    sigma = random_covariance(rng, 5).astype(dtype)
+    np.savez(tmp_path / "stats.npz", mu=np.arange(5, dtype=dtype), sigma=sigma, mu_s=np.zeros(7))
+    loaded = FeatureStatistics.load(tmp_path / "stats.npz")
+    assert loaded.count is None and loaded.mu.dtype == loaded.sigma.dtype == np.float64
+    assert np.array_equal(loaded.sigma, sigma)
+
+
+@pytest.mark.parametrize(
+    "arrays, message",
+    [
+        ({"mu": np.zeros(3)}, "sigma"),
+        ({"mu": np.zeros(3), "sigma": np.eye(2)}, "shape"),
+        ({"mu": np.zeros(3), "sigma": np.full((3, 3), np.nan)}, "NaN"),
+        ({"mu": np.array([None] * 3), "sigma": np.eye(3)}, "allow_pickle"),
+    ],
+)
+def test_bad_reference_arrays_are_refused_by_file_name(tmp_path, arrays, message):
+    np.savez(tmp_path / "bad.npz", **arrays)
+    with pytest.raises(ValueError, match=r"bad\.npz cannot be read.*" + message):
+        FeatureStatistics.load(tmp_path / "bad.npz")
+
+
+@pytest.mark.parametrize("name", ["bad.npz", "bad.pt"])
+def test_damaged_and_unsafe_reference_files_are_refused(tmp_path, name):
+    class Hostile:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "executed",)
+
+    good = {"mu": np.zeros(3), "sigma": np.eye(3)}
+    np.savez(tmp_path / "good.npz", **good)
+    for content in (pickle.dumps({**good, "x": Hostile()}), (tmp_path / "good.npz").read_bytes()[:100]):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{name} cannot be read"):
+            FeatureStatistics.load(tmp_path / name)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_statistics_of_different_networks_are_not_compared():
+    one, other = (FeatureStatistics(np.zeros(2), np.eye(2), 10, name, name) for name in ("dinov2", "inception"))
+    with pytest.raises(ValueError, match=r"dinov2 .* and inception"):
+        one.distance(other)
+    with pytest.raises(ValueError, match=r"width 2\) and unknown \(width 3"):
+        one.distance(FeatureStatistics(np.zeros(3), np.eye(3)))
+
+
+def test_fewer_images_than_dimensions_warn(rng):
+    reference = FeatureStatistics(np.zeros(20), np.eye(20))
+    with pytest.warns(UserWarning, match="10 images for features of width 20"):
+        assert statistics_of(rng.normal(size=(10, 20))).distance(reference) > 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        statistics_of(rng.normal(size=(21, 20))).distance(reference)
+    with pytest.raises(ValueError, match="at least 2 images, got 1"):
+        statistics_of(np.ones((1, 3)))
+
+
+# ---------------------------------------------------------------------------------------------------- feature networks
+
+
+@pytest.mark.parametrize("pooling", ["class", "patches"])
+def test_vision_encoder_features_are_tokens_of_its_model(pooling):
+    network = VisionEncoderNetwork.from_pretrained(TEACHER, image_size=28, pooling=pooling)
+    images = torch.randint(0, 256, (3, 3, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    pixels = (images / 255 - mean[:, None, None]) / std[:, None, None]
+    tokens = network.model(pixels).last_hidden_state
+    expected = tokens[:, 0] if pooling == "class" else tokens[:, 1:].mean(1)
+    torch.testing.assert_close(extract(network, images)["features"], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [20, 33, 100])
+def test_vision_encoder_resizes_as_pil_does(rng, size):
+    network, seen = encoder(), []
+    network.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    images = rng.integers(0, 256, (2, size, size, 3), dtype=np.uint8)
+    assert extract(network, images)["features"].shape == (2, 24)
+    bands = [[Image.fromarray(image[..., band].astype(np.float32)) for band in range(3)] for image in images]
+    resized = [[np.asarray(band.resize((28, 28), Image.Resampling.BICUBIC)) for band in image] for image in bands]
+    mean, std = (np.array(value)[:, None, None] for value in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    expected = (np.clip(np.stack(resized) / 255, 0, 1) - mean) / std
+    np.testing.assert_allclose(seen[0].numpy(), expected, atol=1e-4)
+
+
+def test_encoders_with_and_without_a_class_token():
+    tiny = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    tiny.update(image_size=16, patch_size=8)
+    half = ((0.5,) * 3, (0.5,) * 3, 16)
+    clip, siglip = CLIPVisionModel(CLIPVisionConfig(**tiny)), SiglipVisionModel(SiglipVisionConfig(**tiny))
+    for network in (VisionEncoderNetwork(clip, *half), VisionEncoderNetwork(siglip, *half, pooling="patches")):
+        assert extract(network, random_images(2))["features"].shape == (2, 8)
+    with pytest.raises(ValueError, match="no class token"):
+        extract(VisionEncoderNetwork(siglip, *half, pooling="class"), random_images(2))
+    with pytest.raises(ValueError, match="multiple of the model's patch of 14, got 32"):
+        VisionEncoderNetwork.from_pretrained(TEACHER, image_size=32)
+
+
+def test_network_hash_follows_weights_and_settings():
+    assert network_sha256(encoder()) == network_sha256(encoder())
+    assert network_sha256(encoder()) != network_sha256(VisionEncoderNetwork.from_pretrained(TEACHER, image_size=42))
+    assert network_sha256(TinyClassifier(0)) == network_sha256(TinyClassifier(0)) != network_sha256(TinyClassifier(1))
+    # Reference files store the hash, so it must not change between releases.
+    assert network_sha256(encoder()).startswith("d8c1be200a467d5222c85b90")
+
+
+def test_images_may_be_pil_arrays_or_tensors():
+    tensor = random_images(3)
+    arrays = tensor.permute(0, 2, 3, 1).numpy()
+    for images in (arrays, list(arrays), [Image.fromarray(array) for array in arrays]):
+        assert torch.equal(stack_images(images), tensor)
+    assert stack_images([Image.new("L", (4, 4), 7)]).unique().tolist() == [7]
+
+
+@pytest.mark.parametrize("images", [torch.zeros(1, 3, 8, 8), torch.zeros(1, 8, 8, 3, dtype=torch.uint8)])
+def test_images_must_be_rgb_of_8_bits(images):
+    with pytest.raises(ValueError, match="8 bits"):
+        extract(TinyClassifier(), images)
+
+
+def test_inception_errors_say_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    with pytest.raises(ImportError, match=r"pixelrepa-diffusers\[eval\]"):
+        InceptionNetwork()
+    torch.save({"x": Path("x")}, tmp_path / "unsafe.pth")
+    with pytest.raises(ValueError, match="is not a file of Inception weights"):
+        InceptionNetwork(tmp_path / "unsafe.pth")
+
+
+# ------------------------------------------------------------------------------------------------------ evaluate modules
+
+
+def test_modules_on_images_equal_the_functions(rng, load, tmp_path):
+    network, images = TinyClassifier(), random_images(40)
+    reference = reference_of(network, random_images(40, seed=2) // 2)
+    reference.save(tmp_path / "real.npz")
+    outputs = extract(network, images)
+
+    expected = pytest.approx(statistics_of(outputs["features"]).distance(reference))
+    for name in ("fid", "fd_dinov2"):
+        metric = load(name, network=network, batch_size=7)
+        assert metric.compute(images=images, reference=tmp_path / "real.npz") == {name: expected}
+        for image in images.permute(0, 2, 3, 1).numpy():
+            metric.add(images=Image.fromarray(image))
+        assert metric.compute(reference=reference) == {name: expected}  # without the images of the first `compute`
+
+    expected = precision_recall(outputs["features"].half(), reference.features, k=2)
+    assert load("precision_recall", network=network).compute(images=images, reference=reference, k=2) == expected
+
+    sums = InceptionScoreSums(40, splits=4)
+    sums.update(outputs["logits"], np.arange(40))
+    metric = load("inception_score", network=network, batch_size=9)
+    metric.add_batch(images=images[:25])
+    metric.add_batch(images=images[25:])
+    assert metric.compute(splits=4) == pytest.approx(sums.compute())
+
+
+def test_modules_take_features_of_any_origin(rng, load):
+    features, real = rng.normal(size=(30, 4)), rng.normal(size=(30, 4))
+    expected = statistics_of(features).distance(statistics_of(real))
+    assert load("fid").compute(features=features, reference=statistics_of(real)) == {"fid": pytest.approx(expected)}
+    expected = precision_recall(features.astype(np.float16), real)
+    assert load("precision_recall").compute(features=features, reference=real) == expected
+    assert load("inception_score").compute(features=np.zeros((10, 4)))["inception_score"] == 1
+
+
+def test_modules_combine(load):
+    import evaluate
+
+    network = TinyClassifier()
+    combined = evaluate.combine([load("fid", network=network), load("fd_dinov2", network=network)])
+    combined.add_batch(images=random_images(20))
+    result = combined.compute(reference=FeatureStatistics(np.zeros(12), np.eye(12)))
+    assert result["fid"] == result["fd_dinov2"] > 0
+
+
+def test_modules_refuse_what_they_cannot_score(load):
+    network, images = TinyClassifier(), random_images(20)
+    other = FeatureStatistics(np.zeros(12), np.eye(12), network="another", network_sha256="00")
+    with pytest.raises(ValueError, match="choose from fid, inception_score, precision_recall, fd_dinov2"):
+        load("FID")
+    with pytest.raises(ValueError, match="either images or features"):
+        load("fid").add_batch()
+    for name in ("fid", "precision_recall"):
+        with pytest.raises(ValueError, match="different networks"):
+            load(name, network=network).compute(images=images, reference=other)
+    with pytest.raises(ValueError, match="no features"):
+        load("precision_recall").compute(features=np.zeros((9, 12)), reference=replace(other, features=None))
+    with pytest.raises(ValueError, match="needs logits"):
+        load("inception_score", network=torch.nn.Flatten().eval()).compute(images=images)
+
+
+# ------------------------------------------------------------------------------------------------------------- the loop
+
+
+def test_streamed_metrics_of_a_pipeline_equal_those_of_all_images(make_pipeline):
+    network = TinyClassifier()
+    reference = reference_of(network, random_images(30))
+    metrics = ["fid", "inception_score", "precision_recall"]
+    spaces = open_spaces(metrics, 30, {"inception": lambda: network}, {"inception": reference})
+    pipeline = make_pipeline(guidance_scale=1.5)
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    values = evaluate_pipeline(pipeline, spaces, num_images=30, batch_size=7, seed=5, num_inference_steps=2)
+    assert torch.equal(torch.get_rng_state(), state)
+
+    made = [
+        pipeline(index % 10, generator=torch.Generator().manual_seed(5 + index), num_inference_steps=2).images[0]
+        for index in range(30)
+    ]
+    outputs = extract(network, made)
+    scores = InceptionScoreSums(30)
+    scores.update(outputs["logits"], range(30))
+    expected = {"fid": statistics_of(outputs["features"]).distance(reference), **scores.compute()}
+    expected |= precision_recall(outputs["features"].half(), reference.features)
+    assert list(values) == ["fid", "inception_score", "inception_score_std", "precision", "recall"]
+    assert values == pytest.approx(expected, rel=1e-5)
+
+
+def test_generated_images_equal_saved_ones(make_pipeline):
+    pipeline = make_pipeline(guidance_scale=1.5)
+    images = pipeline_images(pipeline, 20, seed=3, num_inference_steps=2)(range(20))
+    saved = pipeline([*range(10), *range(10)], generator=seeded(range(3, 23)), num_inference_steps=2).images
+    np.testing.assert_array_equal(images.permute(0, 2, 3, 1).numpy(), np.stack([np.asarray(one) for one in saved]))
+
+
+def test_batches_and_chunks_change_a_metric_by_rounding_only():
+    network, images = TinyClassifier(), random_images(50)
+    space = FeatureSpace("inception", network, ("fid",), reference_of(network, random_images(40, seed=2)))
+
+    def fid(**kwargs) -> float:
+        return results(accumulate(lambda indices: images[list(indices)], 50, [space], **kwargs), [space])["fid"]
+
+    assert fid(batch_size=7, chunk_size=10) == pytest.approx(fid(batch_size=50), rel=1e-10)
+
+
+def test_resumed_evaluation_is_bit_exact_and_repeats_no_image(tmp_path):
+    network, images, state = TinyClassifier(), random_images(50), tmp_path / "state.npz"
+    reference = reference_of(network, random_images(40, seed=2))
+    space = FeatureSpace("inception", network, ("fid", "inception_score", "precision_recall"), reference)
+    made = []
+
+    def make_images(indices):
+        if len(made) == 3:  # in the second chunk
+            made.clear()
+            raise KeyboardInterrupt
+        made.append(indices)
+        return images[list(indices)]
+
+    options = {"num_shown": 3, "chunk_size": 16, "settings": {"seed": 0}}
+    straight = accumulate(lambda indices: images[list(indices)], 50, [space], 8, **options)
+    with pytest.raises(KeyboardInterrupt):
+        accumulate(make_images, 50, [space], 8, state_path=state, **options)
+    made = [None] * 9
+    resumed = accumulate(make_images, 50, [space], 8, state_path=state, **options)
+    assert made[9:] == [range(16, 24), range(24, 32), range(32, 40), range(40, 48), range(48, 50)]
+    assert results(resumed, [space]) == results(straight, [space])
+    np.testing.assert_array_equal(resumed.pictures(), straight.pictures())
+
+    with pytest.raises(ValueError, match="seed was 0 and is 1"):
+        accumulate(make_images, 50, [space], 8, state_path=state, **{**options, "settings": {"seed": 1}})
+    state.write_bytes(state.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"state\.npz is damaged"):
+        accumulate(make_images, 50, [space], 8, state_path=state, **options)
+
+
+def test_a_finished_record_is_kept_for_equal_settings_only(tmp_path):
+    path = tmp_path / "metrics.json"
+    assert finished_record(path, {"seed": 0}) is None
+    path.write_text('{"seed": 0, "sizes": [1, 2], "metrics": {"fid": 1.0}}')
+    assert finished_record(path, {"seed": 0, "sizes": (1, 2)})["metrics"] == {"fid": 1.0}
+    with pytest.raises(ValueError, match="another evaluation: seed was 0 and is 1"):
+        finished_record(path, {"seed": 1})
+    path.write_text("{")
+    with pytest.raises(ValueError, match=r"metrics\.json is damaged"):
+        finished_record(path, {"seed": 0})
+
+
+@pytest.mark.parametrize(
+    "metrics, num_images, change, message",
+    [
+        (["fid", "kid"], 40, {}, "must be different ones of"),
+        (["fid", "fid"], 40, {}, "must be different ones of"),
+        (["fid"], 1, {}, "at least 2 images"),
+        (["inception_score"], 9, {}, "at least 10 images"),
+        (["precision_recall"], 3, {}, "at least 4 images"),
+        (["fid"], 40, {"reference": None}, "--inception_reference"),
+        (["precision_recall"], 40, {"features": None}, "--keep_features"),
+        (["fid"], 40, {"network": lambda: TinyClassifier(seed=1)}, "different networks.*--inception_weights"),
+        (["fid"], 40, {"network": encoder}, "width 12.*width 24"),
+    ],
+)
+def test_unsuitable_references_are_refused_before_an_image_is_made(metrics, num_images, change, message):
+    reference = reference_of(TinyClassifier(), random_images(40))
+    if "features" in change:
+        reference.features = None
+    networks = {"inception": change.get("network", TinyClassifier)}
+    with pytest.raises(ValueError, match=message):
+        open_spaces(metrics, num_images, networks, {"inception": change.get("reference", reference)})
+
+
+@pytest.mark.parametrize(
+    "model, settings, message",
+    [
+        ({"in_channels": 1}, {"num_images": 10}, "1 channels"),
+        ({}, {"num_images": 44}, r"multiple of the model's 10 classes, got 44\. The nearest is 40"),
+        ({}, {"num_images": 10, "num_inference_steps": 0}, "num_inference_steps"),
+    ],
+)
+def test_unsuitable_models_and_settings_are_refused(make_pipeline, model, settings, message):
+    with pytest.raises(ValueError, match=message):
+        pipeline_images(make_pipeline(model), **settings)
+
+
+def test_image_files_are_read_upright_and_have_one_size(tmp_path):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.new("L", (8, 6), 7).save(tmp_path / "0.png")
+    Image.new("RGB", (6, 8), "red").save(tmp_path / "1.png", exif=exif)
+    assert file_images(list_images(tmp_path))([0, 1]).shape == (2, 3, 6, 8)
+    Image.new("RGB", (6, 8)).save(tmp_path / "2.png")
+    with pytest.raises(ValueError, match=r"0\.png has 8×6 pixels, .*2\.png has 6×8"):
+        file_images(list_images(tmp_path))

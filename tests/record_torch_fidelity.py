@@ -1,22 +1,20 @@
-"""Records what torch-fidelity computes, for tests/test_metrics.py: `python tests/record_torch_fidelity.py OUTPUT_FOLDER`.
+"""
+Record what torch-fidelity computes, for tests/test_evaluation.py: `python tests/record_torch_fidelity.py OUTPUT_FOLDER`.
 
-Run where torch-fidelity imports (it needs a torchvision that fits the installed torch; the parts used here never call
-torchvision, so a stand-in that satisfies the import statements serves as well). Recorded with torch-fidelity 0.4.0 and
-torch 2.13.0 on a CPU, in float32, one thread.
+Needs torch-fidelity and a torchvision that fits torch. Recorded with torch-fidelity 0.4.0 and torch 2.13.0 on a CPU, in
+float32, with one thread. Images are random and so is the Inception network: He-normal kernels, untouched batch norm, and a last
+layer scaled so that predictions differ between images. `torch_fidelity.npz` then holds
 
-Images are random and so is the Inception: He-normal kernels, batch norm untouched, and a last layer scaled so that its
-predictions differ from image to image. Nothing is downloaded. `torch_fidelity.npz` then holds
-
-    images_seed, weights_seed                   draw the same images and weights again (`draw_images`, `draw_weights`)
+    images_seed, weights_seed                   seeds of `draw_images` and `draw_weights`
     features_generated, features_real           layer 64, (120, 64) and (100, 64) float32
     logits_generated                            logits_unbiased of the first 40 generated images, (40, 1008) float32
     fid, fid_2048                               of the two sets at layers 64 and 2048
-    fid_float64                                 its functions on the same features (layer 64) turned into float64 first
+    fid_float64                                 its functions on the features of layer 64 in float64
     precision, recall                           of the first and the last 60 generated images, layer 64
-    isc_mean, isc_std                           of the 40 images, torch-fidelity's defaults (10 splits, shuffled)
+    isc_mean, isc_std                           of the 40 images, with torch-fidelity's defaults (10 splits, shuffled)
     isc_unshuffled_mean, isc_unshuffled_std     the same with samples_shuffle=False
 
-and `torch_fidelity_stat.pt` is its cache of the real images' FID statistics.
+and `torch_fidelity_stat.pt` is its cache of the FID statistics of the real images.
 """
 
 import shutil
@@ -33,7 +31,7 @@ IMAGES_SEED, WEIGHTS_SEED = 0, 1
 
 
 def draw_images(count: int, tint: int, seed: int) -> torch.Tensor:
-    """Blurry random images (count, 3, 32, 32) uint8; `tint` shifts a set, so that two sets differ in their means."""
+    """Blurry random images, uint8 (count, 3, 32, 32); `tint` shifts the mean of a set."""
     generator = np.random.default_rng(seed)
     coarse = generator.integers(0, 128, (count, 3, 4, 4)).repeat(8, axis=2).repeat(8, axis=3)
     return torch.from_numpy((coarse + generator.integers(0, 64, (count, 3, 32, 32)) + tint).astype(np.uint8))
@@ -43,7 +41,7 @@ def draw_weights(seed: int) -> dict[str, torch.Tensor]:
     """A random state dict of torch-fidelity's Inception."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    # Its constructor always loads weights; here there are none yet.
+    # Its constructor always loads weights.
     with (
         patch("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", return_value={}),
         patch.object(FeatureExtractorInceptionV3, "load_state_dict"),

@@ -135,26 +135,6 @@ def test_a_large_mean_does_not_cancel_the_covariance(rng):
     np.testing.assert_allclose(moments.covariance, np.cov(noise, rowvar=False), atol=1e-8)
 
 
-def test_merging_equals_the_whole_and_copies(rng):
-    features = rng.normal(size=(64, 5)) + 3
-    whole, left, right, empty = (
-        moments_of(features),
-        moments_of(features[:20]),
-        moments_of(features[20:]),
-        moments_of(),
-    )
-    left.merge(right)
-    left.merge(FeatureMoments())
-    empty.merge(whole)
-    for merged in (left, empty):
-        assert merged.count == 64
-        np.testing.assert_allclose(merged.mean, whole.mean, rtol=1e-14)
-        np.testing.assert_allclose(merged.scatter, whole.scatter, rtol=1e-12)
-    before = whole.scatter.copy()
-    empty.update(features)
-    assert np.array_equal(whole.scatter, before)
-
-
 @pytest.mark.parametrize("accumulator", [FeatureMoments, FeatureBank])
 @pytest.mark.parametrize(
     "features, message",
@@ -234,13 +214,6 @@ def test_inception_score_equals_its_definition_in_any_order(rng):
         p = torch.from_numpy(part).softmax(1).numpy()
         expected.append(np.exp(np.mean([(row * np.log(row / p.mean(0))).sum() for row in p])))
     assert list(scores.compute().values()) == pytest.approx([np.mean(expected), np.std(expected)], rel=1e-12)
-
-
-@pytest.mark.parametrize("logits, expected", [(np.zeros((20, 4)), 1), (np.tile(np.eye(4) * 1000, (5, 1)), 4)])
-def test_inception_score_lies_between_one_and_the_number_of_classes(logits, expected):
-    scores = InceptionScoreSums(20, splits=5, shuffle_seed=None)
-    scores.update(logits, np.arange(20))
-    assert scores.compute() == {"inception_score": pytest.approx(expected), "inception_score_std": pytest.approx(0)}
 
 
 def test_inception_score_of_missing_images_is_refused(rng):
@@ -383,7 +356,7 @@ def test_files_of_other_programs_are_references(rng, tmp_path, dtype):
     [
         ({"mu": np.zeros(3)}, "sigma"),
         ({"mu": np.zeros(3), "sigma": np.eye(2)}, "shape"),
-        ({"mu": np.zeros(3), "sigma": np.full((3, 3), np.nan)}, "NaN"),
+        ({"mu": np.zeros(3), "sigma": np.full((3, 3), np.nan)}, "finite"),
         ({"mu": np.array([None] * 3), "sigma": np.eye(3)}, "allow_pickle"),
     ],
 )
@@ -401,7 +374,7 @@ def test_damaged_and_unsafe_reference_files_are_refused(tmp_path, name):
 
     good = {"mu": np.zeros(3), "sigma": np.eye(3)}
     np.savez(tmp_path / "good.npz", **good)
-    for content in (pickle.dumps({**good, "x": Hostile()}), (tmp_path / "good.npz").read_bytes()[:100]):
+    for content in (pickle.dumps({**good, "x": Hostile()}, protocol=2), (tmp_path / "good.npz").read_bytes()[:100]):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=rf"{name} cannot be read"):
             FeatureStatistics.load(tmp_path / name)
@@ -595,38 +568,28 @@ def test_generated_images_equal_saved_ones(make_pipeline):
     np.testing.assert_array_equal(images.permute(0, 2, 3, 1).numpy(), np.stack([np.asarray(one) for one in saved]))
 
 
-def test_batches_and_chunks_change_a_metric_by_rounding_only():
-    network, images = TinyClassifier(), random_images(50)
-    space = FeatureSpace("inception", network, ("fid",), reference_of(network, random_images(40, seed=2)))
-
-    def fid(**kwargs) -> float:
-        return results(accumulate(lambda indices: images[list(indices)], 50, [space], **kwargs), [space])["fid"]
-
-    assert fid(batch_size=7, chunk_size=10) == pytest.approx(fid(batch_size=50), rel=1e-10)
-
-
 def test_resumed_evaluation_is_bit_exact_and_repeats_no_image(tmp_path):
     network, images, state = TinyClassifier(), random_images(50), tmp_path / "state.npz"
     reference = reference_of(network, random_images(40, seed=2))
     space = FeatureSpace("inception", network, ("fid", "inception_score", "precision_recall"), reference)
+    options = {"num_shown": 3, "chunk_size": 16, "settings": {"seed": 0}}
     made = []
 
     def make_images(indices):
-        if len(made) == 3:  # in the second chunk
-            made.clear()
-            raise KeyboardInterrupt
         made.append(indices)
+        if len(made) == 4:  # in the second chunk
+            raise KeyboardInterrupt
         return images[list(indices)]
 
-    options = {"num_shown": 3, "chunk_size": 16, "settings": {"seed": 0}}
-    straight = accumulate(lambda indices: images[list(indices)], 50, [space], 8, **options)
     with pytest.raises(KeyboardInterrupt):
         accumulate(make_images, 50, [space], 8, state_path=state, **options)
-    made = [None] * 9
     resumed = accumulate(make_images, 50, [space], 8, state_path=state, **options)
-    assert made[9:] == [range(16, 24), range(24, 32), range(32, 40), range(40, 48), range(48, 50)]
+    assert made[4:] == [range(16, 24), range(24, 32), range(32, 40), range(40, 48), range(48, 50)]
+    straight = accumulate(lambda indices: images[list(indices)], 50, [space], 8, **options)
     assert results(resumed, [space]) == results(straight, [space])
-    np.testing.assert_array_equal(resumed.pictures(), straight.pictures())
+    assert np.array_equal(resumed.pictures(), images[:3].movedim(1, 3))
+    at_once = accumulate(lambda indices: images[list(indices)], 50, [space], 50)
+    assert results(resumed, [space]) == pytest.approx(results(at_once, [space]), rel=1e-10)
 
     with pytest.raises(ValueError, match="seed was 0 and is 1"):
         accumulate(make_images, 50, [space], 8, state_path=state, **{**options, "settings": {"seed": 1}})
@@ -650,8 +613,6 @@ def test_a_finished_record_is_kept_for_equal_settings_only(tmp_path):
 @pytest.mark.parametrize(
     "metrics, num_images, change, message",
     [
-        (["fid", "kid"], 40, {}, "must be different ones of"),
-        (["fid", "fid"], 40, {}, "must be different ones of"),
         (["fid"], 1, {}, "at least 2 images"),
         (["inception_score"], 9, {}, "at least 10 images"),
         (["precision_recall"], 3, {}, "at least 4 images"),

@@ -1,7 +1,5 @@
 """Tiny real components that several test files share."""
 
-from __future__ import annotations
-
 import json
 
 import torch
@@ -24,7 +22,7 @@ TEACHER_IMAGE_SIZE = 28  # a multiple of its patch
 
 
 class TinyClassifier(torch.nn.Module):
-    """Pooled colours through a random layer: features (B, 12) and logits (B, 5), as the Inception network gives both."""
+    """Pooled colours and a random layer on them: features (B, 12) and logits (B, 5), like [`InceptionNetwork`]."""
 
     def __init__(self, seed: int = 0):
         super().__init__()
@@ -39,12 +37,12 @@ class TinyClassifier(torch.nn.Module):
 
 
 def recorded_config() -> dict:
-    """What the recorded run of the published implementation was built with, under its names."""
+    """Configuration of the recorded run of the published implementation, under its names."""
     return json.loads((REFERENCE / "config.json").read_text())
 
 
 def recorded_architecture() -> JiTTransformer2DModel:
-    """The transformer of the recorded run, with weights of its own."""
+    """The transformer of the recorded run, with random weights."""
     config = recorded_config()
     return JiTTransformer2DModel(
         sample_size=config["image"],
@@ -72,7 +70,7 @@ def encoder() -> VisionEncoderNetwork:
 
 
 def reference_of(network: torch.nn.Module, images: torch.Tensor) -> FeatureStatistics:
-    """What pipelines/prepare_reference.py --keep_features makes of images."""
+    """Statistics as pixelrepa-prepare-reference --keep_features writes them."""
     features = extract(network, images)["features"]
     moments, bank = FeatureMoments(), FeatureBank()
     moments.update(features)

@@ -98,10 +98,8 @@ def open_spaces(
         device (`torch.device`, *optional*, defaults to `"cpu"`): Device of the networks.
 
     Raises:
-        ValueError: If a metric is unknown, needs more images, or has no suitable reference.
+        ValueError: If a metric needs more images or has no suitable reference.
     """
-    if not metrics or not set(metrics) <= METRICS.keys() or len(set(metrics)) < len(metrics):
-        raise ValueError(f"The metrics must be different ones of {', '.join(METRICS)}, got {list(metrics)}.")
     loaded = {}
     for metric in metrics:  # references before networks, which may be downloads
         name, kind = METRICS[metric]
@@ -111,8 +109,7 @@ def open_spaces(
             continue
         if references.get(name) is None:
             raise ValueError(
-                f"{metric} needs reference statistics: make them with pixelrepa-prepare-reference and pass the file as "
-                f"--{name}_reference (in training: --eval_reference)."
+                f"{metric} needs --{name}_reference (in training: --eval_reference), which pixelrepa-prepare-reference makes."
             )
         if name not in loaded:
             loaded[name] = load_reference(references[name])

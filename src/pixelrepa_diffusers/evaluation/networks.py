@@ -51,8 +51,6 @@ def extract(network: nn.Module, images: torch.Tensor | np.ndarray | Sequence) ->
     Returns:
         `dict[str, torch.Tensor]`: `features` (B, D) and, for a classifier, `logits` (B, C).
     """
-    if network.training:
-        raise ValueError("The feature network is in train mode: call .eval() first.")
     images = stack_images(images)
     device = next((parameter.device for parameter in network.parameters()), images.device)
     outputs = network(images.to(device))
@@ -98,9 +96,8 @@ class InceptionNetwork(nn.Module):
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
         except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision of another torch build
             raise ImportError(
-                f'The Inception network cannot be imported ({error}). Run: pip install "pixelrepa-diffusers[eval]". It brings '
-                "torch-fidelity and torchvision; torchvision must match the installed torch (same release, and CUDA or "
-                "CPU build alike). Other feature networks need neither."
+                f'The Inception network cannot be imported ({error}). Run: pip install "pixelrepa-diffusers[eval]", and '
+                "install the torchvision that matches torch (same release, both for CUDA or both for the CPU)."
             ) from error
         self.model = FeatureExtractorInceptionV3(
             "inception-v3-compat", [layer, "logits_unbiased"], feature_extractor_weights_path=weights

@@ -144,13 +144,9 @@ class FeatureStatistics:
             for name, convert in (("count", int), ("network", str), ("network_sha256", str)):
                 if name in stored:
                     setattr(statistics, name, convert(stored[name]))
-            width = statistics.mu.size
-            if statistics.mu.shape != (width,) or statistics.sigma.shape != (width, width):
-                raise ValueError(f"mu has shape {statistics.mu.shape} and sigma {statistics.sigma.shape}")
-            if not (np.isfinite(statistics.mu).all() and np.isfinite(statistics.sigma).all()):
-                raise ValueError("mu or sigma contains NaN or infinite values")
-        except FileNotFoundError:
-            raise
+            mu, sigma = statistics.mu, statistics.sigma
+            if sigma.shape != mu.shape * 2 or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+                raise ValueError(f"they must be finite, of shapes (D,) and (D, D), got {mu.shape} and {sigma.shape}")
         except (*ARCHIVE_ERRORS, pickle.UnpicklingError) as error:
             raise ValueError(f"{path} cannot be read as reference statistics (mu and sigma): {error!r}") from error
         return statistics

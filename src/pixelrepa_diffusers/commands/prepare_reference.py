@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from ..cli import flag, parse, run
+from ..cli import check_launch, flag, parse, run
 from ..evaluation import (
     FeatureBank,
     FeatureMoments,
@@ -29,7 +29,6 @@ from ..evaluation import (
     network_name,
     network_sha256,
 )
-from ..sampling import check_launch
 from ..training.data import DataArguments, ImageSource, open_source, read_pixels
 
 

@@ -14,7 +14,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from ..sampling import check_launch
+from ..cli import check_launch
 
 
 def _as_matrix(batch: torch.Tensor | np.ndarray, dtype: type[np.floating] = np.float64) -> np.ndarray:
@@ -181,7 +181,7 @@ def gather(accumulator: Accumulator) -> Accumulator:
     Every process must call it, even without images. With several processes the argument is not changed.
 
     Raises:
-        RuntimeError: If the launcher started more processes than accelerate knows of.
+        ValueError: If accelerate runs fewer processes than its launcher was asked for.
     """
     check_launch(PartialState().num_processes)
     merged, *others = gather_object([accumulator])

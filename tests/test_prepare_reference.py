@@ -17,7 +17,6 @@ from pixelrepa_diffusers.commands import prepare_dataset
 from pixelrepa_diffusers.commands.prepare_reference import ReferenceArguments, main
 from pixelrepa_diffusers.evaluation import FeatureMoments, FeatureStatistics, extract
 from pixelrepa_diffusers.images import list_images, read_image
-from pixelrepa_diffusers.training.data import DataArguments
 
 
 @pytest.fixture(scope="module")
@@ -79,13 +78,20 @@ def test_statistics_of_a_folder_are_those_of_its_adm_crops(args, crops):
 
 
 @pytest.mark.parametrize("kind", ["parquet", "save_to_disk", "prepared"])
-def test_all_training_data_give_the_same_statistics(args, crops, tmp_path, kind):
+def test_all_training_data_give_the_same_statistics(args, crops, tmp_path, kind, monkeypatch):
     folder = str(tmp_path / kind)
     if kind == "prepared":
-        prepare_dataset.main(
-            DataArguments(train_data_dir=args.train_data_dir),
-            prepare_dataset.PrepareArguments(output_dir=folder, resolution=16),
-        )
+        flags = [
+            "--train_data_dir",
+            args.train_data_dir,
+            "--unconditional",
+            "--output_dir",
+            folder,
+            "--resolution",
+            "16",
+        ]
+        monkeypatch.setattr("sys.argv", ["pixelrepa-prepare-dataset", *flags])
+        prepare_dataset.cli()
         args = replace(args, train_data_dir=folder)
         with pytest.raises(ValueError, match=r"--resolution is 32, but .* at 16 pixels"):
             main(replace(args, resolution=32))

@@ -93,12 +93,18 @@ class FeatureStatistics:
                 )
         return frechet_distance(self.mu, self.sigma, other.mu, other.sigma)
 
-    def check_network(self, network: str | None, sha256: str | None, width: int, advice: str = "") -> None:
+    def check_network(
+        self,
+        network: str | None,
+        sha256: str | None,
+        width: int,
+        advice: str = "Use one network, image size and pooling for both.",
+    ) -> None:
         """Raise a `ValueError` unless features of `network` can be compared with these statistics."""
         if width != len(self.mu) or len({self.network_sha256, sha256} - {None}) > 1:
             raise ValueError(
                 f"Features of different networks cannot be compared: {self.network or 'unknown'} (width {len(self.mu)}) and "
-                f"{network or 'unknown'} (width {width}). Use one network, image size and pooling for both. {advice}"
+                f"{network or 'unknown'} (width {width}). {advice}"
             )
 
     def require_features(self) -> np.ndarray:

@@ -25,8 +25,9 @@ from pixelrepa_diffusers import JiTTransformer2DModel, PixelREPAPipeline
 from pixelrepa_diffusers.adapter import MaskedTransformerAdapter
 from pixelrepa_diffusers.commands import prepare_dataset
 from pixelrepa_diffusers.commands.prepare_dataset import PrepareArguments
-from pixelrepa_diffusers.evaluation import evaluate_pipeline, list_images, open_spaces, read_image
+from pixelrepa_diffusers.evaluation import evaluate_pipeline, open_spaces
 from pixelrepa_diffusers.hub import card_for_folder
+from pixelrepa_diffusers.images import list_images, read_image
 from pixelrepa_diffusers.teacher import SemanticTeacher
 from pixelrepa_diffusers.training.arguments import parse_arguments
 from pixelrepa_diffusers.training.reporting import Journal

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import psutil
 import torch
 from transformers import HfArgumentParser
 
@@ -87,6 +88,29 @@ def parse(arguments: type[Arguments], description: str, argv: Sequence[str] | No
     except ValueError as error:
         parser.error(str(error))
     return parsed
+
+
+def check_launch(num_processes: int) -> None:
+    """
+    Check that accelerate runs as many processes as its launcher was asked for.
+
+    `accelerate launch --cpu --num_processes 2` starts a single process and prints no warning. Its only trace is the
+    MASTER_PORT that the launcher adds to the environment.
+
+    Raises:
+        ValueError: Says how to start several CPU processes.
+    """
+    if "WORLD_SIZE" in os.environ:
+        missing = int(os.environ["WORLD_SIZE"]) != num_processes
+    else:
+        launched = {"MASTER_PORT", "ACCELERATE_MIXED_PRECISION"} <= os.environ.keys()
+        missing = launched and num_processes == 1 and "MASTER_PORT" not in psutil.Process().parent().environ()
+    if missing:
+        raise ValueError(
+            f"The launcher was asked for several processes, but accelerate runs {num_processes}. On a CPU use "
+            "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 --num_machines 1 "
+            "--mixed_precision no --dynamo_backend no SCRIPT."
+        )
 
 
 def run(main: Callable[[], object]) -> None:

@@ -15,11 +15,10 @@ is made once, so neither the number of processes nor a restart changes a batch.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,11 +26,11 @@ import numpy as np
 import torch
 import torch.nn as nn
 from accelerate import PartialState
-from PIL import ExifTags, Image
+from PIL import ExifTags
 from tqdm.auto import tqdm
 
 from ..files import write_atomically
-from ..images import DECODING_ERRORS, center_crop_adm, to_rgb, to_uint8
+from ..images import list_images, open_image, read_image, to_uint8  # noqa: F401
 from ..pipeline_pixelrepa import PixelREPAPipeline
 from ..sampling import seeded
 from .networks import extract, network_name, network_sha256
@@ -397,23 +396,6 @@ def evaluate_pipeline(
 # -------------------------------------------------------------------------------------------------------------- files
 
 
-def list_images(folder: str | Path) -> list[Path]:
-    """Every image file below a folder, or that fits a pattern such as "images/0*.png", sorted.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
-    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    path = Path(folder)
-    root, pattern = (path, "**/*") if path.is_dir() else (path.parent, path.name)
-    paths = sorted(file for file in root.glob(pattern) if file.suffix.lower() in suffixes and file.is_file())
-    if not paths:
-        raise FileNotFoundError(
-            f"No images at {folder}: give a folder of images, or a pattern such as 'images/*.png'."
-        )
-    return paths
-
-
 def file_images(paths: Sequence[Path]) -> MakeImages:
     """Image files by number, made RGB by [`~images.to_rgb`], otherwise as they are.
 
@@ -438,29 +420,3 @@ def file_images(paths: Sequence[Path]) -> MakeImages:
         return torch.stack([read_image(paths[index]) for index in indices])
 
     return make_images
-
-
-@contextlib.contextmanager
-def open_image(path: Path) -> Iterator[Image.Image]:
-    """An image file, opened but not decoded. What is wrong with it, then or later, becomes a ValueError that names it."""
-    try:
-        with Image.open(path) as image:
-            # Pillow itself only warns between its limit and twice its limit.
-            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
-                raise ValueError(f"its {image.width}×{image.height} pixels are more than {Image.MAX_IMAGE_PIXELS}")
-            yield image
-    except DECODING_ERRORS as error:
-        raise ValueError(f"Bad image {path}: {error}. Replace it, or leave it out.") from error
-
-
-def read_image(path: Path, size: int | None = None) -> torch.Tensor:
-    """An image file as torch.uint8 (3, H, W), made RGB by [`to_rgb`]; with `size`, its ADM centre crop of that many pixels.
-
-    Raises:
-        ValueError: a damaged or huge file, by name.
-    """
-    with open_image(path) as image:
-        image = to_rgb(image)
-    if size is not None:
-        image = center_crop_adm(image, size)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)

@@ -1,6 +1,6 @@
-"""A published PixelREPA or JiT checkpoint into a diffusers pipeline, and back.
+"""Convert a published PixelREPA or JiT checkpoint into a diffusers pipeline, and back.
 
-Installed as `pixelrepa-convert`; `--help` lists the flags.
+Same as the installed command `pixelrepa-convert`.
 """
 
 from pixelrepa_diffusers.commands.convert_checkpoint import cli

@@ -1,6 +1,6 @@
-"""FID, Inception Score, precision and recall, FD-DINOv2, or a Fréchet distance in any teacher's space, of a pipeline.
+"""Measure FID, Inception Score, precision, recall and FD-DINOv2 of a pipeline or of images.
 
-Installed as `pixelrepa-evaluate`; `--help` lists the flags.
+Same as the installed command `pixelrepa-evaluate`; for `accelerate launch`, which takes a script.
 """
 
 from pixelrepa_diffusers.commands.evaluate import cli

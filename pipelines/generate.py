@@ -1,6 +1,6 @@
-"""Images from a PixelREPA or JiT pipeline: one PNG for every class and seed, and a labelled grid of them.
+"""Generate images with a PixelREPA or JiT pipeline.
 
-Installed as `pixelrepa-generate`; `--help` lists the flags.
+Same as the installed command `pixelrepa-generate`; for `accelerate launch`, which takes a script.
 """
 
 from pixelrepa_diffusers.commands.generate import cli

@@ -1,6 +1,6 @@
-"""Reference statistics of a set of images, which FID, FD-DINOv2, precision and recall are measured against.
+"""Compute the reference statistics that metrics compare with.
 
-Installed as `pixelrepa-prepare-reference`; `--help` lists the flags.
+Same as the installed command `pixelrepa-prepare-reference`; for `accelerate launch`, which takes a script.
 """
 
 from pixelrepa_diffusers.commands.prepare_reference import cli

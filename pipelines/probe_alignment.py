@@ -1,6 +1,6 @@
-"""Does aligning with a teacher draw images towards what the teacher finds typical? The probe of PixelREPA (arXiv 2603.14366).
+"""Measure how alignment pulls images towards the teacher (the probe of PixelREPA, arXiv 2603.14366).
 
-Installed as `pixelrepa-probe-alignment`; `--help` lists the flags.
+Same as the installed command `pixelrepa-probe-alignment`; for `accelerate launch`, which takes a script.
 """
 
 from pixelrepa_diffusers.commands.probe_alignment import cli

@@ -1,6 +1,6 @@
-"""A saved pipeline to the Hub, with its card, in one commit.
+"""Publish a saved pipeline and its model card on the Hub, in one commit.
 
-Installed as `pixelrepa-publish`; `--help` lists the flags.
+Same as the installed command `pixelrepa-publish`.
 """
 
 from pixelrepa_diffusers.commands.publish import cli

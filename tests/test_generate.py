@@ -1,51 +1,61 @@
-"""pipelines/generate.py: images that depend on class, seed and settings alone, and say how to make them again."""
+"""commands/generate.py: images depend on class, seed and settings alone, and record how to make them again."""
 
 import json
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from training_runs import launch_two
-from transformers import HfArgumentParser
+from training_runs import ROOT, launch_two
 
 from pixelrepa_diffusers import JiTFlowMatchScheduler, JiTTransformer2DModel, PixelREPAPipeline
-from pixelrepa_diffusers.commands.generate import GenerateArguments, main, parse_seeds
-from pixelrepa_diffusers.sampling import SCHEDULERS, compile_transformer, seeded
-
-
-SCRIPT = Path(__file__).parents[1] / "pipelines" / "generate.py"
+from pixelrepa_diffusers.cli import parse
+from pixelrepa_diffusers.commands.generate import GenerateArguments, main, parse_numbers
+from pixelrepa_diffusers.sampling import SCHEDULERS, compile_transformer, describe_pipeline, seeded
 
 
 @pytest.fixture(scope="module")
-def pipeline(tmp_path_factory):
-    """A saved pipeline with ten named classes, every weight random: a fresh adaLN-zero model ignores its labels."""
-    torch.manual_seed(0)
-    transformer = JiTTransformer2DModel(
-        sample_size=16, patch_size=4, num_layers=2, num_attention_heads=2, attention_head_dim=8, bottleneck_dim=8,
-        in_context_len=2, in_context_start=1, num_classes=10,
-    )  # fmt: skip
-    for parameter in transformer.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
+def pipeline(make_pipeline, tmp_path_factory):
+    """A saved pipeline with ten named classes."""
     folder = tmp_path_factory.mktemp("pipeline")
     names = {index: f"digit {index}, d{index}" for index in range(10)}
-    PixelREPAPipeline(transformer, JiTFlowMatchScheduler(), names, guidance_scale=2.0).save_pretrained(folder)
-    return str(folder)
+    make_pipeline({"num_layers": 2, "in_context_start": 1}, id2label=names, guidance_scale=2.0).save_pretrained(folder)
+    return folder
 
 
-def arguments(*options) -> GenerateArguments:
-    return HfArgumentParser(GenerateArguments).parse_args_into_dataclasses([str(option) for option in options])[0]
+@pytest.fixture
+def config_only(pipeline, tmp_path):
+    """The pipeline's folder without weights."""
+    return shutil.copytree(pipeline, tmp_path / "config-only", ignore=shutil.ignore_patterns("*.safetensors"))
 
 
-def generate(pipeline, output_dir, *options, labels=(1, "d3", 7), seeds=("0-2", 9)):
-    return main(
-        arguments(
-            "--pipeline", pipeline, "--output_dir", output_dir, "--num_inference_steps", 3,
-            "--class_labels", *labels, "--seeds", *seeds, *options,
-        )
-    )  # fmt: skip
+@pytest.fixture(scope="module")
+def checkpoint(make_transformer, tmp_path_factory):
+    """What the trainer writes that sampling reads: the model and its first EMA, with different weights."""
+    run = tmp_path_factory.mktemp("run")
+    folder = run / "checkpoint-5"
+    for seed, name in enumerate(("transformer", "transformer_ema_0.9")):
+        make_transformer(seed=seed, num_classes=3).save_pretrained(folder / name)
+    settings = {"id2label": {"0": "a", "1": "b", "2": "c"}, "guidance_scale": 3.0, "guidance_interval": [0.2, 0.8]}
+    progress = {"arguments": {"ema_decays": [0.9, 0.5]}, "pipeline": settings}
+    (folder / "progress.json").write_text(json.dumps(progress))
+    return folder
+
+
+def words(pipeline, output_dir, *options, labels=(1, "d3", 7), seeds=("0-2", 9)) -> list[str]:
+    given = ["--pipeline", pipeline, "--output_dir", output_dir, "--num_inference_steps", 3, "--seeds", *seeds]
+    return [str(word) for word in [*given, *(["--class_labels", *labels] if labels else []), *options]]
+
+
+def run(argv: list[str]) -> list[Path]:
+    return main(parse(GenerateArguments, "", argv))
+
+
+def generate(*args, **kwargs) -> list[Path]:
+    return run(words(*args, **kwargs))
 
 
 def pixels(path) -> np.ndarray:
@@ -57,71 +67,57 @@ def files(folder) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in Path(folder).glob("*.png")}
 
 
-def test_one_image_for_every_class_and_seed_and_a_grid(pipeline, tmp_path):
-    paths = generate(pipeline, tmp_path / "out")
+def test_one_image_per_class_and_seed_and_a_grid(pipeline, tmp_path, capsys):
+    paths = generate(pipeline, tmp_path)
     expected = [f"{label:04d}_{seed:06d}.png" for label in (1, 3, 7) for seed in (0, 1, 2, 9)]
     assert [path.name for path in paths] == expected
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {*expected, "grid.png", "arguments.json", ".lock"}
-    assert all(pixels(path).shape == (16, 16, 3) for path in paths)
+    assert {path.name for path in tmp_path.iterdir()} == {*expected, "grid.png", "arguments.json", ".lock"}
+    assert "12 images" in capsys.readouterr().out
     assert len({pixels(path).tobytes() for path in paths}) == len(paths)
-    grid = pixels(tmp_path / "out" / "grid.png")
-    assert grid.shape[0] > 3 * 16 and grid.shape[1] > 4 * 16  # a row per class, a column per seed
+    height, width, _ = pixels(tmp_path / "grid.png").shape
+    assert height > 3 * 16 and width > 4 * 16  # a row per class, a column per seed
 
 
-def test_images_are_the_pipelines_own(pipeline, tmp_path):
-    def drawn(**settings) -> np.ndarray:
-        generator = torch.Generator().manual_seed(5)
-        return np.asarray(pipe("d3", generator=generator, num_inference_steps=3, **settings).images[0])
+def test_images_equal_those_of_the_pipeline(pipeline, tmp_path):
+    def sample(**settings) -> np.ndarray:
+        return np.asarray(pipe("d3", generator=seeded([5]), num_inference_steps=3, **settings).images[0])
 
     pipe = PixelREPAPipeline.from_pretrained(pipeline)
     path = generate(pipeline, tmp_path / "defaults", labels=["digit 3"], seeds=[5])[0]
-    np.testing.assert_array_equal(pixels(path), drawn())
+    np.testing.assert_array_equal(pixels(path), sample())
 
     options = ("--scheduler", "euler", "--guidance_scale", 4.0, "--guidance_interval", 0.0, 0.6)
     path = generate(pipeline, tmp_path / "options", *options, labels=["digit 3"], seeds=[5])[0]
     pipe.scheduler = SCHEDULERS["euler"]()
-    wanted = drawn(guidance_scale=4.0, guidance_interval=(0.0, 0.6))
-    np.testing.assert_array_equal(pixels(path), wanted)
+    expected = sample(guidance_scale=4.0, guidance_interval=(0.0, 0.6))
+    np.testing.assert_array_equal(pixels(path), expected)
     for other in ({"guidance_scale": 4.0}, {"guidance_interval": (0.0, 0.6)}):
-        assert not np.array_equal(drawn(**other), wanted)
+        assert not np.array_equal(sample(**other), expected)
 
 
-def test_files_are_equal_byte_for_byte_whatever_the_batch_size(pipeline, tmp_path):
-    generate(pipeline, tmp_path / "one", "--batch_size", 1)
-    generate(pipeline, tmp_path / "four", "--batch_size", 4)
-    generate(pipeline, tmp_path / "five", "--batch_size", 5)
-    assert files(tmp_path / "one") == files(tmp_path / "four") == files(tmp_path / "five")
+def test_batch_size_and_process_count_change_no_byte(pipeline, tmp_path):
+    for size in (1, 3, 5):
+        generate(pipeline, tmp_path / str(size), "--batch_size", size)
+    argv = words(pipeline, tmp_path / "two", "--batch_size", 3)
+    launch_two(ROOT / "pipelines" / "generate.py", argv, tmp_path / "two" / "arguments.json")
+    assert files(tmp_path / "1") == files(tmp_path / "3") == files(tmp_path / "5") == files(tmp_path / "two")
 
 
-def test_two_processes_write_the_files_of_one(pipeline, tmp_path):
-    generate(pipeline, tmp_path / "one", "--batch_size", 3)
-    words = ["--pipeline", pipeline, "--output_dir", str(tmp_path / "two"), "--num_inference_steps", "3"]
-    words += ["--class_labels", "1", "d3", "7", "--seeds", "0-2", "9", "--batch_size", "3"]
-    launch_two(SCRIPT, words, tmp_path / "two" / "arguments.json")
-    assert files(tmp_path / "one") == files(tmp_path / "two")
-
-
-def test_an_image_says_how_to_make_it_again(pipeline, tmp_path):
+def test_the_command_in_a_png_makes_it_again(pipeline, tmp_path):
     options = ("--scheduler", "euler", "--guidance_scale", 1.5, "--guidance_interval", 0.2, 0.9)
     path = generate(pipeline, tmp_path / "first", *options)[6]
     with Image.open(path) as image:
         text = image.text
     assert (text["class_id"], text["class_name"], text["seed"]) == ("3", "digit 3, d3", "2")
-    assert (text["guidance_scale"], text["guidance_interval"], text["num_inference_steps"]) == (
-        "1.5",
-        "[0.2, 0.9]",
-        "3",
-    )
+    assert (text["guidance_scale"], text["guidance_interval"]) == ("1.5", "[0.2, 0.9]")
     assert json.loads(text["scheduler"])["solver"] == "euler"
-    assert text["pipeline"] == pipeline
-
-    command = shlex.split(text["command"])
-    assert command[:2] == ["python", "pipelines/generate.py"]
-    again = main(arguments(*command[2:-2], "--output_dir", tmp_path / "again"))
+    program, *argv = shlex.split(text["command"])
+    assert program == "pixelrepa-generate"
+    again = run([*argv[:-2], "--output_dir", str(tmp_path / "again")])
     assert [file.read_bytes() for file in again] == [path.read_bytes()]
 
 
-def test_the_record_holds_what_the_defaults_resolved_to(pipeline, tmp_path):
+def test_arguments_json_holds_resolved_defaults(pipeline, tmp_path):
     generate(pipeline, tmp_path, labels=["d3"], seeds=["4-5"])
     record = json.loads((tmp_path / "arguments.json").read_text())
     assert record["class_labels"] == {"3": "digit 3, d3"} and record["seeds"] == [4, 5]
@@ -130,84 +126,124 @@ def test_the_record_holds_what_the_defaults_resolved_to(pipeline, tmp_path):
     assert record["versions"]["torch"] == torch.__version__ and record["device"] == "cpu"
 
 
-def test_every_scheduler_draws_nearly_the_image_of_many_heun_steps(pipeline, tmp_path):
+def test_all_schedulers_approach_the_same_image(pipeline, tmp_path):
     options = ("--num_inference_steps", 50, "--guidance_scale", 1)
     reference = generate(pipeline, tmp_path / "reference", *options, labels=[4], seeds=[0])[0]
     for scheduler in SCHEDULERS:
-        made = generate(pipeline, tmp_path / scheduler, *options, "--scheduler", scheduler, labels=[4], seeds=[0])[0]
-        assert np.abs(pixels(made).astype(int) - pixels(reference)).mean() < 4, scheduler
+        path = generate(pipeline, tmp_path / scheduler, *options, "--scheduler", scheduler, labels=[4], seeds=[0])[0]
+        assert np.abs(pixels(path).astype(int) - pixels(reference)).mean() < 4, scheduler
         record = json.loads((tmp_path / scheduler / "arguments.json").read_text())
         assert record["scheduler"]["_class_name"] == type(SCHEDULERS[scheduler]()).__name__
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_a_network_in_half_precision_draws_nearly_the_same_image(pipeline, tmp_path, dtype):
+def test_half_precision_makes_nearly_the_same_image(pipeline, tmp_path, dtype):
     reference = generate(pipeline, tmp_path / "float32", labels=[4], seeds=[0])[0]
-    made = generate(pipeline, tmp_path / dtype, "--dtype", dtype, labels=[4], seeds=[0])[0]
-    difference = np.abs(pixels(made).astype(int) - pixels(reference)).mean()
-    assert 0 < difference < 6
+    path = generate(pipeline, tmp_path / dtype, "--dtype", dtype, labels=[4], seeds=[0])[0]
+    assert 0 < np.abs(pixels(path).astype(int) - pixels(reference)).mean() < 6
 
 
-def test_seeds_are_numbers_lists_and_ranges():
-    assert parse_seeds(["0-2", "9", "4,6-7"]) == [0, 1, 2, 9, 4, 6, 7]
-
-
-@pytest.mark.parametrize("seeds", [["3-1"], ["x"], ["-1"], ["1.5"], ["0-2", "1"], [str(2**63)]])
-def test_seeds_that_make_no_sense_are_refused(seeds):
-    with pytest.raises(ValueError, match="--seeds"):
-        parse_seeds(seeds)
+def test_numbers_are_single_listed_or_ranges():
+    assert parse_numbers(["0-2", "9", "4,6-7", "1"], "seeds") == [0, 1, 2, 9, 4, 6, 7]
 
 
 @pytest.mark.parametrize(
-    "options, message",
-    [
-        (("--class_labels", "dg3"), "nearest names"),
-        (("--class_labels", "10"), "out of range"),
-        (("--class_labels", "3", "d3"), "more than once"),
-        (("--num_inference_steps", "0"), "num_inference_steps"),
-        (("--batch_size", "0"), "batch_size"),
-        (("--max_grid_images", "-1"), "max_grid_images"),
-        (("--guidance_scale", "nan"), "guidance_scale"),
-        (("--guidance_interval", "0.9", "0.1"), "guidance_interval"),
-        (("--guidance_interval", "0.9"), "guidance_interval"),
-    ],
+    ("labels", "ids"), [(["all"], range(10)), (["2-4", "d1", "3,9"], [2, 3, 4, 1, 9]), (["d3", "3"], [3])]
 )
-def test_bad_arguments_are_refused_before_the_weights_are_read(pipeline, tmp_path, options, message):
-    config_only = tmp_path / "config-only"
-    for name in ("model_index.json", "transformer/config.json"):
-        (config_only / name).parent.mkdir(parents=True, exist_ok=True)
-        (config_only / name).write_bytes((Path(pipeline) / name).read_bytes())
-    with pytest.raises(ValueError, match=message):
-        generate(str(config_only), tmp_path / "out", *options)
+def test_class_labels_are_names_ids_ranges_or_all(pipeline, tmp_path, labels, ids):
+    assert [path.name for path in generate(pipeline, tmp_path, labels=labels, seeds=[0])] == [
+        f"{label:04d}_000000.png" for label in ids
+    ]
+
+
+def test_list_classes_prints_ids_and_names_only(config_only, tmp_path, capsys):
+    assert generate(config_only, tmp_path / "out", "--list_classes", labels=None) == []
+    assert capsys.readouterr().out.splitlines() == [f"{index} digit {index}, d{index}" for index in range(10)]
     assert not (tmp_path / "out").exists()
 
 
-def test_existing_files_are_kept_unless_told_otherwise(pipeline, tmp_path):
+def test_a_single_class_needs_no_class_labels(make_pipeline, tmp_path):
+    make_pipeline({"num_classes": 1}).save_pretrained(tmp_path / "pipeline")
+    paths = generate(tmp_path / "pipeline", tmp_path / "out", labels=None, seeds=["0-1"])
+    assert [path.name for path in paths] == ["0000_000000.png", "0000_000001.png"]
+
+
+def test_a_training_checkpoint_samples_its_first_ema(checkpoint, tmp_path):
+    path = generate(checkpoint, tmp_path / "ema", labels=["b"], seeds=[0])[0]
+    record = json.loads((tmp_path / "ema" / "arguments.json").read_text())
+    assert (record["guidance_scale"], record["guidance_interval"]) == (3.0, [0.2, 0.8])
+    ema = JiTTransformer2DModel.from_pretrained(checkpoint / "transformer_ema_0.9")
+    expected = PixelREPAPipeline(ema, JiTFlowMatchScheduler())(1, 3.0, (0.2, 0.8), 3, seeded([0])).images[0]
+    np.testing.assert_array_equal(pixels(path), np.asarray(expected))
+
+
+def test_an_old_checkpoint_without_ema_and_names_is_sampled_by_id(make_transformer, tmp_path):
+    make_transformer(num_classes=3).save_pretrained(tmp_path / "checkpoint-5" / "transformer")
+    (tmp_path / "checkpoint-5" / "progress.json").write_text('{"arguments": {"ema_decays": [0.9]}}')
+    assert len(generate(tmp_path / "checkpoint-5", tmp_path / "out", labels=[2], seeds=[0])) == 1
+
+
+def test_a_wrong_path_is_answered_with_the_right_one(checkpoint, pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError, match=r"training run: pass .*checkpoint-5"):
+        describe_pipeline(checkpoint.parent)
+    run_folder = shutil.copytree(checkpoint.parent, tmp_path / "run")
+    shutil.copytree(pipeline, run_folder / "pipeline")
+    with pytest.raises(FileNotFoundError, match=r"training run: pass .*run/pipeline"):
+        describe_pipeline(run_folder)
+    (tmp_path / "model.pth").touch()
+    with pytest.raises(FileNotFoundError, match="pixelrepa-convert"):
+        describe_pipeline(tmp_path / "model.pth")
+    with pytest.raises(OSError, match="neither a folder on this machine nor"):
+        describe_pipeline("outputs/mistyped")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--class_labels", "dg3"), "nearest names"),
+        (("--class_labels", "10"), "out of range"),
+        (("--class_labels", "3-1"), "--class_labels: '3-1'"),
+        (("--seeds", "x"), "--seeds: 'x'"),
+        (("--guidance_scale", "nan"), "guidance_scale"),
+        (("--guidance_interval", "0.9", "0.1"), "guidance_interval"),
+        (("--guidance_interval", "0.9"), "guidance_interval"),
+        (("--cuda_graphs",), "--cuda_graphs needs a GPU"),
+    ],
+)
+def test_wrong_arguments_fail_before_weights_are_read(config_only, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        generate(config_only, tmp_path / "out", *options)
+    with pytest.raises(ValueError, match="--list_classes"):
+        generate(config_only, tmp_path / "out", labels=None)
+    assert not (tmp_path / "out").exists()
+
+
+def test_existing_files_are_kept_without_overwrite(pipeline, tmp_path):
     path = generate(pipeline, tmp_path, labels=[1], seeds=[0])[0]
     path.write_bytes(b"mine")
     with pytest.raises(FileExistsError, match="--overwrite"):
         generate(pipeline, tmp_path, labels=[2, 1], seeds=[0])
-    assert path.read_bytes() == b"mine"
-    assert not (tmp_path / "0002_000000.png").exists()
+    assert path.read_bytes() == b"mine" and not (tmp_path / "0002_000000.png").exists()
     generate(pipeline, tmp_path, "--overwrite", labels=[2, 1], seeds=[0])
     assert pixels(path).shape == (16, 16, 3)
 
 
-def test_too_many_images_for_a_grid_make_none_and_say_so(pipeline, tmp_path, capsys):
+def test_more_images_than_max_grid_images_make_no_grid(pipeline, tmp_path, capsys):
     generate(pipeline, tmp_path, "--max_grid_images", 3, labels=[1], seeds=["0-3"])
     assert not (tmp_path / "grid.png").exists()
-    assert "No grid.png" in capsys.readouterr().out
+    assert "no grid.png" in capsys.readouterr().out
 
 
-def test_compiled_blocks_draw_the_same_image(pipeline, tmp_path, monkeypatch):
-    # Traced in full; generating machine code would take a minute on a CPU and is the model's matter.
-    calls = []
-    compile_blocks = JiTTransformer2DModel.compile_repeated_blocks
-    monkeypatch.setattr(
-        JiTTransformer2DModel,
-        "compile_repeated_blocks",
-        lambda self, **kwargs: (calls.append(kwargs), compile_blocks(self, **kwargs, backend="eager")),
-    )
+def test_compiled_blocks_make_the_same_image(pipeline, tmp_path, monkeypatch):
+    # Traced in full; machine code would take a minute on a CPU.
+    calls, compile_blocks = [], JiTTransformer2DModel.compile_repeated_blocks
+
+    def trace(self, **kwargs):
+        calls.append(kwargs)
+        compile_blocks(self, **kwargs, backend="eager")
+
+    monkeypatch.setattr(JiTTransformer2DModel, "compile_repeated_blocks", trace)
     plain = generate(pipeline, tmp_path / "plain", "--guidance_scale", 1, labels=[1], seeds=[0])[0]
     assert not calls
     compiled = generate(pipeline, tmp_path / "compiled", "--compile", "--guidance_scale", 1, labels=[1], seeds=[0])[0]
@@ -215,8 +251,7 @@ def test_compiled_blocks_draw_the_same_image(pipeline, tmp_path, monkeypatch):
     np.testing.assert_array_equal(pixels(compiled), pixels(plain))
 
 
-def test_the_whole_network_compiled_draws_the_same_image_in_one_graph_for_each_batch_size(make_pipeline, monkeypatch):
-    """What CUDA graphs replay; recording them takes a GPU."""
+def test_cuda_graphs_trace_one_static_graph_per_batch_size(make_pipeline, monkeypatch):
     torch._dynamo.reset()
     graphs, compile_whole = [], JiTTransformer2DModel.compile
 
@@ -224,21 +259,16 @@ def test_the_whole_network_compiled_draws_the_same_image_in_one_graph_for_each_b
         assert mode == "reduce-overhead"
         compile_whole(self, backend=lambda graph, _: graphs.append(graph) or graph, **settings)
 
+    def sample(labels) -> np.ndarray:
+        generators = seeded(range(len(labels)))
+        return pipeline(labels, generator=generators, num_inference_steps=4, output_type="np").images
+
     monkeypatch.setattr(JiTTransformer2DModel, "compile", trace)
     pipeline = make_pipeline(guidance_scale=2.0, guidance_interval=(0.3, 1.0))
-    plain = pipeline([1, 2], generator=seeded([0, 1]), num_inference_steps=4, output_type="np").images
+    plain = sample([1, 2])
     compile_transformer(pipeline.transformer, cuda_graphs=True)
-    images = [
-        pipeline([1, 2], generator=seeded([0, 1]), num_inference_steps=4, output_type="np").images for _ in range(2)
-    ]
+    np.testing.assert_array_equal(sample([1, 2]), plain)
+    np.testing.assert_array_equal(sample([1, 2]), plain)
     assert len(graphs) == 2  # outside the guidance interval, and inside
-    pipeline([1, 2, 3], generator=seeded([0, 1, 2]), num_inference_steps=4)
-    assert len(graphs) == 4  # none is for any size: such a graph could not be recorded
-    for again in images:
-        np.testing.assert_array_equal(again, plain)
-
-
-def test_cuda_graphs_without_a_gpu_are_refused_before_anything_is_written(pipeline, tmp_path):
-    with pytest.raises(ValueError, match="--cuda_graphs needs a GPU, this run is on cpu"):
-        generate(pipeline, tmp_path / "images", "--cuda_graphs", labels=[1], seeds=[0])
-    assert not (tmp_path / "images").exists()
+    sample([1, 2, 3])
+    assert len(graphs) == 4

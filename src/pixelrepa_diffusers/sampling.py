@@ -1,16 +1,11 @@
-# Copyright 2026 The pixelrepa_diffusers authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
-# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""What every script that samples shares: solvers by name, pipelines by folder or Hub id, seeds, records, whole files."""
+"""What the sampling commands share: solvers by name, pipelines from folders, checkpoints and the Hub, seeded noise."""
 
-from __future__ import annotations
-
-import contextlib
+import json
 import os
 import platform
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import accelerate
 import diffusers
@@ -22,7 +17,6 @@ from diffusers import (
     FlowMatchHeunDiscreteScheduler,
     UniPCMultistepScheduler,
 )
-from filelock import FileLock, Timeout
 
 from .pipeline_pixelrepa import PixelREPAPipeline
 from .scheduling_jit import JiTFlowMatchScheduler
@@ -38,30 +32,94 @@ SCHEDULERS = {
     "dpmpp_2m": lambda: DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
 }
 
+DTYPES = ["float32", "bfloat16", "float16"]
+
+_SETTINGS = ("id2label", "guidance_scale", "guidance_interval")
+
 
 def describe_pipeline(name_or_path: str, revision: str | None = None) -> PixelREPAPipeline:
-    """The pipeline without its weights (on the meta device, with the method's own scheduler).
-
-    It is all that is needed to check labels and settings before anything large is fetched or read.
+    """
+    Build a pipeline without its weights (on the meta device, with the method's own scheduler), to check labels and
+    settings before anything large is downloaded or read.
 
     Args:
-        name_or_path: a saved pipeline's folder, or its id on the Hub.
-        revision: branch, tag or commit of a Hub id.
+        name_or_path (`str`): Folder of a saved pipeline or a training checkpoint, or a Hub id.
+        revision (`str`, *optional*): Branch, tag or commit of a Hub id.
+
+    Raises:
+        `OSError`: If there is no pipeline under this name; a training run's folder is answered with what to pass instead.
     """
-    config = PixelREPAPipeline.load_config(name_or_path, revision=revision)
-    transformer_config = JiTTransformer2DModel.load_config(name_or_path, subfolder="transformer", revision=revision)
+    folder = Path(name_or_path)
+    if folder.exists() and not _is_checkpoint(folder) and not (folder / "model_index.json").is_file():
+        raise FileNotFoundError(f"{folder} is not a saved pipeline: it has no model_index.json.{_suggestion(folder)}")
+    try:
+        if _is_checkpoint(folder):
+            config, settings = JiTTransformer2DModel.load_config(transformer_folder(folder)), _read_settings(folder)
+        else:
+            settings = PixelREPAPipeline.load_config(name_or_path, revision=revision)
+            config = JiTTransformer2DModel.load_config(name_or_path, subfolder="transformer", revision=revision)
+    except OSError as error:
+        if folder.is_dir():
+            raise
+        raise OSError(
+            f"{name_or_path!r} is neither a folder on this machine nor a pipeline that the Hub could deliver: {error}"
+        ) from error
     with torch.device("meta"):
-        transformer = JiTTransformer2DModel.from_config(transformer_config)
-    saved = {name: config[name] for name in ("id2label", "guidance_scale", "guidance_interval") if name in config}
-    return PixelREPAPipeline(transformer, JiTFlowMatchScheduler(), **saved)
+        transformer = JiTTransformer2DModel.from_config(config)
+    settings = {name: settings[name] for name in _SETTINGS if name in settings}
+    return PixelREPAPipeline(transformer, JiTFlowMatchScheduler(), **settings)
 
 
 def fetch_pipeline(name_or_path: str, revision: str | None = None) -> tuple[Path, str | None]:
-    """The folder of a pipeline, downloaded where it is a Hub id, and then also the commit; None for a folder."""
+    """Return (folder, commit) of a pipeline; a Hub id is downloaded, and only then there is a commit."""
     if Path(name_or_path).is_dir():
         return Path(name_or_path), None
     folder = Path(PixelREPAPipeline.download(name_or_path, revision=revision))
     return folder, folder.name  # the snapshot's folder is named after the commit
+
+
+def load_pipeline(folder: Path, dtype: torch.dtype, transformer: Path | None = None) -> PixelREPAPipeline:
+    """Load a saved pipeline or a training checkpoint, optionally with the weights of another `transformer` folder."""
+    transformer = JiTTransformer2DModel.from_pretrained(transformer or transformer_folder(folder), dtype=dtype)
+    if _is_checkpoint(folder):
+        return PixelREPAPipeline(transformer, JiTFlowMatchScheduler(), **_read_settings(folder))
+    return PixelREPAPipeline.from_pretrained(folder, transformer=transformer)
+
+
+def transformer_folder(folder: Path) -> Path:
+    """The weights to sample: those of a saved pipeline, or a training checkpoint's first EMA where it has one."""
+    if _is_checkpoint(folder):
+        for decay in (_read_progress(folder)["arguments"].get("ema_decays") or [])[:1]:
+            if (folder / f"transformer_ema_{decay}").is_dir():
+                return folder / f"transformer_ema_{decay}"
+    return folder / "transformer"
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    return (folder / "progress.json").is_file()
+
+
+def _read_progress(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / "progress.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{folder / 'progress.json'} is damaged: {error}") from error
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    """Class names and guidance of a checkpoint; older checkpoints have none."""
+    return _read_progress(folder).get("pipeline", {})
+
+
+def _suggestion(path: Path) -> str:
+    if path.is_file():
+        return " Convert a published checkpoint with pixelrepa-convert."
+    if (path / "pipeline" / "model_index.json").is_file():
+        return f" It is a training run: pass {path / 'pipeline'}."
+    checkpoints = [folder for folder in path.glob("checkpoint-*") if _is_checkpoint(folder)]
+    if checkpoints:
+        return f" It is a training run: pass {max(checkpoints, key=lambda folder: folder.stat().st_mtime)}."
+    return ""
 
 
 def seeded(seeds: Iterable[int]) -> list[torch.Generator]:
@@ -69,88 +127,47 @@ def seeded(seeds: Iterable[int]) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
-def check_launch(num_processes: int) -> None:
-    """RuntimeError when the launcher started several processes but accelerate runs each of them alone."""
-    if int(os.environ.get("WORLD_SIZE", 1)) != num_processes:
-        raise RuntimeError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but accelerate set up {num_processes} process(es): each would "
-            "make all images. Two processes on a CPU: ACCELERATE_USE_CPU=true accelerate launch --multi_gpu "
-            "--num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no SCRIPT."
-        )
-
-
-def write_atomically(path: Path, save: Callable[[Path], object]) -> None:
-    """Writes beside `path` and renames, so that a run that is stopped leaves no half-written file under a final name."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.incomplete")
-    try:
-        save(temporary)
-        temporary.replace(path)
-    except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk is reported without a name
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def only_writer(folder: Path) -> Iterator[None]:
-    """
-    Makes `folder`, keeps other runs out of it, and removes the files that a killed run left half-written in it.
-
-    The lock is a file `.lock` in the folder, which stays; the operating system ends the hold of a process that is killed.
-
-    Raises:
-        RuntimeError: another run is writing to the folder.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        held = FileLock(folder / ".lock").acquire(timeout=0)
-    except (Timeout, FileNotFoundError):  # not found: the run that held a passing folder has just removed it
-        raise RuntimeError(f"Another run is writing to {folder}. Wait for it, or choose another folder.") from None
-    with held:
-        remove_incomplete(folder)
-        yield
-
-
-def remove_incomplete(folder: Path) -> None:
-    """Removes the files that `write_atomically` of a killed run left in a folder that no other run writes."""
-    for path in folder.glob(".*.incomplete"):
-        if path.is_file():
-            path.unlink()
-
-
 def cast_transformer(transformer: JiTTransformer2DModel, dtype: torch.dtype) -> None:
-    """Casts in place as `from_pretrained(dtype=...)` does: all but the timestep MLP, which stays in float32."""
+    """Cast in place as `from_pretrained(dtype=...)` does: the timestep MLP stays in float32."""
     transformer.to(dtype)
     transformer.conditioning.time_embedding.float()
 
 
 def compile_transformer(transformer: JiTTransformer2DModel, cuda_graphs: bool = False) -> None:
-    """Compiles the blocks for sampling, one graph for all of them, guided and not; with `cuda_graphs` the whole network,
-    which a GPU then replays without waiting for the host."""
+    """Compile the blocks, one graph for all of them, or with `cuda_graphs` the whole network."""
     if cuda_graphs:
-        # One graph for each batch size, guided and not: a graph of any size could not be recorded.
+        # CUDA graphs need static shapes: one graph per batch size, guided and unguided.
         transformer.compile(fullgraph=True, dynamic=False, mode="reduce-overhead")
     else:
         transformer.compile_repeated_blocks(fullgraph=True)
 
 
 def check_cuda_graphs(cuda_graphs: bool, device: torch.device) -> None:
-    """ValueError when CUDA graphs are asked for where there are none; torch would leave them out without a word."""
+    """Refuse --cuda_graphs without a GPU; torch would silently ignore it."""
     if cuda_graphs and device.type != "cuda":
         raise ValueError(
             f"--cuda_graphs needs a GPU, this run is on {device}. Leave it out; --compile works anywhere."
         )
 
 
+def check_launch(num_processes: int) -> None:
+    """Refuse a launch of several processes that accelerate would run as independent ones."""
+    if int(os.environ.get("WORLD_SIZE", 1)) != num_processes:
+        raise ValueError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but accelerate set up {num_processes} process(es): each would "
+            "make all images. Two processes on a CPU: ACCELERATE_USE_CPU=true accelerate launch --multi_gpu "
+            "--num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no SCRIPT."
+        )
+
+
 def device_name(device: torch.device) -> str:
-    """A GPU's product name, or the device in torch's words."""
+    """Product name of a GPU, or the device as torch writes it."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
 def versions() -> dict[str, str]:
-    """Versions of what computes the pixels and the metrics."""
-    from . import __version__  # the package is still being imported when this file is
+    """Versions of the libraries that compute the pixels and the metrics."""
+    from . import __version__  # the package may still be importing this file
 
     libraries = {library.__name__: library.__version__ for library in (diffusers, transformers, accelerate, torch)}
     return {"pixelrepa_diffusers": __version__, **libraries, "python": platform.python_version()}

@@ -1,26 +1,10 @@
-"""FID, Inception Score, precision and recall, FD-DINOv2, or a Fréchet distance in any teacher's space, of a pipeline.
-
-The papers' numbers (ImageNet at 256 pixels, 50,000 images, guidance as saved with the pipeline), on all GPUs:
+"""Measure FID, Inception Score, precision, recall, FD-DINOv2 or a Fréchet distance in any teacher's space.
 
     accelerate launch pipelines/evaluate.py --pipeline FOLDER_OR_HUB_ID --metrics fid inception_score \\
         --inception_reference jit_in256_stats.npz --batch_size 128 --dtype bfloat16 --output_dir evaluation
 
-The demo's digits, on any CPU (the reference is made by pipelines/prepare_reference.py):
-
-    python pipelines/evaluate.py --pipeline outputs/demo/run/pipeline --metrics fd_teacher \\
-        --teacher outputs/demo/teacher --teacher_image_size 28 --teacher_reference outputs/demo/test.npz \\
-        --num_samples 1000 --num_inference_steps 10 --output_dir outputs/demo/evaluation
-
-A sweep: give several values, e.g. `--guidance_scales 1 1.5 2 3 --guidance_intervals 0:1 0.1:1` or
-`--transformers run/checkpoint-600/transformer_ema_0.99 run/checkpoint-600/transformer_ema_0.995`. Images that exist
-already: `--images FOLDER` instead of `--pipeline`.
-
---output_dir receives metrics.json, which says all that is needed to measure again and is read by pipelines/publish.py,
-and grid.png; of a sweep a folder with both for each cell, sweep.csv, sweep.json and heatmap.png. Run it again after an
-interruption: finished cells are kept and a started one goes on from its last --chunk_size images.
-
-Images depend on seed, class and settings alone and are rounded to 8 bits before they are measured. The number of
-processes changes a metric by rounding only (about 1e-12); another --batch_size may move a pixel by one of 255 levels.
+Several values of a sampling flag make a sweep: one folder per cell, sweep.csv, sweep.json and plots. Run the same command
+again after an interruption: finished cells are kept, a started one resumes after its last --chunk_size images.
 """
 
 import contextlib
@@ -31,93 +15,86 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 
 from .. import JiTTransformer2DModel, PixelREPAPipeline
-from ..cli import parse, run
+from ..cli import flag, parse, run
 from ..evaluation import (
     HIGHER_IS_BETTER,
     METRICS,
-    FeatureSpace,
     InceptionNetwork,
     VisionEncoderNetwork,
     accumulate,
     file_images,
     finished_record,
-    list_images,
     open_spaces,
     pipeline_images,
     results,
 )
-from ..files import only_writer, remove_incomplete, write_atomically
+from ..files import only_writer, remove_incomplete, write_atomically, write_json
 from ..hub import weights_sha256
-from ..images import make_grid
-from ..sampling import SCHEDULERS, check_launch, describe_pipeline, device_name, fetch_pipeline, versions
+from ..images import list_images, make_grid
+from ..sampling import (
+    DTYPES,
+    SCHEDULERS,
+    check_launch,
+    compile_transformer,
+    describe_pipeline,
+    device_name,
+    fetch_pipeline,
+    load_pipeline,
+    transformer_folder,
+    versions,
+)
 
 
 @dataclass
 class EvaluateArguments:
-    output_dir: Path = field(metadata={"help": "Receives metrics.json and grid.png, or a sweep's."})
-    pipeline: str | None = field(default=None, metadata={"help": "A saved pipeline's folder, or its id on the Hub."})
-    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub id."})
-    images: str | None = field(
-        default=None, metadata={"help": "Instead of a pipeline: a folder of images, or a pattern such as out/0*.png."}
+    output_dir: Path = flag(help="Receives metrics.json and grid.png, or those of every cell and the sweep's tables.")
+    pipeline: str | None = flag(None, "Saved pipeline or training checkpoint (checkpoint-N), or a Hub id.")
+    revision: str | None = flag(None, "Branch, tag or commit of a Hub id.")
+    images: str | None = flag(
+        None, "Instead of a pipeline: a folder of images (grid.png is skipped), or a pattern such as out/0*.png."
     )
 
-    metrics: list[str] = field(
-        default_factory=lambda: ["fid", "inception_score"],
-        metadata={"help": "What to measure.", "choices": list(METRICS)},
-    )
-    inception_weights: str | None = field(
-        default=None, metadata={"help": "torch-fidelity's Inception weights; downloaded when not given."}
-    )
-    inception_reference: str | None = field(default=None, metadata={"help": "Statistics for fid, precision_recall."})
-    dinov2: str = field(default="facebook/dinov2-large", metadata={"help": "Network of the metrics in dinov2."})
-    dinov2_reference: str | None = field(default=None, metadata={"help": "Statistics for the metrics in dinov2."})
-    teacher: str | None = field(
-        default=None, metadata={"help": "Network of the metrics in teacher: any vision encoder's folder or Hub id."}
-    )
-    teacher_reference: str | None = field(default=None, metadata={"help": "Statistics for the metrics in teacher."})
-    teacher_image_size: int = field(default=224, metadata={"help": "Side the teacher's images are resized to."})
-    teacher_pooling: str = field(
-        default="class", metadata={"help": "Its class token, or the mean of its patches.", "choices": ["class", "patches"]}
-    )  # fmt: skip
+    metrics: list[str] = flag(["fid", "inception_score"], "Metrics to compute.", choices=list(METRICS))
+    inception_weights: str | None = flag(None, "torch-fidelity's Inception weights; downloaded by default.")
+    inception_reference: str | None = flag(None, "Reference statistics of fid and precision_recall.")
+    dinov2: str = flag("facebook/dinov2-large", "Network of the dinov2 metrics.")
+    dinov2_reference: str | None = flag(None, "Reference statistics of the dinov2 metrics.")
+    teacher: str | None = flag(None, "Network of the teacher metrics: folder or Hub id of any vision encoder.")
+    teacher_reference: str | None = flag(None, "Reference statistics of the teacher metrics.")
+    teacher_image_size: int = flag(224, "Side that images are resized to for the teacher.", ge=1)
+    teacher_pooling: str = flag("class", "Teacher feature: class token or mean patch.", choices=["class", "patches"])
 
-    num_samples: int | None = field(
-        default=None, metadata={"help": "Images, a multiple of the classes. Default: 50000, or all of --images."}
+    num_samples: int | None = flag(
+        None, "Number of images, a multiple of the classes. Default: 50000, or all of --images.", ge=1
     )
-    seed: int = field(default=0, metadata={"help": "Image i starts from the noise of seed + i."})
-    transformers: list[str] | None = field(
-        default=None, metadata={"help": "Transformer folders in the pipeline's place, e.g. a checkpoint's EMAs."}
-    )
-    schedulers: list[str] | None = field(
-        default=None, metadata={"help": "Replace the saved scheduler.", "choices": list(SCHEDULERS)}
-    )
-    num_inference_steps: list[int] | None = field(default=None, metadata={"help": "Sampling steps. Default: 50."})
-    guidance_scales: list[float] | None = field(default=None, metadata={"help": "Default: the saved scale."})
-    guidance_intervals: list[str] | None = field(
-        default=None, metadata={"help": "LOW:HIGH, the times guidance acts in. Default: as saved."}
-    )
+    seed: int = flag(0, "Image i starts from the noise of seed + i.")
+    transformers: list[str] | None = flag(None, "Transformer folders to sample instead, e.g. a checkpoint's EMAs.")
+    schedulers: list[str] | None = flag(None, "Replace the saved scheduler.", choices=list(SCHEDULERS))
+    num_inference_steps: list[int] | None = flag(None, "Sampling steps. Default: 50.", ge=1)
+    guidance_scales: list[float] | None = flag(None, "Default: the saved scale.")
+    guidance_intervals: list[str] | None = flag(None, "LOW:HIGH, guide where LOW < t < HIGH. Default: as saved.")
 
-    dtype: str = field(
-        default="float32", metadata={"help": "Of the transformer.", "choices": ["float32", "bfloat16", "float16"]}
-    )
-    compile: bool = field(default=False, metadata={"help": "Compile the transformer's blocks."})
-    batch_size: int = field(default=64, metadata={"help": "Images per batch and process."})
-    chunk_size: int = field(default=5000, metadata={"help": "Images after which a started evaluation is kept."})
-    max_grid_images: int = field(default=64, metadata={"help": "The first images, drawn to grid.png; 0 for no grid."})
-    overwrite: bool = field(default=False, metadata={"help": "Measure again what --output_dir holds already."})
+    dtype: str = flag("float32", "Data type of the transformer.", choices=DTYPES)
+    compile: bool = flag(False, "Compile the transformer's blocks.")
+    batch_size: int = flag(64, "Images per batch and process.", ge=1)
+    chunk_size: int = flag(5000, "Images between saves of a started evaluation.", ge=1)
+    max_grid_images: int = flag(64, "First images, drawn to grid.png; 0 for no grid.", ge=0)
+    overwrite: bool = flag(False, "Measure again what --output_dir already holds.")
 
 
 SAMPLING = ("transformers", "schedulers", "num_inference_steps", "guidance_scales", "guidance_intervals", "revision")
 AXES = ("transformer", "scheduler", "num_inference_steps", "guidance_interval", "guidance_scale")
+SHORT_NAMES = ("", "", "steps-", "interval-", "guidance-")
 
 
 @dataclass(frozen=True)
@@ -131,7 +108,7 @@ class Cell:
     guidance_scale: float
 
     def labels(self) -> dict[str, str]:
-        """The position on each axis, in words that also make a file name."""
+        """Position on each axis, as a text."""
         low, high = self.guidance_interval
         return {
             "transformer": "-".join(Path(self.transformer).resolve().parts[-2:]) if self.transformer else "own",
@@ -141,10 +118,77 @@ class Cell:
             "guidance_scale": f"{self.guidance_scale:g}",
         }
 
-    @property
-    def name(self) -> str:
-        words = ("transformer", "scheduler", "steps", "interval", "guidance")
-        return "_".join(f"{word}-{label}" for word, label in zip(words, self.labels().values(), strict=True))
+    def name(self, axes: Sequence[str]) -> str:
+        """Short name by the given axes, such as "heun_steps-50_guidance-1.5"."""
+        parts = zip(AXES, SHORT_NAMES, self.labels().values(), strict=True)
+        return "_".join(short + label for axis, short, label in parts if axis in axes)
+
+
+def main(args: EvaluateArguments) -> list[dict[str, Any]]:
+    """Measure and return the metrics.json of every cell, in the order of the sweep."""
+    accelerator = Accelerator()
+    check_launch(accelerator.num_processes)
+    if (args.pipeline is None) == (args.images is None):
+        raise ValueError("Give either --pipeline or --images.")
+    if args.pipeline is not None:
+        num_samples = args.num_samples or 50_000
+        plan = describe_pipeline(args.pipeline, args.revision)
+        cells = plan_cells(args, plan, num_samples)
+    else:
+        if given := [name for name in SAMPLING if getattr(args, name) is not None]:
+            raise ValueError(f"--{given[0]} concerns sampling and has no effect on --images.")
+        paths = [path for path in list_images(args.images) if path.name != "grid.png"]
+        num_samples = args.num_samples or len(paths)
+        if num_samples > len(paths):
+            raise ValueError(f"--num_samples {num_samples}: there are {len(paths)} images at {args.images}.")
+        paths = paths[:num_samples]
+        make_images = file_images(paths)
+
+    evaluator = Evaluator(args, accelerator, num_samples)
+    with only_writer(args.output_dir) if accelerator.is_main_process else contextlib.nullcontext():
+        if args.pipeline is not None:
+            return measure_cells(args, evaluator, plan, cells)
+        listing = [(path.name, path.stat().st_size) for path in paths]
+        source = {
+            "images": Path(args.images).name,
+            "listing_sha256": hashlib.sha256(json.dumps(listing).encode()).hexdigest(),  # names and sizes
+        }
+        record = evaluator.measure(args.output_dir, make_images, source)
+        accelerator.print(json.dumps(record["metrics"], indent=1))
+        return [record]
+
+
+def plan_cells(args: EvaluateArguments, plan: PixelREPAPipeline, num_samples: int) -> list[Cell]:
+    """All combinations, each checked against the pipeline's description before any weights are read."""
+    intervals = [tuple(plan.config.guidance_interval)]
+    if args.guidance_intervals is not None:
+        intervals = [parse_interval(text) for text in args.guidance_intervals]
+    combinations = itertools.product(
+        args.transformers or [None],
+        args.schedulers or [None],
+        args.num_inference_steps or [50],
+        intervals,
+        args.guidance_scales or [plan.config.guidance_scale],
+    )
+    cells = [Cell(*values) for values in combinations]
+    names = [cell.name(AXES) for cell in cells]
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"The sweep has {repeated[0]} more than once: give each value once.")
+    for cell in cells:
+        pipeline_images(
+            plan, num_samples, args.seed, cell.num_inference_steps, cell.guidance_scale, cell.guidance_interval
+        )
+    own = plan.transformer.config
+    for folder in args.transformers or []:
+        if not Path(folder).is_dir():
+            raise FileNotFoundError(f"--transformers: there is no folder {folder}.")
+        config = JiTTransformer2DModel.load_config(folder)
+        for name in ("num_classes", "sample_size", "in_channels", "noise_scale"):
+            if config[name] != own[name]:
+                raise ValueError(
+                    f"--transformers: {folder} has {name} {config[name]}, the pipeline's transformer has {own[name]}."
+                )
+    return cells
 
 
 def parse_interval(text: str) -> tuple[float, float]:
@@ -155,265 +199,174 @@ def parse_interval(text: str) -> tuple[float, float]:
     return low, high
 
 
-def plan_cells(args: EvaluateArguments, plan: PixelREPAPipeline, num_samples: int) -> list[Cell]:
-    """Every combination, each checked against the pipeline's description."""
-    intervals = [tuple(plan.config.guidance_interval)]
-    if args.guidance_intervals is not None:
-        intervals = [parse_interval(text) for text in args.guidance_intervals]
-    cells = [
-        Cell(*values)
-        for values in itertools.product(
-            args.transformers or [None],
-            args.schedulers or [None],
-            args.num_inference_steps or [50],
-            intervals,
-            args.guidance_scales or [plan.config.guidance_scale],
-        )
-    ]
-    names = [cell.name for cell in cells]
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
-        raise ValueError(f"The sweep has {repeated[0]} more than once: give each value once.")
-    for cell in cells:
-        pipeline_images(
-            plan, num_samples, args.seed, cell.num_inference_steps, cell.guidance_scale, cell.guidance_interval
-        )
-    own = plan.transformer.config
-    for folder in args.transformers or []:
-        if not (Path(folder) / "config.json").is_file():
-            raise FileNotFoundError(f"--transformers: {folder} is no transformer folder, it has no config.json.")
-        config = JiTTransformer2DModel.load_config(folder)
-        for name in ("num_classes", "sample_size", "in_channels", "noise_scale"):
-            if config[name] != own[name]:
-                raise ValueError(
-                    f"--transformers: {folder} has {name} {config[name]}, the pipeline's transformer {own[name]}."
-                )
-    return cells
+class Evaluator:
+    """Feature networks, references and settings that all cells share."""
 
-
-def evaluate_cell(
-    args: EvaluateArguments,
-    accelerator: Accelerator,
-    folder: Path,
-    spaces: list[FeatureSpace],
-    make_images,
-    num_samples: int,
-    settings: dict,
-    facts: dict,
-    labels: list[str] | None,
-) -> dict:
-    """Measures one set of images into `folder`, unless that is done, and returns its metrics.json."""
-    path, grid_path, state_path = folder / "metrics.json", folder / "grid.png", folder / "state.npz"
-    record = None if args.overwrite else finished_record(path, settings)
-    # Every process has looked before any writes.
-    accelerator.wait_for_everyone()
-    if record is not None:
-        accelerator.print(f"{path} is finished: kept.")
-        return record
-    if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        remove_incomplete(folder)
-        if args.overwrite:
-            state_path.unlink(missing_ok=True)
-    accelerator.wait_for_everyone()
-
-    start = time.perf_counter()
-    tally = accumulate(
-        make_images,
-        num_samples,
-        spaces,
-        args.batch_size,
-        num_shown=args.max_grid_images,
-        state_path=state_path,
-        settings=settings,
-        chunk_size=args.chunk_size,
-        description=folder.name,
-    )
-    record = {
-        "metrics": results(tally, spaces),
-        **facts,
-        **settings,
-        "num_processes": accelerator.num_processes,
-        "seconds": round(time.perf_counter() - start, 2),  # of this start: a resumed evaluation took longer
-    }
-    if accelerator.is_main_process:
-        pictures = tally.pictures()
-        if pictures:
-            grid = make_grid(pictures, labels and labels[: len(pictures)])
-            write_atomically(grid_path, lambda temporary: grid.save(temporary, "PNG"))
-        write_json(path, record)
-        state_path.unlink(missing_ok=True)
-    accelerator.wait_for_everyone()
-    return record
-
-
-def main(args: EvaluateArguments) -> list[dict]:
-    """Measures what `args` say and returns the metrics.json of every cell, in the order of the sweep."""
-    with contextlib.ExitStack() as stack:
-        return measure(args, stack)
-
-
-def measure(args: EvaluateArguments, stack: contextlib.ExitStack) -> list[dict]:
-    """See `main`; `stack` holds the output folder until the end."""
-    accelerator = Accelerator()
-    check_launch(accelerator.num_processes)
-    for name, least in (("batch_size", 1), ("chunk_size", 1), ("max_grid_images", 0)):
-        if getattr(args, name) < least:
-            raise ValueError(f"--{name} must be at least {least}, got {getattr(args, name)}.")
-    if (args.pipeline is None) == (args.images is None):
-        raise ValueError("Give either --pipeline or --images.")
-    if args.images is not None:
-        given = [name for name in SAMPLING if getattr(args, name) is not None]
-        if given:
-            raise ValueError(f"--{given[0]} is about sampling and means nothing for --images.")
-        paths = list_images(args.images)
-        num_samples = len(paths) if args.num_samples is None else args.num_samples
-        if not 1 <= num_samples <= len(paths):
-            raise ValueError(f"--num_samples {num_samples}: there are {len(paths)} images at {args.images}.")
-        make_images = file_images(paths[:num_samples])
-    else:
-        num_samples = 50_000 if args.num_samples is None else args.num_samples
-        plan = describe_pipeline(args.pipeline, args.revision)
-        cells = plan_cells(args, plan, num_samples)
-
-    needed = {METRICS[metric][0] for metric in args.metrics}
-    if "teacher" in needed and args.teacher is None:
-        raise ValueError("A metric in the teacher's space needs --teacher.")
-    references = {name: getattr(args, f"{name}_reference") for name in ("inception", "dinov2", "teacher")}
-    networks = {
-        "inception": partial(InceptionNetwork, args.inception_weights),
-        "dinov2": partial(VisionEncoderNetwork.from_pretrained, args.dinov2),
-        "teacher": partial(
-            VisionEncoderNetwork.from_pretrained, args.teacher, args.teacher_image_size, args.teacher_pooling
-        ),
-    }
-    with accelerator.local_main_process_first():  # which downloads
-        spaces = open_spaces(args.metrics, num_samples, networks, references, accelerator.device)
-
-    if accelerator.is_main_process:
-        stack.enter_context(only_writer(args.output_dir))
-    accelerator.wait_for_everyone()
-    compared = {space.name: space for space in spaces if space.reference is not None}
-    facts = {
-        "reference": ", ".join(
-            f"{Path(references[name]).name} (sha256 {space.reference.sha256[:12]}, {name})"
-            for name, space in compared.items()
-        )
-        or "none is needed",
-        "device": device_name(accelerator.device),
-        "versions": versions(),
-        "arguments": json.loads(json.dumps(asdict(args), default=str)),
-        "command": shlex.join(["python", *sys.argv]) if accelerator.is_main_process else None,
-    }
-    shared = {
-        "num_samples": num_samples,
-        "batch_size": args.batch_size,
-        "wanted": list(args.metrics),
-        "networks": {space.name: space.describe() for space in spaces},
-        "references": {
-            name: {"count": space.reference.count, "sha256": space.reference.sha256}
-            for name, space in compared.items()
-        },
-    }
-    if args.images is not None:
-        listing = [(path.name, path.stat().st_size) for path in paths[:num_samples]]
-        source = {
-            "images": Path(args.images).name,
-            "listing_sha256": hashlib.sha256(json.dumps(listing).encode()).hexdigest(),  # names and sizes
+    def __init__(self, args: EvaluateArguments, accelerator: Accelerator, num_samples: int):
+        if args.teacher is None and any(METRICS[metric][0] == "teacher" for metric in args.metrics):
+            raise ValueError("A metric in the teacher's space needs --teacher.")
+        self.args, self.accelerator, self.num_samples = args, accelerator, num_samples
+        references = {name: getattr(args, f"{name}_reference") for name in ("inception", "dinov2", "teacher")}
+        networks = {
+            "inception": partial(InceptionNetwork, args.inception_weights),
+            "dinov2": partial(VisionEncoderNetwork.from_pretrained, args.dinov2),
+            "teacher": partial(
+                VisionEncoderNetwork.from_pretrained, args.teacher, args.teacher_image_size, args.teacher_pooling
+            ),
         }
-        return [
-            evaluate_cell(
-                args, accelerator, args.output_dir, spaces, make_images, num_samples, source | shared, facts, None
-            )
+        with accelerator.local_main_process_first():  # which downloads
+            self.spaces = open_spaces(args.metrics, num_samples, networks, references, accelerator.device)
+        compared = {space.name: space.reference for space in self.spaces if space.reference is not None}
+        # A stored evaluation is reused only if its settings are the same; facts may differ.
+        self.settings = {
+            "num_samples": num_samples,
+            "batch_size": args.batch_size,
+            "wanted": list(args.metrics),
+            "networks": {space.name: space.describe() for space in self.spaces},
+            "references": {
+                name: {"count": reference.count, "sha256": reference.sha256} for name, reference in compared.items()
+            },
+        }
+        descriptions = [
+            f"{Path(references[name]).name} (sha256 {reference.sha256[:12]}, {name})"
+            for name, reference in compared.items()
         ]
+        self.facts = {
+            "reference": ", ".join(descriptions) or "none is needed",
+            "device": device_name(accelerator.device),
+            "versions": versions(),
+            "arguments": json.loads(json.dumps(asdict(args), default=str)),
+            "command": shlex.join(["pixelrepa-evaluate", *sys.argv[1:]]),
+            "num_processes": accelerator.num_processes,
+        }
 
-    return measure_cells(args, accelerator, spaces, plan, cells, num_samples, shared, facts)
+    def measure(self, folder: Path, make_images, settings: dict, labels: list[str] | None = None) -> dict[str, Any]:
+        """Measure one set of images into `folder`, unless that is done, and return its metrics.json."""
+        args, accelerator, settings = self.args, self.accelerator, {**settings, **self.settings}
+        path, state_path = folder / "metrics.json", folder / "state.npz"
+        record = None if args.overwrite else finished_record(path, settings)
+        accelerator.wait_for_everyone()  # every process looks before any writes
+        if record is not None:
+            accelerator.print(f"{path} is finished: kept.")
+            return record
+        if accelerator.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            remove_incomplete(folder)
+            if args.overwrite:
+                state_path.unlink(missing_ok=True)
+        accelerator.wait_for_everyone()
+
+        start = time.perf_counter()
+        tally = accumulate(
+            make_images,
+            self.num_samples,
+            self.spaces,
+            args.batch_size,
+            num_shown=args.max_grid_images,
+            state_path=state_path,
+            settings=settings,
+            chunk_size=args.chunk_size,
+            description=folder.name,
+        )
+        record = {
+            "metrics": results(tally, self.spaces),
+            **self.facts,
+            **settings,
+            "seconds": round(time.perf_counter() - start, 2),  # since this start: a resumed evaluation took longer
+        }
+        if accelerator.is_main_process:
+            if pictures := tally.pictures():
+                grid = make_grid(pictures, labels and labels[: len(pictures)])
+                write_atomically(folder / "grid.png", lambda temporary: grid.save(temporary, "PNG"))
+            write_json(path, record)
+            state_path.unlink(missing_ok=True)
+        accelerator.wait_for_everyone()
+        return record
 
 
 def measure_cells(
-    args: EvaluateArguments,
-    accelerator: Accelerator,
-    spaces: list[FeatureSpace],
-    plan: PixelREPAPipeline,
-    cells: list[Cell],
-    num_samples: int,
-    shared: dict,
-    facts: dict,
-) -> list[dict]:
-    """
-    Samples and measures every cell, loading a transformer once for the cells in a row that use it; of several cells also
-    writes the tables, after each, and the heat map.
-    """
+    args: EvaluateArguments, evaluator: Evaluator, plan: PixelREPAPipeline, cells: list[Cell]
+) -> list[dict[str, Any]]:
+    """Sample and measure every cell. A transformer is loaded once for consecutive cells; tables follow each cell."""
+    accelerator, num_classes = evaluator.accelerator, plan.transformer.config.num_classes
     with accelerator.local_main_process_first():
         folder, commit = fetch_pipeline(args.pipeline, args.revision)
     names = plan.config.id2label or {}
-    labels = [index % plan.transformer.config.num_classes for index in range(min(args.max_grid_images, num_samples))]
+    labels = [index % num_classes for index in range(min(args.max_grid_images, evaluator.num_samples))]
     labels = [names.get(str(label), str(label)).split(",")[0] for label in labels]
-    records, pipe, loaded = [], None, None
-    for number, cell in enumerate(cells):
-        if pipe is None or cell.transformer != loaded:
-            source = folder / "transformer" if cell.transformer is None else Path(cell.transformer)
-            transformer = JiTTransformer2DModel.from_pretrained(source, dtype=getattr(torch, args.dtype))
-            pipe = PixelREPAPipeline.from_pretrained(folder, transformer=transformer).to(accelerator.device)
-            pipe.set_progress_bar_config(
-                leave=False, position=1, desc="steps", disable=not accelerator.is_local_main_process
+    records, is_sweep = [], len(cells) > 1
+    for transformer, group in itertools.groupby(cells, key=lambda cell: cell.transformer):
+        source = transformer_folder(folder) if transformer is None else Path(transformer)
+        pipe = load_pipeline(folder, getattr(torch, args.dtype), source).to(accelerator.device)
+        # None: only on a terminal. A nested bar writes a line per refresh into a log.
+        pipe.set_progress_bar_config(
+            leave=False, position=1, desc="steps", disable=None if accelerator.is_local_main_process else True
+        )
+        if args.compile:
+            compile_transformer(pipe.transformer)
+        own_scheduler, weights = pipe.scheduler, weights_sha256(source)
+        for cell in group:
+            pipe.scheduler = SCHEDULERS[cell.scheduler]() if cell.scheduler else own_scheduler
+            settings = {
+                "pipeline": Path(args.pipeline).name if commit is None else args.pipeline,
+                "revision": commit,
+                "transformer": cell.labels()["transformer"],
+                "weights_sha256": weights,
+                "scheduler": {"_class_name": type(pipe.scheduler).__name__, **pipe.scheduler.config},
+                "num_inference_steps": cell.num_inference_steps,
+                "guidance_scale": float(cell.guidance_scale),
+                "guidance_interval": list(cell.guidance_interval),
+                "seeds": f"{args.seed}-{args.seed + evaluator.num_samples - 1}",
+                "dtype": args.dtype,
+            }
+            make_images = pipeline_images(
+                pipe,
+                evaluator.num_samples,
+                args.seed,
+                cell.num_inference_steps,
+                cell.guidance_scale,
+                cell.guidance_interval,
             )
-            if args.compile:
-                pipe.transformer.compile_repeated_blocks(fullgraph=True)
-            loaded, own_scheduler, weights = cell.transformer, pipe.scheduler, weights_sha256(source)
-        pipe.scheduler = SCHEDULERS[cell.scheduler]() if cell.scheduler else own_scheduler
-        settings = {
-            "pipeline": Path(args.pipeline).name if commit is None else args.pipeline,
-            "revision": commit,
-            "transformer": cell.labels()["transformer"],
-            "weights_sha256": weights,
-            "scheduler": {"_class_name": type(pipe.scheduler).__name__, **pipe.scheduler.config},
-            "num_inference_steps": cell.num_inference_steps,
-            "guidance_scale": float(cell.guidance_scale),
-            "guidance_interval": list(cell.guidance_interval),
-            "seeds": f"{args.seed}-{args.seed + num_samples - 1}",
-            "dtype": args.dtype,
-            **shared,
-        }
-        make_images = pipeline_images(
-            pipe, num_samples, args.seed, cell.num_inference_steps, cell.guidance_scale, cell.guidance_interval
-        )
-        target = args.output_dir / cell.name if len(cells) > 1 else args.output_dir
-        records.append(
-            evaluate_cell(args, accelerator, target, spaces, make_images, num_samples, settings, facts, labels)
-        )
-        if accelerator.is_main_process and len(cells) > 1:
-            write_tables(args.output_dir, cells[: number + 1], records)
-    if len(cells) > 1 and accelerator.is_main_process:
-        draw_heatmap(args.output_dir / "heatmap.png", cells, records)
-        print_table(cells, records)
+            target = args.output_dir / cell.name(varying_axes(cells)) if is_sweep else args.output_dir
+            records.append(evaluator.measure(target, make_images, settings, labels))
+            if is_sweep and accelerator.is_main_process:
+                write_tables(args.output_dir, cells, records)
+    if not is_sweep:
+        accelerator.print(json.dumps(records[0]["metrics"], indent=1))
     elif accelerator.is_main_process:
-        print(json.dumps(records[0]["metrics"], indent=1))
+        plot_lines(args.output_dir / "sweep.png", cells, records)
+        if {"guidance_scale", "guidance_interval"} <= set(varying_axes(cells)):
+            plot_heatmap(args.output_dir / "heatmap.png", cells, records)
+        print_table(cells, records)
     return records
 
 
-# -------------------------------------------------------------------------------------------------------- of a sweep
+# Tables and plots of a sweep
 
 
-def rows(cells: list[Cell], records: list[dict]) -> Iterator[dict]:
-    for cell, record in zip(cells, records, strict=True):
-        yield {**cell.labels(), **record["metrics"], "seconds": record["seconds"]}
+def varying_axes(cells: list[Cell]) -> list[str]:
+    """Axes with several values."""
+    return [axis for axis in AXES if len({getattr(cell, axis) for cell in cells}) > 1]
 
 
-def best(records: list[dict]) -> int:
-    """The place of the best cell by the first metric asked for."""
-    name = next(iter(records[0]["metrics"]))
-    sign = -1 if name.startswith(HIGHER_IS_BETTER) else 1
-    return min(range(len(records)), key=lambda place: sign * records[place]["metrics"][name])
+def best(records: list[dict[str, Any]]) -> int:
+    """Index of the best cell by the first metric."""
+    metric = next(iter(records[0]["metrics"]))
+    pick = max if metric.startswith(HIGHER_IS_BETTER) else min
+    return pick(range(len(records)), key=lambda index: records[index]["metrics"][metric])
 
 
-def write_json(path: Path, content) -> None:
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+def rows(cells: list[Cell], records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Folder, position and metrics of the measured cells, which come first in `cells`."""
+    axes = varying_axes(cells)
+    return [
+        {"folder": cell.name(axes), **cell.labels(), **record["metrics"], "seconds": record["seconds"]}
+        for cell, record in zip(cells, records, strict=False)
+    ]
 
 
-def write_tables(output_dir: Path, cells: list[Cell], records: list[dict]) -> None:
-    table = list(rows(cells, records))
+def write_tables(output_dir: Path, cells: list[Cell], records: list[dict[str, Any]]) -> None:
+    table = rows(cells, records)
 
     def write_csv(path: Path) -> None:
         with path.open("w", newline="", encoding="utf-8") as file:
@@ -425,56 +378,75 @@ def write_tables(output_dir: Path, cells: list[Cell], records: list[dict]) -> No
     write_json(output_dir / "sweep.json", {"cells": table, "best": table[best(records)]})
 
 
-def print_table(cells: list[Cell], records: list[dict]) -> None:
+def print_table(cells: list[Cell], records: list[dict[str, Any]]) -> None:
     table = [
         {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()}
         for row in rows(cells, records)
     ]
     widths = {name: max(len(name), *(len(row[name]) for row in table)) for name in table[0]}
     print("  ".join(name.rjust(width) for name, width in widths.items()))
-    for place, row in enumerate(table):
-        mark = "  ← best" if place == best(records) else ""
+    for index, row in enumerate(table):
+        mark = "  ← best" if index == best(records) else ""
         print("  ".join(row[name].rjust(width) for name, width in widths.items()) + mark)
 
 
-def draw_heatmap(path: Path, cells: list[Cell], records: list[dict]) -> None:
-    """The first metric over the two axes with the most values; a panel for each combination of the others."""
+def plot_lines(path: Path, cells: list[Cell], records: list[dict[str, Any]]) -> None:
+    """The first metric over guidance scale or steps; one line per combination of the other axes."""
+    from matplotlib.figure import Figure  # slow to import
+
+    metric, varying = next(iter(records[0]["metrics"])), varying_axes(cells)
+    numeric = [axis for axis in ("guidance_scale", "num_inference_steps") if axis in varying]
+    x_axis = numeric[0] if numeric else varying[0]
+    lines: dict[str, list] = {}
+    for cell, record in zip(cells, records, strict=True):
+        x = getattr(cell, x_axis) if numeric else cell.labels()[x_axis]
+        name = cell.name([axis for axis in varying if axis != x_axis])
+        lines.setdefault(name, []).append((x, record["metrics"][metric]))
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axis = figure.subplots()
+    for name, points in lines.items():
+        axis.plot(*zip(*(sorted(points) if numeric else points), strict=True), marker="o", label=name)
+    axis.set_xlabel(x_axis.replace("_", " "))
+    axis.set_ylabel(metric)
+    if len(lines) > 1:
+        figure.legend(loc="outside right upper", fontsize=8)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
+
+
+def plot_heatmap(path: Path, cells: list[Cell], records: list[dict[str, Any]]) -> None:
+    """The first metric over guidance scale and interval; one panel per combination of the other axes."""
     from matplotlib.figure import Figure  # slow to import
 
     metric = next(iter(records[0]["metrics"]))
-    positions = [cell.labels() for cell in cells]
-    values = {axis: list(dict.fromkeys(position[axis] for position in positions)) for axis in AXES}
-    # Later axes first where equal, so that guidance scale runs along x.
-    y_axis, x_axis = sorted(AXES, key=lambda axis: (len(values[axis]), AXES.index(axis)))[-2:]
-    others = [axis for axis in AXES if axis not in (x_axis, y_axis) and len(values[axis]) > 1]
-    panels = list(itertools.product(*(values[axis] for axis in others)))
+    others = [axis for axis in varying_axes(cells) if not axis.startswith("guidance")]
+    scales, intervals = ([cell.labels()[axis] for cell in cells] for axis in ("guidance_scale", "guidance_interval"))
+    scales, intervals = list(dict.fromkeys(scales)), list(dict.fromkeys(intervals))
+    panels: dict[str, dict] = {}
+    for cell, record in zip(cells, records, strict=True):
+        position = cell.labels()["guidance_interval"], cell.labels()["guidance_scale"]
+        panels.setdefault(cell.name(others), {})[position] = record["metrics"][metric]
+    values = [record["metrics"][metric] for record in records]
 
-    numbers = np.full((len(panels), len(values[y_axis]), len(values[x_axis])), np.nan)
-    for position, record in zip(positions, records, strict=True):
-        panel = panels.index(tuple(position[axis] for axis in others))
-        numbers[panel, values[y_axis].index(position[y_axis]), values[x_axis].index(position[x_axis])] = record[
-            "metrics"
-        ][metric]
-
-    height, width = 1.5 + 0.6 * len(values[y_axis]), 2.5 + 0.9 * len(values[x_axis])
+    width, height = 2.5 + 0.9 * len(scales), 1.5 + 0.6 * len(intervals)
     figure = Figure(figsize=(width, height * len(panels)), layout="constrained")
     axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
-    for axis, panel, grid in zip(axes, panels, numbers, strict=True):
+    for axis, (name, panel) in zip(axes, panels.items(), strict=True):
         image = axis.imshow(
-            grid,
+            [[panel[interval, scale] for scale in scales] for interval in intervals],
             aspect="auto",
-            vmin=numbers.min(),
-            vmax=numbers.max(),
+            vmin=min(values),
+            vmax=max(values),
             cmap="viridis" if metric.startswith(HIGHER_IS_BETTER) else "viridis_r",
         )
-        for y, row in enumerate(grid.tolist()):
-            for x, number in enumerate(row):
-                axis.text(x, y, f"{number:.4g}", ha="center", va="center", bbox={"facecolor": "white", "alpha": 0.7})
-        axis.set_xticks(range(len(values[x_axis])), values[x_axis])
-        axis.set_yticks(range(len(values[y_axis])), values[y_axis])
-        axis.set_xlabel(x_axis.replace("_", " "))
-        axis.set_ylabel(y_axis.replace("_", " "))
-        axis.set_title(", ".join(f"{name} {label}" for name, label in zip(others, panel, strict=True)) or metric)
+        for (interval, scale), value in panel.items():
+            x, y = scales.index(scale), intervals.index(interval)
+            axis.text(x, y, f"{value:.4g}", ha="center", va="center", bbox={"facecolor": "white", "alpha": 0.7})
+        axis.set_xticks(range(len(scales)), scales)
+        axis.set_yticks(range(len(intervals)), intervals)
+        axis.set_xlabel("guidance scale")
+        axis.set_ylabel("guidance interval")
+        axis.set_title(name or metric)
     figure.colorbar(image, ax=axes, label=metric)
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
 

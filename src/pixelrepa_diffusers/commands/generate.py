@@ -1,26 +1,18 @@
-"""Images from a PixelREPA or JiT pipeline: one PNG for every class and seed, and a labelled grid of them.
+"""Generate images with a PixelREPA or JiT pipeline: one PNG per class and seed, and a labelled grid of them.
 
-    python pipelines/generate.py --pipeline FOLDER_OR_HUB_ID --class_labels "golden retriever" 360 --seeds 0-7 \\
-        --output_dir images
+    pixelrepa-generate --pipeline FOLDER_OR_HUB_ID --class_labels "golden retriever" 360 --seeds 0-7 --output_dir images
 
-On several GPUs, with the same images as on one: `accelerate launch pipelines/generate.py ...`. On two CPU processes:
-`ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no
---dynamo_backend no pipelines/generate.py ...`.
-
-Every image starts from the noise of its own seed, drawn on the CPU, so it does not depend on the other images of the
-run. Batches are the same however many processes share them, hence so are the bits. Another `--batch_size` starts from
-the same noise but may sum floating-point numbers in another order, which can move a pixel by one of 255 levels.
-
-Each PNG holds text chunks that say how to make it again, `arguments.json` every argument after defaults are filled in.
+Each image starts from the noise of its own seed, drawn on the CPU, so it does not depend on the rest of the run. Several
+GPUs (`accelerate launch pipelines/generate.py ...`) make the same files as one, bit for bit.
 """
 
 import contextlib
 import json
 import re
 import shlex
-from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -28,10 +20,11 @@ from PIL import Image, PngImagePlugin
 from tqdm.auto import tqdm
 
 from .. import PixelREPAPipeline
-from ..cli import parse, run
-from ..files import only_writer, write_atomically
+from ..cli import flag, parse, run
+from ..files import only_writer, write_atomically, write_json
 from ..images import make_grid
 from ..sampling import (
+    DTYPES,
     SCHEDULERS,
     check_cuda_graphs,
     check_launch,
@@ -39,6 +32,7 @@ from ..sampling import (
     describe_pipeline,
     device_name,
     fetch_pipeline,
+    load_pipeline,
     seeded,
     versions,
 )
@@ -46,190 +40,171 @@ from ..sampling import (
 
 @dataclass
 class GenerateArguments:
-    pipeline: str = field(metadata={"help": "A saved pipeline's folder, or its id on the Hub."})
-    class_labels: list[str] = field(
-        metadata={"help": "Class ids, or names the pipeline knows. Names with spaces quoted."}
+    pipeline: str = flag(help="Saved pipeline or training checkpoint (checkpoint-N), or a Hub id.")
+    class_labels: list[str] | None = flag(
+        None, "Class names (quote those with spaces), ids, ranges such as 0-9, or all. Not needed for a single class."
     )
-    output_dir: Path = field(metadata={"help": "Receives CLASS_SEED.png, grid.png and arguments.json."})
-    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub id."})
-    seeds: list[str] = field(
-        default_factory=lambda: ["0"], metadata={"help": "One image each: 0-7, or 3 5 8, or 0-3,9."}
-    )
+    output_dir: Path = flag(Path("images"), "Receives CLASS_SEED.png, grid.png and arguments.json.")
+    revision: str | None = flag(None, "Branch, tag or commit of a Hub id.")
+    seeds: list[str] = flag(["0"], "One image per class and seed: 0-7, or 3 5 8, or 0-3,9.")
+    list_classes: bool = flag(False, "Print the class ids and names, and stop.")
 
-    scheduler: str | None = field(
-        default=None, metadata={"help": "Replaces the saved scheduler.", "choices": list(SCHEDULERS)}
-    )
-    num_inference_steps: int = field(default=50, metadata={"help": "Steps; heun evaluates the model 2N - 1 times."})
-    guidance_scale: float | None = field(
-        default=None, metadata={"help": "Default: the scale saved with the pipeline."}
-    )
-    guidance_interval: list[float] | None = field(
-        default=None, metadata={"help": "LOW HIGH, the times guidance acts in. Default: as saved."}
-    )
+    scheduler: str | None = flag(None, "Replaces the saved scheduler.", choices=list(SCHEDULERS))
+    num_inference_steps: int = flag(50, "Sampling steps; heun evaluates the model 2N - 1 times.", ge=1)
+    guidance_scale: float | None = flag(None, "Default: the scale saved with the pipeline.")
+    guidance_interval: list[float] | None = flag(None, "LOW HIGH: guide where LOW < t < HIGH. Default: as saved.")
 
-    dtype: str = field(
-        default="float32", metadata={"help": "Of the network.", "choices": ["float32", "bfloat16", "float16"]}
-    )
-    compile: bool = field(
-        default=False, metadata={"help": "Compile the transformer's blocks: slow start, then faster."}
-    )
-    cuda_graphs: bool = field(
-        default=False,
-        metadata={"help": "On a GPU: compile the whole network and replay it as CUDA graphs, for small batches."},
-    )
-    batch_size: int = field(default=8, metadata={"help": "Images per batch and process."})
-    max_grid_images: int = field(default=256, metadata={"help": "grid.png is drawn for at most so many images."})
-    overwrite: bool = field(default=False, metadata={"help": "Replace files of an earlier run in --output_dir."})
+    dtype: str = flag("float32", "Data type of the network.", choices=DTYPES)
+    compile: bool = flag(False, "Compile the transformer's blocks: slow start, then faster.")
+    cuda_graphs: bool = flag(False, "Compile the whole network into CUDA graphs: fastest for small batches on a GPU.")
+    batch_size: int = flag(8, "Images per batch and process.", ge=1)
+    max_grid_images: int = flag(256, "No grid.png for more images than this.", ge=0)
+    overwrite: bool = flag(False, "Replace files of an earlier run in --output_dir.")
 
 
-MOST_SEEDS = 1_000_000
-
-
-def parse_seeds(texts: list[str]) -> list[int]:
-    """Seeds of texts like "3", "0-7" (both ends included) and "0-3,9", in the order given."""
-    seeds: list[int] = []
+def parse_numbers(texts: list[str], name: str) -> list[int]:
+    """Distinct numbers of texts such as "3", "0-7" (both ends included) and "0-3,9", in the order given."""
+    numbers: dict[int, None] = {}
     for text in ",".join(texts).split(","):
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", text.strip())
-        if match is None:
-            raise ValueError(f"--seeds: {text!r} is neither a whole number such as 3 nor a range such as 0-7.")
-        first, last = match[1], match[2] or match[1]
-        if max(len(first), len(last)) > 19 or max(int(first), int(last)) >= 2**63:
-            raise ValueError(f"--seeds: {text!r} is too large, a seed is below 2**63.")
-        first, last = int(first), int(last)
-        if last < first:
-            raise ValueError(f"--seeds: the range {text!r} ends before it starts.")
-        if len(seeds) + last - first >= MOST_SEEDS:
-            raise ValueError(f"--seeds: with {text!r} they are more than {MOST_SEEDS}; make them in several runs.")
-        seeds.extend(range(first, last + 1))
-    repeated = sorted(seed for seed, count in Counter(seeds).items() if count > 1)
-    if repeated:
-        raise ValueError(f"--seeds: {repeated} given more than once; one class and seed is one image.")
-    return seeds
+        if match is None or int(match[2] or match[1]) < int(match[1]):
+            raise ValueError(f"--{name}: {text!r} is neither a number such as 3 nor an ascending range such as 0-7.")
+        numbers |= dict.fromkeys(range(int(match[1]), int(match[2] or match[1]) + 1))
+    return list(numbers)
+
+
+def select_classes(texts: list[str] | None, pipeline: PixelREPAPipeline) -> list[int]:
+    """Distinct class ids of --class_labels."""
+    num_classes = pipeline.transformer.config.num_classes
+    if texts is None and num_classes > 1:
+        raise ValueError(
+            f"This model has {num_classes} classes: name some with --class_labels (--list_classes prints them all)."
+        )
+    if texts is None or texts == ["all"]:
+        return list(range(num_classes))
+    labels: list[int | str] = []
+    for text in texts:
+        labels += parse_numbers([text], "class_labels") if re.fullmatch(r"[\d,-]+", text) else [text]
+    return list(dict.fromkeys(pipeline.get_label_ids(labels)))
 
 
 def main(args: GenerateArguments) -> list[Path]:
-    """Writes the images of `args` and returns their paths, class by class, seed by seed."""
-    with contextlib.ExitStack() as stack:
-        return generate(args, stack)
-
-
-def generate(args: GenerateArguments, stack: contextlib.ExitStack) -> list[Path]:
-    """See `main`; `stack` holds the output folder until the end."""
+    """Write the images and return their paths, class by class and seed by seed."""
     accelerator = Accelerator()
     check_launch(accelerator.num_processes)
-
-    # Every refusal comes before the weights are fetched or read.
-    seeds = parse_seeds(args.seeds)
-    for name in ("batch_size", "num_inference_steps"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}.")
-    if args.max_grid_images < 0:
-        raise ValueError(f"--max_grid_images must be at least 0, got {args.max_grid_images}.")
     check_cuda_graphs(args.cuda_graphs, accelerator.device)
     plan = describe_pipeline(args.pipeline, args.revision)
-    # Longer digits are no id; Python does not even read thousands of them.
-    class_labels = [int(text) if text.isdecimal() and len(text) < 19 else text for text in args.class_labels]
-    class_labels = plan.get_label_ids(class_labels)
-    if len(set(class_labels)) < len(class_labels):
-        raise ValueError(f"--class_labels: {args.class_labels} names a class more than once (ids {class_labels}).")
-    guidance_scale = plan.config.guidance_scale if args.guidance_scale is None else args.guidance_scale
-    guidance_interval = list(args.guidance_interval or plan.config.guidance_interval)
-    plan.check_inputs(
-        class_labels, guidance_scale, guidance_interval, args.num_inference_steps, None, None, "pil", ["latents"]
-    )
+    names = plan.config.id2label or {}
+    if args.list_classes:
+        for label in range(plan.transformer.config.num_classes):
+            accelerator.print(label, names.get(str(label), ""))
+        return []
 
-    images = {
-        args.output_dir / f"{label:04d}_{seed:06d}.png": (label, seed) for label in class_labels for seed in seeds
+    seeds = parse_numbers(args.seeds, "seeds")
+    labels = select_classes(args.class_labels, plan)
+    settings = {
+        "num_inference_steps": args.num_inference_steps,
+        "guidance_scale": plan.config.guidance_scale if args.guidance_scale is None else args.guidance_scale,
+        "guidance_interval": list(args.guidance_interval or plan.config.guidance_interval),
     }
-    draw_grid = len(images) <= args.max_grid_images
-    record_path, grid_path = args.output_dir / "arguments.json", args.output_dir / "grid.png"
-    if accelerator.is_main_process:
-        stack.enter_context(only_writer(args.output_dir))
-    accelerator.wait_for_everyone()
-    existing = [path for path in (*images, record_path, *([grid_path] if draw_grid else [])) if path.exists()]
-    # Every process looks before any writes.
-    accelerator.wait_for_everyone()
+    plan.check_inputs(
+        class_labels=labels,
+        **settings,
+        generator=None,
+        latents=None,
+        output_type="pil",
+        callback_on_step_end_tensor_inputs=[],
+    )
+    images = {args.output_dir / f"{label:04d}_{seed:06d}.png": (label, seed) for label in labels for seed in seeds}
+    grid_path = args.output_dir / "grid.png" if len(images) <= args.max_grid_images else None
+    record_path = args.output_dir / "arguments.json"
+    existing = [path for path in (*images, record_path, grid_path) if path is not None and path.exists()]
     if existing and not args.overwrite:
         raise FileExistsError(
-            f"{len(existing)} of the files to write exist already, the first is {existing[0]}. Choose another "
+            f"{len(existing)} of the files to write already exist, the first is {existing[0]}. Choose another "
             "--output_dir, or pass --overwrite to replace them."
         )
+    accelerator.wait_for_everyone()  # every process looks before any writes
 
-    with accelerator.main_process_first():
-        folder, revision = fetch_pipeline(args.pipeline, args.revision)
-        pipe = PixelREPAPipeline.from_pretrained(folder, dtype=getattr(torch, args.dtype))
-    if args.scheduler:
-        pipe.scheduler = SCHEDULERS[args.scheduler]()
-    pipe.to(accelerator.device)
-    if args.compile or args.cuda_graphs:
-        compile_transformer(pipe.transformer, args.cuda_graphs)
-
-    settings = {
-        "pipeline": args.pipeline,
-        "revision": revision,
-        "scheduler": {"_class_name": type(pipe.scheduler).__name__, **pipe.scheduler.config},
-        "num_inference_steps": args.num_inference_steps,
-        "guidance_scale": guidance_scale,
-        "guidance_interval": guidance_interval,
-        "dtype": args.dtype,
-    }
-    names = {label: (pipe.config.id2label or {}).get(str(label), str(label)) for label in class_labels}
-    if accelerator.is_main_process:
-        record = {
-            **asdict(args),
-            **settings,
-            "output_dir": str(args.output_dir),
-            "class_labels": names,
-            "seeds": seeds,
-            "num_processes": accelerator.num_processes,
-            "device": device_name(accelerator.device),
-            "versions": versions(),
+    with only_writer(args.output_dir) if accelerator.is_main_process else contextlib.nullcontext():
+        pipe, revision = open_pipeline(args, accelerator)
+        settings |= {
+            "pipeline": args.pipeline,
+            "revision": revision,
+            "scheduler": {"_class_name": type(pipe.scheduler).__name__, **pipe.scheduler.config},
+            "dtype": args.dtype,
         }
-        text = json.dumps(record, indent=2, default=str) + "\n"
-        write_atomically(record_path, lambda path: path.write_text(text, encoding="utf-8"))
-
-    items = list(images.items())
-    batches = [items[start : start + args.batch_size] for start in range(0, len(items), args.batch_size)]
-    # Whole batches are dealt out: the bits of a batch then do not depend on the number of processes.
-    mine = batches[accelerator.process_index :: accelerator.num_processes]
-    pipe.set_progress_bar_config(leave=False, position=1, desc="steps", disable=not accelerator.is_local_main_process)
-    with tqdm(
-        total=sum(map(len, mine)),
-        desc=f"images of process 0 of {accelerator.num_processes}",
-        disable=not accelerator.is_main_process,
-    ) as progress:
-        for batch in mine:
-            made = pipe(
-                [label for _, (label, _) in batch],
-                guidance_scale=guidance_scale,
-                guidance_interval=guidance_interval,
-                num_inference_steps=args.num_inference_steps,
-                generator=seeded(seed for _, (_, seed) in batch),
-            ).images
-            for (path, (label, seed)), image in zip(batch, made, strict=True):
-                facts = {**settings, "class_id": label, "class_name": names[label], "seed": seed}
-                info = png_info(facts, args.scheduler)
-                write_atomically(path, lambda file, image=image, info=info: image.save(file, "PNG", pnginfo=info))
-                progress.update()
-
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process and draw_grid:
-        drawn = []
-        for path in images:
-            with Image.open(path) as image:
-                drawn.append(image.convert("RGB"))
-        labels = [f"{names[label].split(',')[0]} · {seed}" for label, seed in images.values()]
-        grid = make_grid(drawn, labels, columns=len(seeds) if 1 < len(seeds) <= 16 else None)
-        write_atomically(grid_path, lambda path: grid.save(path, "PNG"))
-    elif accelerator.is_main_process:
-        print(f"No grid.png: {len(images)} images are more than --max_grid_images {args.max_grid_images}.")
+        if accelerator.is_main_process:
+            record = {
+                **asdict(args),
+                **settings,
+                "output_dir": str(args.output_dir),
+                "class_labels": {label: names.get(str(label), str(label)) for label in labels},
+                "seeds": seeds,
+                "num_processes": accelerator.num_processes,
+                "device": device_name(accelerator.device),
+                "versions": versions(),
+            }
+            write_json(record_path, record)
+        write_images(args, accelerator, pipe, images, settings)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process and grid_path is not None:
+            write_grid(grid_path, images, names, columns=len(seeds) if 1 < len(seeds) <= 16 else None)
+    grid_note = "grid.png" if grid_path else f"no grid.png (more than --max_grid_images {args.max_grid_images})"
+    accelerator.print(f"{args.output_dir}: {len(images)} images, {grid_note}, arguments.json.")
     return list(images)
 
 
-def png_info(facts: dict, scheduler: str | None) -> PngImagePlugin.PngInfo:
-    """The text chunks of one image: its settings, the versions that made it, and the command that makes it again."""
+def open_pipeline(args: GenerateArguments, accelerator: Accelerator) -> tuple[PixelREPAPipeline, str | None]:
+    """The pipeline on this process's device, as --dtype, --scheduler and --compile say, and its commit on the Hub."""
+    with accelerator.local_main_process_first():
+        folder, revision = fetch_pipeline(args.pipeline, args.revision)
+    pipe = load_pipeline(folder, getattr(torch, args.dtype)).to(accelerator.device)
+    if args.scheduler:
+        pipe.scheduler = SCHEDULERS[args.scheduler]()
+    if args.compile or args.cuda_graphs:
+        compile_transformer(pipe.transformer, args.cuda_graphs)
+    # None: only on a terminal. A nested bar writes a line per refresh into a log.
+    pipe.set_progress_bar_config(
+        leave=False, position=1, desc="steps", disable=None if accelerator.is_local_main_process else True
+    )
+    return pipe, revision
+
+
+def write_images(
+    args: GenerateArguments,
+    accelerator: Accelerator,
+    pipe: PixelREPAPipeline,
+    images: dict[Path, tuple[int, int]],
+    settings: dict[str, Any],
+) -> None:
+    """Generate this process's share of the images; `images` maps path to (class id, seed)."""
+    items = list(images.items())
+    batches = [items[start : start + args.batch_size] for start in range(0, len(items), args.batch_size)]
+    # Processes share whole batches, so the bits of a batch do not depend on their number.
+    mine = batches[accelerator.process_index :: accelerator.num_processes]
+    names = pipe.config.id2label or {}
+    share = f"images of process 0 of {accelerator.num_processes}"
+    with tqdm(total=sum(map(len, mine)), desc=share, disable=not accelerator.is_main_process) as progress:
+        for batch in mine:
+            made = pipe(
+                [label for _, (label, _) in batch],
+                guidance_scale=settings["guidance_scale"],
+                guidance_interval=settings["guidance_interval"],
+                num_inference_steps=settings["num_inference_steps"],
+                generator=seeded(seed for _, (_, seed) in batch),
+            ).images
+            for (path, (label, seed)), image in zip(batch, made, strict=True):
+                facts = {"class_id": label, "class_name": names.get(str(label), str(label)), "seed": seed}
+                info = png_info({**settings, **facts}, args.scheduler)
+                write_atomically(path, lambda file, image=image, info=info: image.save(file, "PNG", pnginfo=info))
+                progress.update()
+
+
+def png_info(facts: dict[str, Any], scheduler: str | None) -> PngImagePlugin.PngInfo:
+    """Text chunks of one image: its settings, library versions, and the command that makes it again."""
     command = [
-        "python", "pipelines/generate.py", "--pipeline", facts["pipeline"],
+        "pixelrepa-generate", "--pipeline", facts["pipeline"],
         "--class_labels", str(facts["class_id"]), "--seeds", str(facts["seed"]),
         "--num_inference_steps", str(facts["num_inference_steps"]), "--guidance_scale", repr(facts["guidance_scale"]),
         "--guidance_interval", *map(repr, facts["guidance_interval"]), "--dtype", facts["dtype"],
@@ -238,10 +213,20 @@ def png_info(facts: dict, scheduler: str | None) -> PngImagePlugin.PngInfo:
     command += ["--scheduler", scheduler] if scheduler else []
     command += ["--output_dir", "again"]
     info = PngImagePlugin.PngInfo()
-    for key, value in {**facts, "command": shlex.join(command), "versions": json.dumps(versions())}.items():
+    for key, value in {**facts, "command": shlex.join(command), "versions": versions()}.items():
         if value is not None:
             info.add_itxt(key, value if isinstance(value, str) else json.dumps(value))
     return info
+
+
+def write_grid(path: Path, images: dict[Path, tuple[int, int]], names: dict[str, str], columns: int | None) -> None:
+    pictures = []
+    for file in images:
+        with Image.open(file) as image:
+            pictures.append(image.convert("RGB"))
+    labels = [f"{names.get(str(label), str(label)).split(',')[0]} · {seed}" for label, seed in images.values()]
+    grid = make_grid(pictures, labels, columns=columns)
+    write_atomically(path, lambda temporary: grid.save(temporary, "PNG"))
 
 
 def cli() -> None:

@@ -1,28 +1,18 @@
-"""Does aligning with a teacher draw images towards what the teacher finds typical? The probe of PixelREPA (arXiv 2603.14366).
+"""Measure whether alignment pulls images towards what the teacher finds typical (the probe of PixelREPA, arXiv 2603.14366).
 
-For each class the training images nearest to the class's centroid in the teacher's space, and those farthest from it, are
-noised to t = 0.2 and denoised by each pipeline from there. The Fréchet distance between the denoised images and the images
-themselves is measured for both subsets. The paper finds plain REPA worse than no alignment on the near subset (its
-features are matched at the cost of pixels) and better on the far one.
-
-    python pipelines/probe_alignment.py --pipelines jit-b-16 repa-b-16 pixelrepa-b-16 --data_dir imagenet/train \\
+    pixelrepa-probe-alignment --pipelines jit-b-16 repa-b-16 pixelrepa-b-16 --data_dir imagenet/train \\
         --teacher facebook/dinov2-base --network inception --output_dir probe
 
-The demo's digits, on any CPU:
-
-    python pipelines/probe_alignment.py --pipelines outputs/demo/run/pipeline --data_dir outputs/demo/train \\
-        --teacher outputs/demo/teacher --image_size 28 --images_per_class 50 --num_inference_steps 10 \\
-        --output_dir outputs/demo/probe
-
---data_dir has one sub-folder per class, numbered by their sorted names as in training. --output_dir receives probe.json,
-probe.md and probe.png. On several GPUs, with the same images as on one: `accelerate launch pipelines/probe_alignment.py`.
+Per class, the training images nearest to the class centroid in the teacher's space and those farthest from it are noised to
+t = 0.2 and denoised by each pipeline. The result is the Fréchet distance between denoised and original images, per subset.
 """
 
 import json
 import random
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -30,7 +20,7 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from .. import JiTFlowMatchScheduler, PixelREPAPipeline
-from ..cli import parse, run
+from ..cli import flag, parse, run
 from ..evaluation import (
     FeatureSpace,
     InceptionNetwork,
@@ -38,68 +28,70 @@ from ..evaluation import (
     accumulate,
     extract,
     feature_statistics,
-    list_images,
     network_name,
-    read_image,
 )
-from ..files import write_atomically
-from ..images import to_uint8
-from ..sampling import check_launch, describe_pipeline, device_name, fetch_pipeline, seeded, versions
+from ..files import write_atomically, write_json
+from ..images import list_classes, read_image, to_uint8
+from ..objective import interpolate
+from ..sampling import (
+    DTYPES,
+    check_launch,
+    describe_pipeline,
+    device_name,
+    fetch_pipeline,
+    load_pipeline,
+    seeded,
+    versions,
+)
 
 
 @dataclass
 class ProbeArguments:
-    pipelines: list[str] = field(metadata={"help": "Saved pipelines: folders or Hub ids."})
-    data_dir: Path = field(metadata={"help": "Training images, one sub-folder per class."})
-    teacher: str = field(metadata={"help": "The vision encoder (folder or Hub id) in whose space typical is meant."})
-    output_dir: Path = field(metadata={"help": "Receives probe.json, probe.md and probe.png."})
-    names: list[str] | None = field(default=None, metadata={"help": "What to call the pipelines. Default: as given."})
+    pipelines: list[str] = flag(help="Saved pipelines or training checkpoints, or Hub ids.")
+    data_dir: Path = flag(help="Training images, one sub-folder per class, numbered by sorted name as in training.")
+    teacher: str = flag(help="Folder or Hub id of the vision encoder whose features define near and far.")
+    output_dir: Path = flag(help="Receives probe.json, probe.md and probe.png.")
+    names: list[str] | None = flag(None, "Names of the pipelines in the results. Default: as given.")
 
-    network: str = field(
-        default="teacher",
-        metadata={"help": "Space of the Fréchet distance: teacher, inception, or another encoder's folder or Hub id."},
+    network: str = flag(
+        "teacher", "Features of the Fréchet distance: teacher, inception, or another encoder's folder or Hub id."
     )
-    inception_weights: str | None = field(default=None, metadata={"help": "torch-fidelity's; downloaded by default."})
-    image_size: int = field(default=224, metadata={"help": "Side that images are resized to for vision encoders."})
-    pooling: str = field(
-        default="patches",
-        metadata={"help": "A vision encoder's vector of an image: the mean patch, as aligned to, or the class token.",
-                  "choices": ["patches", "class"]},
+    inception_weights: str | None = flag(None, "torch-fidelity's Inception weights; downloaded by default.")
+    image_size: int = flag(224, "Side that images are resized to for vision encoders.", ge=1)
+    pooling: str = flag(
+        "patches", "Feature of a vision encoder: mean patch (which alignment uses) or class token.",
+        choices=["patches", "class"],
     )  # fmt: skip
 
-    images_per_class: int = field(default=100, metadata={"help": "Nearest, and as many farthest."})
-    max_classes: int = field(default=100, metadata={"help": "Classes, drawn at random where there are more."})
-    time: float = field(default=0.2, metadata={"help": "t that images are noised to; 0 is noise, 1 the image."})
-    num_inference_steps: int = field(default=50, metadata={"help": "Steps from 0 to 1; t must lie on their grid."})
-    guidance_scale: float = field(default=1.0, metadata={"help": "Equal for all pipelines; 1 turns guidance off."})
-    seed: int = field(
-        default=0, metadata={"help": "Of the choice of classes, and of the noise with the image's number."}
-    )
-    dtype: str = field(
-        default="float32", metadata={"help": "Of the transformers.", "choices": ["float32", "bfloat16", "float16"]}
-    )
-    batch_size: int = field(default=64, metadata={"help": "Images per batch and process."})
-    overwrite: bool = field(default=False, metadata={"help": "Replace an earlier probe in --output_dir."})
+    images_per_class: int = flag(100, "Number of nearest images, and of farthest ones.", ge=1)
+    max_classes: int = flag(100, "Number of classes, a random choice where there are more.", ge=1)
+    time: float = flag(0.2, "t that images are noised to; 0 is noise, 1 the image.", gt=0, lt=1)
+    num_inference_steps: int = flag(50, "Steps from 0 to 1; --time must lie on their grid.", ge=1)
+    guidance_scale: float = flag(1.0, "Guidance scale of all pipelines; 1 turns guidance off.", ge=0)
+    seed: int = flag(0, "Seed of the choice of classes; image i is noised with seed + i.")
+    dtype: str = flag("float32", "Data type of the transformers.", choices=DTYPES)
+    batch_size: int = flag(64, "Images per batch and process.", ge=1)
+    overwrite: bool = flag(False, "Replace an earlier probe in --output_dir.")
 
 
 SUBSETS = ("near", "far")
 
 
 class LateScheduler(JiTFlowMatchScheduler):
-    """The method's solver from a grid point on: what comes before `start_time` is not evaluated."""
+    """The method's solver from the grid point `start_time` on."""
 
     start_time = 0.0
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         super().set_timesteps(num_inference_steps, device)
-        # Of an interior point's two evaluations by Heun's method the second starts a step.
+        # Heun's method evaluates an interior point twice; the second evaluation starts a step.
         first = round(self.start_time * num_inference_steps) * self.order
         self.timesteps, self.sigmas = self.timesteps[first:], self.sigmas[first:]
 
 
 @dataclass(frozen=True)
 class Item:
-    """A training image, its class, and its number, which keys its noise."""
+    """A training image, its class, and its number in the data set, which seeds its noise."""
 
     path: Path
     label: int
@@ -107,66 +99,65 @@ class Item:
 
 
 def find_classes(args: ProbeArguments) -> tuple[dict[int, list[Item]], int]:
-    """The images of the classes that are probed, and how many classes there are."""
-    if not args.data_dir.is_dir():
-        raise FileNotFoundError(f"--data_dir: no folder {args.data_dir}.")
-    folders = sorted(path for path in args.data_dir.iterdir() if path.is_dir() and not path.name.startswith("."))
-    if not folders:
-        raise ValueError(f"{args.data_dir} has no sub-folders: it needs one per class.")
+    """Return the images of the probed classes, and the number of all classes."""
+    folders = list_classes(args.data_dir)
     chosen = range(len(folders))
     if len(folders) > args.max_classes:
         chosen = sorted(random.Random(args.seed).sample(chosen, args.max_classes))
     classes, number = {}, 0
-    for label, folder in enumerate(folders):
-        paths = list_images(folder)
+    for label, (name, paths) in enumerate(folders.items()):
         if label in chosen:
             if len(paths) < 2 * args.images_per_class:
                 raise ValueError(
-                    f"{folder} has {len(paths)} images: --images_per_class {args.images_per_class} nearest and as many "
-                    f"farthest would overlap. Choose at most {len(paths) // 2}."
+                    f"Class {name} has {len(paths)} images: near and far images would overlap. Give --images_per_class "
+                    f"at most {len(paths) // 2}."
                 )
-            classes[label] = [Item(path, label, number + place) for place, path in enumerate(paths)]
+            classes[label] = [Item(path, label, number + index) for index, path in enumerate(paths)]
         number += len(paths)
     return classes, len(folders)
 
 
-def check_pipeline(args: ProbeArguments, name: str, num_classes: int) -> PixelREPAPipeline:
-    """A pipeline's description, refused where the probe would not be what it says."""
-    plan = describe_pipeline(name)
-    config = plan.transformer.config
-    if config.num_classes != num_classes or config.in_channels != 3:
-        raise ValueError(
-            f"{name} makes {config.in_channels}-channel images of {config.num_classes} classes; {args.data_dir} has RGB "
-            f"images of {num_classes} classes. Give the data it was trained on."
-        )
-    plan.check_inputs(0, args.guidance_scale, (0, 1), args.num_inference_steps, None, None, "pt", [])
-    return plan
+def image_size(args: ProbeArguments, num_classes: int) -> int:
+    """The one image size of all pipelines, which must fit the data."""
+    sizes = set()
+    for name in args.pipelines:
+        config = describe_pipeline(name).transformer.config
+        if config.num_classes != num_classes or config.in_channels != 3:
+            raise ValueError(
+                f"{name} makes {config.in_channels}-channel images of {config.num_classes} classes; {args.data_dir} has "
+                f"RGB images of {num_classes} classes. Give the data it was trained on."
+            )
+        sizes.add(config.sample_size)
+    if len(sizes) > 1:
+        raise ValueError(f"The pipelines make images of {sorted(sizes)} pixels; compare those of one size.")
+    return sizes.pop()
 
 
 def split_by_distance(
     args: ProbeArguments, accelerator: Accelerator, classes: dict[int, list[Item]], size: int, teacher
 ) -> dict[str, list[Item]]:
-    """Near and far images of every class by Euclidean distance to the mean of the class's vectors.
+    """
+    Near and far images of every class, by Euclidean distance to the mean feature of the class.
 
-    A class is one process's, in batches of its own: the split does not depend on the number of processes.
+    Each class is processed by one process, so the split does not depend on their number.
     """
     mine = list(classes.items())[accelerator.process_index :: accelerator.num_processes]
     split = {}
     for label, items in tqdm(mine, desc="centroids", disable=not accelerator.is_main_process):
-        vectors = []
+        features = []
         for start in range(0, len(items), args.batch_size):
             images = torch.stack([read_image(item.path, size) for item in items[start : start + args.batch_size]])
-            vectors.append(extract(teacher, images)["features"].cpu().double())
-        vectors = torch.cat(vectors)  # (images of the class, D)
-        order = (vectors - vectors.mean(dim=0)).norm(dim=1).argsort(stable=True).tolist()
+            features.append(extract(teacher, images)["features"].cpu().double())
+        features = torch.cat(features)  # (images of the class, D)
+        order = (features - features.mean(dim=0)).norm(dim=1).argsort(stable=True).tolist()
         nearest, farthest = order[: args.images_per_class], order[-args.images_per_class :]
         split[label] = {"near": sorted(nearest), "far": sorted(farthest)}
     split = dict(pair for part in gather_object([split]) for pair in part.items())
-    return {name: [classes[label][place] for label in classes for place in split[label][name]] for name in SUBSETS}
+    return {name: [classes[label][index] for label in classes for index in split[label][name]] for name in SUBSETS}
 
 
 def noised_and_denoised(args: ProbeArguments, pipeline: PixelREPAPipeline, items: list[Item]):
-    """Images by number: an item's image at t = `args.time`, taken to t = 1 by the pipeline's solver."""
+    """Images by index: the item's image, noised to t = `args.time` and denoised by the pipeline."""
     config = pipeline.transformer.config
 
     def make_images(indices: Sequence[int]) -> torch.Tensor:
@@ -174,13 +165,12 @@ def noised_and_denoised(args: ProbeArguments, pipeline: PixelREPAPipeline, items
         images = torch.stack([read_image(item.path, config.sample_size) for item in batch]).float() / 127.5 - 1
         generators = seeded(args.seed + item.number for item in batch)
         noise = torch.stack([torch.randn(images.shape[1:], generator=generator) for generator in generators])
-        # z = t·x + (1 − t)·e with e = noise_scale·noise; the pipeline multiplies what it is given by noise_scale.
-        latents = args.time * images / config.noise_scale + (1 - args.time) * noise
+        z = interpolate(images, config.noise_scale * noise, torch.full((len(batch),), args.time))
         made = pipeline(
             [item.label for item in batch],
             guidance_scale=args.guidance_scale,
             num_inference_steps=args.num_inference_steps,
-            latents=latents,
+            latents=z / config.noise_scale,  # the pipeline multiplies its latents by noise_scale
             output_type="pt",
         ).images
         return to_uint8(made, (0, 1))
@@ -188,32 +178,35 @@ def noised_and_denoised(args: ProbeArguments, pipeline: PixelREPAPipeline, items
     return make_images
 
 
-def main(args: ProbeArguments) -> dict:
-    """Probes the pipelines of `args` and returns what probe.json holds."""
+def load_probed(name: str, folder: Path, args: ProbeArguments) -> PixelREPAPipeline:
+    """A pipeline whose solver starts at `args.time`."""
+    pipe = load_pipeline(folder, getattr(torch, args.dtype))
+    if not isinstance(pipe.scheduler, JiTFlowMatchScheduler):
+        raise ValueError(f"{name} has a {type(pipe.scheduler).__name__}; the probe needs a JiTFlowMatchScheduler.")
+    pipe.scheduler = LateScheduler.from_config(pipe.scheduler.config)
+    pipe.scheduler.start_time = args.time
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def main(args: ProbeArguments) -> dict[str, Any]:
+    """Probe the pipelines and return the content of probe.json."""
     accelerator = Accelerator()
     check_launch(accelerator.num_processes)
-    for name in ("images_per_class", "max_classes", "num_inference_steps", "batch_size"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}.")
     steps = args.time * args.num_inference_steps
-    if not 0 < args.time < 1 or abs(steps - round(steps)) > 1e-6:
+    if abs(steps - round(steps)) > 1e-6:
         raise ValueError(
-            f"--time {args.time} must lie between 0 and 1 on the grid of {args.num_inference_steps} steps, "
-            f"k/{args.num_inference_steps}."
+            f"--time {args.time} must lie on the grid of {args.num_inference_steps} steps, k/{args.num_inference_steps}."
         )
-    names = args.pipelines if args.names is None else args.names
+    names = args.names or args.pipelines
     if len(names) != len(args.pipelines) or len(set(names)) < len(names):
-        raise ValueError(f"Give one name for each of the {len(args.pipelines)} pipelines, all different, got {names}.")
+        raise ValueError(f"--names: give one name per pipeline, all different; got {names}.")
     classes, num_classes = find_classes(args)
-    plans = [check_pipeline(args, name, num_classes) for name in args.pipelines]
-    sizes = {plan.transformer.config.sample_size for plan in plans}
-    if len(sizes) > 1:
-        raise ValueError(f"The pipelines make images of {sorted(sizes)} pixels; compare those of one size.")
+    size = image_size(args, num_classes)
     path = args.output_dir / "probe.json"
-    existing = path.exists()
-    accelerator.wait_for_everyone()  # every process has looked before any writes
-    if existing and not args.overwrite:
+    if path.exists() and not args.overwrite:
         raise FileExistsError(f"{path} exists. Choose another --output_dir, or pass --overwrite to replace it.")
+    accelerator.wait_for_everyone()  # every process looks before any writes
 
     with accelerator.local_main_process_first():  # which downloads
         folders = [fetch_pipeline(name)[0] for name in args.pipelines]
@@ -224,29 +217,22 @@ def main(args: ProbeArguments) -> dict:
         elif args.network != "teacher":
             network = VisionEncoderNetwork.from_pretrained(args.network, args.image_size, args.pooling)
     teacher, network = teacher.to(accelerator.device), network.to(accelerator.device)
-
-    size = sizes.pop()
     subsets = split_by_distance(args, accelerator, classes, size, teacher)
     space = FeatureSpace("teacher", network, ("fd_teacher",))
 
-    def measure(make_images, subset: str, description: str):
+    def measure(make_images: Callable[[Sequence[int]], torch.Tensor], subset: str, description: str):
         tally = accumulate(
             make_images, len(subsets[subset]), [space], args.batch_size, description=f"{description}, {subset}"
         )
         return feature_statistics(tally, space)
 
-    def real_images(items: list[Item]):
+    def originals(items: list[Item]) -> Callable[[Sequence[int]], torch.Tensor]:
         return lambda indices: torch.stack([read_image(items[index].path, size) for index in indices])
 
-    real = {subset: measure(real_images(items), subset, "real images") for subset, items in subsets.items()}
+    real = {subset: measure(originals(items), subset, "real images") for subset, items in subsets.items()}
     distances = {}
     for name, folder in zip(names, folders, strict=True):
-        pipe = PixelREPAPipeline.from_pretrained(folder, dtype=getattr(torch, args.dtype)).to(accelerator.device)
-        if not isinstance(pipe.scheduler, JiTFlowMatchScheduler):
-            raise ValueError(f"{name} has a {type(pipe.scheduler).__name__}; the probe needs a JiTFlowMatchScheduler.")
-        pipe.scheduler = LateScheduler.from_config(pipe.scheduler.config)
-        pipe.scheduler.start_time = args.time
-        pipe.set_progress_bar_config(disable=True)
+        pipe = load_probed(name, folder, args).to(accelerator.device)
         distances[name] = {
             subset: measure(noised_and_denoised(args, pipe, items), subset, name).distance(real[subset])
             for subset, items in subsets.items()
@@ -268,35 +254,41 @@ def main(args: ProbeArguments) -> dict:
         },
     }
     if accelerator.is_main_process:
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-        lines = ["| pipeline | near | far |", "|---|---|---|"]
-        lines += [f"| {name} | {pair['near']:.4g} | {pair['far']:.4g} |" for name, pair in distances.items()]
-        table = "\n".join(lines) + "\n"
-        print(f"Fréchet distance, {record['network']}:\n{table}")
-        write_atomically(args.output_dir / "probe.md", lambda file: file.write_text(table, encoding="utf-8"))
-        plot(args.output_dir / "probe.png", record)
-        text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
-        write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"))  # last: it marks the end
+        write_results(args.output_dir, record)
     accelerator.wait_for_everyone()
     return record
 
 
-def plot(path: Path, record: dict) -> None:
-    """A group of bars for each subset, a bar for each pipeline."""
+def write_results(output_dir: Path, record: dict[str, Any]) -> None:
+    """Print the table; write it, the plot and, last because it marks the end, probe.json."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    lines = ["| pipeline | near | far |", "|---|---|---|"]
+    lines += [
+        f"| {name} | {pair['near']:.4g} | {pair['far']:.4g} |" for name, pair in record["frechet_distance"].items()
+    ]
+    table = "\n".join(lines) + "\n"
+    print(f"Fréchet distance, {record['network']}:\n{table}")
+    write_atomically(output_dir / "probe.md", lambda file: file.write_text(table, encoding="utf-8"))
+    plot(output_dir / "probe.png", record)
+    write_json(output_dir / "probe.json", record)
+
+
+def plot(path: Path, record: dict[str, Any]) -> None:
+    """One group of bars per subset, one bar per pipeline."""
     from matplotlib.figure import Figure  # slow to import
 
     distances = record["frechet_distance"]
     figure = Figure(figsize=(3 + 1.2 * len(distances), 4), layout="constrained")
     axis = figure.subplots()
     width = 0.8 / len(distances)
-    for place, (name, pair) in enumerate(distances.items()):
-        offset = (place - (len(distances) - 1) / 2) * width
+    for index, (name, pair) in enumerate(distances.items()):
+        offset = (index - (len(distances) - 1) / 2) * width
         bars = axis.bar(
             [group + offset for group in range(2)], [pair[subset] for subset in SUBSETS], width, label=name
         )
         axis.bar_label(bars, fmt="%.3g")
     axis.set_xticks(range(2), ["near the class centroid", "far from it"])
-    axis.set_ylabel("Fréchet distance to the images themselves")
+    axis.set_ylabel("Fréchet distance to the originals")
     axis.set_title(f"noised to t = {record['arguments']['time']:g}, denoised", fontsize=10)
     axis.legend(fontsize=8)
     axis.margins(y=0.15)

@@ -1,7 +1,6 @@
 """What the sampling commands share: solvers by name, pipelines from folders, checkpoints and the Hub, seeded noise."""
 
 import json
-import os
 import platform
 from collections.abc import Iterable
 from pathlib import Path
@@ -147,16 +146,6 @@ def check_cuda_graphs(cuda_graphs: bool, device: torch.device) -> None:
     if cuda_graphs and device.type != "cuda":
         raise ValueError(
             f"--cuda_graphs needs a GPU, this run is on {device}. Leave it out; --compile works anywhere."
-        )
-
-
-def check_launch(num_processes: int) -> None:
-    """Refuse a launch of several processes that accelerate would run as independent ones."""
-    if int(os.environ.get("WORLD_SIZE", 1)) != num_processes:
-        raise ValueError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but accelerate set up {num_processes} process(es): each would "
-            "make all images. Two processes on a CPU: ACCELERATE_USE_CPU=true accelerate launch --multi_gpu "
-            "--num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no SCRIPT."
         )
 
 

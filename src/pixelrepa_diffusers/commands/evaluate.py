@@ -25,7 +25,7 @@ import torch
 from accelerate import Accelerator
 
 from .. import JiTTransformer2DModel, PixelREPAPipeline
-from ..cli import flag, parse, run
+from ..cli import check_launch, flag, parse, run
 from ..evaluation import (
     HIGHER_IS_BETTER,
     METRICS,
@@ -44,7 +44,6 @@ from ..images import list_images, make_grid
 from ..sampling import (
     DTYPES,
     SCHEDULERS,
-    check_launch,
     compile_transformer,
     describe_pipeline,
     device_name,
@@ -298,9 +297,9 @@ def measure_cells(
     for transformer, group in itertools.groupby(cells, key=lambda cell: cell.transformer):
         source = transformer_folder(folder) if transformer is None else Path(transformer)
         pipe = load_pipeline(folder, getattr(torch, args.dtype), source).to(accelerator.device)
-        # None: only on a terminal. A nested bar writes a line per refresh into a log.
+        # None disables the bar outside a terminal: nested bars would write a line per refresh into a log.
         pipe.set_progress_bar_config(
-            leave=False, position=1, desc="steps", disable=None if accelerator.is_local_main_process else True
+            leave=False, position=1, desc="steps", disable=not accelerator.is_local_main_process or None
         )
         if args.compile:
             compile_transformer(pipe.transformer)
@@ -380,12 +379,15 @@ def write_tables(output_dir: Path, cells: list[Cell], records: list[dict[str, An
 
 def print_table(cells: list[Cell], records: list[dict[str, Any]]) -> None:
     table = [
-        {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()}
+        {
+            name: f"{value:.6g}" if isinstance(value, float) else value
+            for name, value in row.items()
+            if name not in AXES
+        }
         for row in rows(cells, records)
     ]
     widths = {name: max(len(name), *(len(row[name]) for row in table)) for name in table[0]}
-    print("  ".join(name.rjust(width) for name, width in widths.items()))
-    for index, row in enumerate(table):
+    for index, row in enumerate([{name: name for name in widths}, *table], start=-1):
         mark = "  ← best" if index == best(records) else ""
         print("  ".join(row[name].rjust(width) for name, width in widths.items()) + mark)
 

@@ -20,14 +20,13 @@ from PIL import Image, PngImagePlugin
 from tqdm.auto import tqdm
 
 from .. import PixelREPAPipeline
-from ..cli import flag, parse, run
+from ..cli import check_launch, flag, parse, run
 from ..files import only_writer, write_atomically, write_json
 from ..images import make_grid
 from ..sampling import (
     DTYPES,
     SCHEDULERS,
     check_cuda_graphs,
-    check_launch,
     compile_transformer,
     describe_pipeline,
     device_name,
@@ -51,8 +50,10 @@ class GenerateArguments:
 
     scheduler: str | None = flag(None, "Replaces the saved scheduler.", choices=list(SCHEDULERS))
     num_inference_steps: int = flag(50, "Sampling steps; heun evaluates the model 2N - 1 times.", ge=1)
-    guidance_scale: float | None = flag(None, "Default: the scale saved with the pipeline.")
-    guidance_interval: list[float] | None = flag(None, "LOW HIGH: guide where LOW < t < HIGH. Default: as saved.")
+    guidance_scale: float | None = flag(None, "Default: the scale saved with the pipeline.", ge=0, lt=float("inf"))
+    guidance_interval: list[float] | None = flag(
+        None, "LOW HIGH: guide where LOW < t < HIGH. Default: as saved.", ge=0, le=1
+    )
 
     dtype: str = flag("float32", "Data type of the network.", choices=DTYPES)
     compile: bool = flag(False, "Compile the transformer's blocks: slow start, then faster.")
@@ -100,21 +101,16 @@ def main(args: GenerateArguments) -> list[Path]:
             accelerator.print(label, names.get(str(label), ""))
         return []
 
+    interval = args.guidance_interval
+    if interval is not None and not (len(interval) == 2 and interval[0] < interval[1]):
+        raise ValueError(f"--guidance_interval takes LOW HIGH with LOW < HIGH, got {interval}.")
     seeds = parse_numbers(args.seeds, "seeds")
     labels = select_classes(args.class_labels, plan)
     settings = {
         "num_inference_steps": args.num_inference_steps,
         "guidance_scale": plan.config.guidance_scale if args.guidance_scale is None else args.guidance_scale,
-        "guidance_interval": list(args.guidance_interval or plan.config.guidance_interval),
+        "guidance_interval": list(interval or plan.config.guidance_interval),
     }
-    plan.check_inputs(
-        class_labels=labels,
-        **settings,
-        generator=None,
-        latents=None,
-        output_type="pil",
-        callback_on_step_end_tensor_inputs=[],
-    )
     images = {args.output_dir / f"{label:04d}_{seed:06d}.png": (label, seed) for label in labels for seed in seeds}
     grid_path = args.output_dir / "grid.png" if len(images) <= args.max_grid_images else None
     record_path = args.output_dir / "arguments.json"
@@ -164,9 +160,9 @@ def open_pipeline(args: GenerateArguments, accelerator: Accelerator) -> tuple[Pi
         pipe.scheduler = SCHEDULERS[args.scheduler]()
     if args.compile or args.cuda_graphs:
         compile_transformer(pipe.transformer, args.cuda_graphs)
-    # None: only on a terminal. A nested bar writes a line per refresh into a log.
+    # None disables the bar outside a terminal: nested bars would write a line per refresh into a log.
     pipe.set_progress_bar_config(
-        leave=False, position=1, desc="steps", disable=None if accelerator.is_local_main_process else True
+        leave=False, position=1, desc="steps", disable=not accelerator.is_local_main_process or None
     )
     return pipe, revision
 
@@ -185,7 +181,7 @@ def write_images(
     mine = batches[accelerator.process_index :: accelerator.num_processes]
     names = pipe.config.id2label or {}
     share = f"images of process 0 of {accelerator.num_processes}"
-    with tqdm(total=sum(map(len, mine)), desc=share, disable=not accelerator.is_main_process) as progress:
+    with tqdm(total=sum(map(len, mine)), desc=share, disable=not accelerator.is_main_process or None) as progress:
         for batch in mine:
             made = pipe(
                 [label for _, (label, _) in batch],

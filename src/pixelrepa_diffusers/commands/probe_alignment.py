@@ -20,7 +20,7 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from .. import JiTFlowMatchScheduler, PixelREPAPipeline
-from ..cli import flag, parse, run
+from ..cli import check_launch, flag, parse, run
 from ..evaluation import (
     FeatureSpace,
     InceptionNetwork,
@@ -35,7 +35,6 @@ from ..images import list_classes, read_image, to_uint8
 from ..objective import interpolate
 from ..sampling import (
     DTYPES,
-    check_launch,
     describe_pipeline,
     device_name,
     fetch_pipeline,
@@ -143,7 +142,7 @@ def split_by_distance(
     """
     mine = list(classes.items())[accelerator.process_index :: accelerator.num_processes]
     split = {}
-    for label, items in tqdm(mine, desc="centroids", disable=not accelerator.is_main_process):
+    for label, items in tqdm(mine, desc="centroids", disable=not accelerator.is_main_process or None):
         features = []
         for start in range(0, len(items), args.batch_size):
             images = torch.stack([read_image(item.path, size) for item in items[start : start + args.batch_size]])

@@ -89,6 +89,16 @@ def parse(arguments: type[Arguments], description: str, argv: Sequence[str] | No
     return parsed
 
 
+def check_launch(num_processes: int) -> None:
+    """Refuse a launch of several processes that accelerate would run as independent ones."""
+    if int(os.environ.get("WORLD_SIZE", 1)) != num_processes:
+        raise ValueError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but accelerate set up {num_processes} process(es): each would "
+            "make all images. Two processes on a CPU: ACCELERATE_USE_CPU=true accelerate launch --multi_gpu "
+            "--num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no SCRIPT."
+        )
+
+
 def run(main: Callable[[], object]) -> None:
     """
     Run a command; an error of the user's ends it with one line and exit status 2.

@@ -26,7 +26,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from ..cli import parse, run
+from ..cli import check_launch, parse, run
 from ..evaluation import (
     FeatureBank,
     FeatureMoments,
@@ -40,7 +40,6 @@ from ..evaluation import (
     stack_images,
 )
 from ..images import DECODING_ERRORS, center_crop_adm, to_rgb
-from ..sampling import check_launch
 from ..stored_images import (
     check_source,
     is_prepared,

@@ -23,7 +23,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from ..sampling import check_launch
+from ..cli import check_launch
 
 
 def _as_matrix(

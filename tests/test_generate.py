@@ -201,7 +201,7 @@ def test_a_wrong_path_is_answered_with_the_right_one(checkpoint, pipeline, tmp_p
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--class_labels", "dg3"), "nearest names"),
+        (("--class_labels", "dg3"), "earest names"),
         (("--class_labels", "10"), "out of range"),
         (("--class_labels", "3-1"), "--class_labels: '3-1'"),
         (("--seeds", "x"), "--seeds: 'x'"),

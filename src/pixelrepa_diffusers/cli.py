@@ -91,25 +91,12 @@ def parse(arguments: type[Arguments], description: str, argv: Sequence[str] | No
 
 
 def check_launch(num_processes: int) -> None:
-    """
-    Check that accelerate runs as many processes as its launcher was asked for.
-
-    `accelerate launch --cpu --num_processes 2` starts a single process and prints no warning. Its only trace is the
-    MASTER_PORT that the launcher adds to the environment.
-
-    Raises:
-        ValueError: Says how to start several CPU processes.
-    """
-    if "WORLD_SIZE" in os.environ:
-        missing = int(os.environ["WORLD_SIZE"]) != num_processes
-    else:
-        launched = {"MASTER_PORT", "ACCELERATE_MIXED_PRECISION"} <= os.environ.keys()
-        missing = launched and num_processes == 1 and "MASTER_PORT" not in psutil.Process().parent().environ()
-    if missing:
+    """Refuse a launch of several processes that accelerate would run as independent ones."""
+    if int(os.environ.get("WORLD_SIZE", 1)) != num_processes:
         raise ValueError(
-            f"The launcher was asked for several processes, but accelerate runs {num_processes}. On a CPU use "
-            "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 --num_machines 1 "
-            "--mixed_precision no --dynamo_backend no SCRIPT."
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but accelerate set up {num_processes} process(es): each would "
+            "make all images. Two processes on a CPU: ACCELERATE_USE_CPU=true accelerate launch --multi_gpu "
+            "--num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no SCRIPT."
         )
 
 

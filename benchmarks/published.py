@@ -1,8 +1,4 @@
-# Copyright 2026 The pixelrepa_diffusers authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
-# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""What the benchmarks of training and of sampling share: operations, the hardware's limit, clocks, the published work.
+"""Shared by the benchmarks: FLOP counts, peak FLOP/s, timers, and the published code's arithmetic on our weights.
 
 Letters: N patch tokens, L in-context tokens, T = N or L + N, D width, F feed-forward width, p patch side, C channels.
 """
@@ -10,6 +6,7 @@ Letters: N patch tokens, L in-context tokens, T = N or L + N, D width, F feed-fo
 from __future__ import annotations
 
 import copy
+import os
 import statistics
 import time
 import types
@@ -19,98 +16,98 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from pixelrepa_diffusers import JiTTransformer2DModel
 from pixelrepa_diffusers.adapter import MaskedTransformerAdapter
-from pixelrepa_diffusers.transformer_jit import JiTAttention, JiTRMSNorm, JiTTransformer2DModel
+from pixelrepa_diffusers.sampling import device_name, versions
+from pixelrepa_diffusers.transformer_jit import JiTAttention, JiTRMSNorm
 
 
-# ---------------------------------------------------------------------------------------------------------- operations
+# ------------------------------------------------------------------------------------------------------------- FLOPs
 
 
-def block_flops(num_tokens: int, dim: int, hidden_dim: int) -> int:
-    """Of one JiT block for one image: 2·T·(4D² + 3DF) for the linear maps, 4T²D for attention, 12D² for modulation."""
+def block_flops(num_tokens: int, dim: int, mlp_ratio: float) -> int:
+    """One JiT block: 2·T·(4D² + 3DF) for the linear layers, 4T²D for attention, 12D² for modulation."""
+    hidden_dim = int(int(dim * mlp_ratio) * 2 / 3)
     return 2 * num_tokens * (4 * dim**2 + 3 * dim * hidden_dim) + 4 * num_tokens**2 * dim + 12 * dim**2
 
 
-def _timestep_flops(dim: int) -> int:
+def timestep_flops(dim: int) -> int:
     return 2 * (256 * dim + dim**2)
 
 
 def transformer_flops(transformer: JiTTransformer2DModel) -> int:
     """
-    Floating point operations of one image's forward pass, a multiply-add counted as two; a training step does 3 times
-    as many. Matrix products alone: norms, rotations and activations are memory traffic, not work.
+    FLOPs of the forward pass of one image, a multiply-add counted as two; a training step costs three times as many.
+    Matrix products only: norms, rotations and activations are bound by memory.
 
         patches 2N(p²C·b + bD) + timestep 2(256D + D²) + Σ blocks [2T(4D² + 3DF) + 4T²D + 12D²] + head 4D² + 2N·D·p²C
 
-    where T is N before `in_context_start` and L + N from there on, and b the patch embedding's bottleneck.
+    with T = N before `in_context_start` and L + N from there on, and b the bottleneck of the patch embedding.
     """
     config = transformer.config
     dim = config.num_attention_heads * config.attention_head_dim
-    hidden_dim = int(int(dim * config.mlp_ratio) * 2 / 3)
     num_patches = (config.sample_size // config.patch_size) ** 2
     patch_dim = config.patch_size**2 * config.in_channels
     extended = num_patches + config.in_context_len
     return (
         2 * num_patches * (patch_dim * config.bottleneck_dim + config.bottleneck_dim * dim)
-        + _timestep_flops(dim)
-        + config.in_context_start * block_flops(num_patches, dim, hidden_dim)
-        + (config.num_layers - config.in_context_start) * block_flops(extended, dim, hidden_dim)
+        + timestep_flops(dim)
+        + config.in_context_start * block_flops(num_patches, dim, config.mlp_ratio)
+        + (config.num_layers - config.in_context_start) * block_flops(extended, dim, config.mlp_ratio)
         + 4 * dim**2
         + 2 * num_patches * dim * patch_dim
     )
 
 
 def adapter_flops(adapter: MaskedTransformerAdapter) -> int:
-    """The adapter's, counted as for [`transformer_flops`]: 2(256D + D²) + blocks + 2N(D² + D·teacher_dim)."""
+    """FLOPs of the adapter, counted like [`transformer_flops`]: 2(256D + D²) + blocks + 2N(D² + D·teacher_dim)."""
     config = adapter.config
     dim, num_patches = config.hidden_size, config.grid_size**2
-    hidden_dim = int(int(dim * config.mlp_ratio) * 2 / 3)
     projection = 0 if adapter.projection is None else 2 * num_patches * (dim**2 + dim * config.teacher_dim)
-    blocks = config.num_layers * block_flops(num_patches + config.in_context_len, dim, hidden_dim)
-    return _timestep_flops(dim) + blocks + projection
+    blocks = config.num_layers * block_flops(num_patches + config.in_context_len, dim, config.mlp_ratio)
+    return timestep_flops(dim) + blocks + projection
 
 
 def measure_peak_flops(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> float:
-    """FLOP/s of a large square matrix product, the best of `repeats`: what the hardware gives to the easiest case."""
+    """Measured peak FLOP/s: the best of `repeats` large square matrix products. MFU is relative to it."""
     size = 8192 if device.type == "cuda" else 2048
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    seconds = time_interleaved({"product": lambda: left @ right}, device, repeats)["product"]
+    seconds = time_interleaved({"matmul": lambda: left @ right}, device, repeats)["matmul"]
     return 2 * size**3 / min(seconds)
 
 
-# -------------------------------------------------------------------------------------------------------------- clocks
+# ------------------------------------------------------------------------------------------------------------ timing
 
 
 class StepClock:
-    """Seconds between named marks of a step, without waiting for the device: events on a GPU, `perf_counter` on a CPU."""
+    """Time between named marks of a step without a device sync: CUDA events on a GPU, `perf_counter` on a CPU."""
 
     def __init__(self, device: torch.device):
-        self._on_gpu = device.type == "cuda"
-        self._marks: list[tuple[str | None, torch.cuda.Event | float]] = []
+        self.on_gpu = device.type == "cuda"
+        self.marks: list[tuple[str | None, torch.cuda.Event | float]] = []
 
     def mark(self, name: str | None) -> None:
-        """Ends the part called `name`, which began at the mark before; None begins a step."""
-        if self._on_gpu:
+        """End the part called `name`, which began at the previous mark; None begins a step."""
+        if self.on_gpu:
             event = torch.cuda.Event(enable_timing=True)
             event.record()
-            self._marks.append((name, event))
+            self.marks.append((name, event))
         else:
-            self._marks.append((name, time.perf_counter()))
+            self.marks.append((name, time.perf_counter()))
 
     def medians(self) -> dict[str, float]:
-        """The median over the steps of each part, in seconds. Waits for the device."""
-        if self._on_gpu:
+        """Median seconds of each part over the steps. Synchronizes the device."""
+        if self.on_gpu:
             torch.cuda.synchronize()
         parts: dict[str, list[float]] = {}
-        for (_, begin), (name, end) in zip(self._marks, self._marks[1:], strict=False):
+        for (_, begin), (name, end) in zip(self.marks, self.marks[1:], strict=False):
             if name is not None:
-                seconds = begin.elapsed_time(end) / 1000 if self._on_gpu else end - begin
+                seconds = begin.elapsed_time(end) / 1000 if self.on_gpu else end - begin
                 parts.setdefault(name, []).append(seconds)
         return {name: statistics.median(values) for name, values in parts.items()}
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits until the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -119,10 +116,10 @@ def time_interleaved(
     functions: dict[str, Callable[[], object]], device: torch.device, repeats: int, warmup: int = 1
 ) -> dict[str, list[float]]:
     """
-    Seconds of every call of each function, {name: [repeats]}, after `warmup` calls of each.
+    Seconds of every call of each function, `repeats` of them, after `warmup` calls.
 
-    The functions take turns, so that what else the machine is doing falls on all of them alike: the ratio of two times
-    of the same turn is steadier than the times.
+    The functions take turns, so that a change of the machine's load affects all of them alike: ratios within a turn are
+    steadier than the times.
     """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(warmup + repeats):
@@ -137,16 +134,16 @@ def time_interleaved(
 
 
 def median_ratio(seconds: list[float], reference: list[float]) -> float:
-    """The median of the turns' ratios, from [`time_interleaved`]."""
-    return statistics.median(mine / theirs for mine, theirs in zip(seconds, reference, strict=True))
+    """Median over the turns of [`time_interleaved`] of the ratio of two functions' times."""
+    return statistics.median(own / other for own, other in zip(seconds, reference, strict=True))
 
 
-# -------------------------------------------------------------------------------------------------- the published work
+# ------------------------------------------------------------------------------------------- the published arithmetic
 
 
 class PublishedAttnProcessor:
-    """Attention as the published code computes it: one product for queries, keys and values, normalised and rotated in
-    float32, the score matrix and its softmax written out in float32."""
+    """Attention as the published code computes it: one product for queries, keys and values, then normalization,
+    rotation, scores and softmax written out in float32."""
 
     def __call__(
         self, attn: JiTAttention, hidden_states: torch.Tensor, image_rotary_emb: tuple[torch.Tensor, torch.Tensor]
@@ -175,11 +172,7 @@ def _published_rms_norm(self: JiTRMSNorm, hidden_states: torch.Tensor) -> torch.
 
 
 def with_published_arithmetic(module: nn.Module) -> nn.Module:
-    """A twin that shares every parameter and buffer of `module` and computes as the published code does.
-
-    Args:
-        module: anything made of JiT blocks, not compiled yet.
-    """
+    """Copy a module of JiT blocks (not compiled) into one that shares its tensors and computes like the published code."""
     shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
     twin = copy.deepcopy(module, shared)
     for layer in twin.modules():
@@ -190,18 +183,35 @@ def with_published_arithmetic(module: nn.Module) -> nn.Module:
     return twin
 
 
-# -------------------------------------------------------------------------------------------------------------- tables
+def fill_zeros(module: nn.Module) -> None:
+    """Draw the parameters that are initialized to zero: they would hide most of the network from its output."""
+    for parameter in module.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.02)
+
+
+# ----------------------------------------------------------------------------------------------------------- reports
+
+
+def describe_machine(device: torch.device) -> dict:
+    """Device, threads, load (above the number of cores, the machine was busy) and versions."""
+    return {
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0],
+        "versions": versions(),
+    }
 
 
 def format_table(rows: list[dict[str, object]]) -> str:
-    """Rows of equal keys as aligned text; floats to four digits, None as "not measured"."""
+    """Rows with equal keys as aligned text; floats with four digits, None as "not measured"."""
 
     def show(value: object) -> str:
         if value is None:
             return "not measured"
         return f"{value:.4g}" if isinstance(value, float) else str(value)
 
-    lines = [list(rows[0])] + [[show(row[name]) for name in rows[0]] for row in rows]
+    lines = [list(rows[0]), *([show(value) for value in row.values()] for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     padded = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
     return "\n".join(line.rstrip() for line in padded)

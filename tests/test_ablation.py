@@ -1,4 +1,4 @@
-"""training/run_ablation.py: arms that differ in the objective alone, measured alike, with their spread."""
+"""examples/digits/run_ablation.py: arms that differ in the objective alone, measured alike, with their spread."""
 
 import json
 import statistics
@@ -14,13 +14,12 @@ from training_runs import ROOT, TEACHER, load_script
 from pixelrepa_diffusers.evaluation import FeatureStatistics, VisionEncoderNetwork, extract
 
 
-main = load_script("examples/digits/run_ablation.py").main
-read_config = load_script("examples/digits/run_ablation.py").read_config
+ablation = load_script("examples/digits/run_ablation.py")
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory) -> Path:
-    """Tiny runs on images of three digits: dark, grey, bright."""
+def values(tmp_path_factory) -> dict:
+    """An ablation of tiny runs on images of three digits: dark, grey, bright."""
     folder, draw = tmp_path_factory.mktemp("ablation"), np.random.default_rng(0)
     for split, count in (("train", 8), ("test", 5)):
         for label in range(3):
@@ -46,7 +45,7 @@ def config(tmp_path_factory) -> Path:
         "dataloader_num_workers": 0,
     }
     (folder / "training.yaml").write_text(yaml.safe_dump(training))
-    ablation = {
+    return {
         "output_dir": str(folder / "out"),
         "config": str(folder / "training.yaml"),
         "seeds": [0, 1],
@@ -59,57 +58,61 @@ def config(tmp_path_factory) -> Path:
         "num_samples": 30,
         "num_inference_steps": 2,
     }
-    (folder / "ablation.yaml").write_text(yaml.safe_dump(ablation))
-    return folder / "ablation.yaml"
 
 
 @pytest.fixture(scope="module")
-def finished(config):
-    """The report of an ablation that was started with one seed and gone on with two."""
-    args = read_config(config)
-    args.seeds = [0]
-    main(args)
-    first = {path: path.stat().st_mtime_ns for path in Path(args.output_dir).glob("*/seed-0/result.json")}
-    report = main(read_config(config))
-    assert len(first) == 2 and all(path.stat().st_mtime_ns == time for path, time in first.items())
+def start(values, tmp_path_factory):
+    """start(**changes) runs the ablation as its YAML file says."""
+
+    def run(**changes) -> dict:
+        path = tmp_path_factory.mktemp("config") / "ablation.yaml"
+        path.write_text(yaml.safe_dump({**values, **changes}))
+        return ablation.main(ablation.read_config(path))
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def report(start, values) -> dict:
+    """The report of an ablation that was started with one seed and continued with two."""
+    start(seeds=[0])
+    written = {path: path.stat().st_mtime_ns for path in Path(values["output_dir"]).glob("*/seed-0/result.json")}
+    report = start()
+    assert len(written) == 2 and all(path.stat().st_mtime_ns == time for path, time in written.items())
     return report
 
 
-def test_every_arm_and_seed_is_measured_at_every_checkpoint(finished, config):
-    folder = Path(read_config(config).output_dir)
+def result(values, arm, seed) -> dict:
+    return json.loads(Path(values["output_dir"], arm, f"seed-{seed}", "result.json").read_text())
+
+
+def test_every_arm_and_seed_is_measured_at_every_checkpoint(report, values):
     for arm in ("none", "unmasked"):
-        assert [point["step"] for point in finished["arms"][arm]["curve"]] == [3, 4]
+        assert [point["step"] for point in report["arms"][arm]["curve"]] == [3, 4]
         for seed in (0, 1):
-            result = json.loads((folder / arm / f"seed-{seed}" / "result.json").read_text())
-            assert [point["step"] for point in result["curve"]] == [3, 4]
-            assert result["training"]["seed"] == seed
-            assert finished["arms"][arm]["final"]["fd_teacher"]["by_seed"][seed] == result["curve"][1]["fd_teacher"]
+            last = result(values, arm, seed)["curve"][-1]
+            assert last["step"] == 4
+            assert report["arms"][arm]["final"]["fd_teacher"]["by_seed"][seed] == last["fd_teacher"]
 
 
-def test_arms_differ_in_the_objective_alone(finished, config):
-    folder = Path(read_config(config).output_dir)
-    none, unmasked = (
-        json.loads((folder / arm / "seed-1" / "result.json").read_text())["training"] for arm in ("none", "unmasked")
-    )
+def test_arms_differ_in_the_objective_alone(report, values):
+    none, unmasked = (result(values, arm, 1)["training"] for arm in ("none", "unmasked"))
+    assert none["seed"] == 1
     assert {name for name in none if none[name] != unmasked[name]} == {"objective", "mask_ratio"}
 
 
-def test_the_table_holds_mean_and_standard_deviation_over_the_seeds(finished, config):
-    folder = Path(read_config(config).output_dir)
-    assert json.loads((folder / "ablation.json").read_text())["arms"].keys() == finished["arms"].keys()
-    final = finished["arms"]["unmasked"]["final"]["fd_teacher"]
-    values = list(final["by_seed"].values())
-    assert final["mean"] == pytest.approx(statistics.mean(values)) and values[0] != values[1]
-    assert final["std"] == pytest.approx(statistics.stdev(values))
-    table = (folder / "ablation.md").read_text()
-    assert f"| unmasked | 2 | {final['mean']:.4g} ± {final['std']:.4g} |" in table
-    assert "max_train_steps 4" in table
-    with Image.open(folder / "curves.png") as image:
-        assert min(image.size) > 100
+def test_the_table_holds_mean_and_standard_deviation_over_the_seeds(report, values):
+    final = report["arms"]["unmasked"]["final"]["fd_teacher"]
+    by_seed = list(final["by_seed"].values())
+    assert by_seed[0] != by_seed[1]
+    assert final["mean"] == pytest.approx(statistics.mean(by_seed))
+    assert final["std"] == pytest.approx(statistics.stdev(by_seed))
+    folder = Path(values["output_dir"])
+    assert f"| unmasked | 2 | {final['mean']:.4g} ± {final['std']:.4g} |" in (folder / "ablation.md").read_text()
+    assert (folder / "ablation.json").exists() and (folder / "curves.png").exists()
 
 
-def test_real_images_mark_what_can_be_reached(finished, config):
-    args = read_config(config)
+def test_real_images_give_an_upper_bound(report, values):
     network = VisionEncoderNetwork.from_pretrained(TEACHER, image_size=28)
 
     def moments(folder) -> FeatureStatistics:
@@ -117,58 +120,49 @@ def test_real_images_mark_what_can_be_reached(finished, config):
         features = extract(network, images)["features"].double().numpy()
         return FeatureStatistics(features.mean(0), np.cov(features.T), len(images))
 
-    expected = moments(args.classifier_dir).distance(moments(args.held_out_dir))
-    assert finished["real"]["fd_teacher"] == pytest.approx(expected, rel=1e-5)
-    assert finished["real"]["recognised"] == 1.0
+    expected = moments(values["classifier_dir"]).distance(moments(values["held_out_dir"]))
+    assert report["real"]["fd_teacher"] == pytest.approx(expected, rel=1e-5)
+    assert report["real"]["recognised"] == 1.0
 
 
-def test_finished_runs_of_other_settings_are_refused(finished, config, tmp_path):
-    values = yaml.safe_load(config.read_text())
-    values["arguments"]["learning_rate"] = 2e-2
-    (tmp_path / "changed.yaml").write_text(yaml.safe_dump(values))
-    with pytest.raises(ValueError, match="another evaluation: training"):
-        main(read_config(tmp_path / "changed.yaml"))
+def test_a_launcher_trains_the_same_run(report, start, tmp_path):
+    (tmp_path / "launch.py").write_text(
+        "import runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], None, '__main__')"
+    )
+    launcher = [sys.executable, str(tmp_path / "launch.py")]
+    arms = {"none": {"objective": "none"}}
+    launched = start(output_dir=str(tmp_path / "out"), seeds=[1], arms=arms, launcher=launcher)
+    expected = report["arms"]["none"]["final"]["fd_teacher"]["by_seed"][1]
+    assert launched["arms"]["none"]["final"]["fd_teacher"]["by_seed"][1] == pytest.approx(expected, rel=1e-9)
 
 
-def test_runs_of_a_launcher_are_those_of_this_process(finished, config, tmp_path):
-    values = yaml.safe_load(config.read_text())
-    values |= {"output_dir": str(tmp_path), "seeds": [1], "launcher": [sys.executable]}
-    (tmp_path / "launched.yaml").write_text(yaml.safe_dump(values | {"arms": {"none": {"objective": "none"}}}))
-    launched = main(read_config(tmp_path / "launched.yaml"))["arms"]["none"]["final"]["fd_teacher"]["by_seed"]
-    assert launched[1] == pytest.approx(finished["arms"]["none"]["final"]["fd_teacher"]["by_seed"][1], rel=1e-9)
-    assert "Wrote" in (tmp_path / "none" / "seed-1" / "log.txt").read_text()
-
-
-def test_a_run_that_fails_ends_the_ablation_with_its_log(config, tmp_path):
+def test_a_failed_run_ends_the_ablation_with_its_log(start, tmp_path):
     (tmp_path / "fail.py").write_text("import sys; print('no luck'); sys.exit(3)")
-    values = yaml.safe_load(config.read_text())
-    values |= {"output_dir": str(tmp_path), "launcher": [sys.executable, str(tmp_path / "fail.py")]}
-    (tmp_path / "new.yaml").write_text(yaml.safe_dump(values))
-    with pytest.raises(RuntimeError, match=r"(?s)none, seed 0.*status 3.*no luck"):
-        main(read_config(tmp_path / "new.yaml"))
+    with pytest.raises(SystemExit, match=r"(?s)none, seed 0.*status 3.*no luck"):
+        start(output_dir=str(tmp_path / "out"), launcher=[sys.executable, str(tmp_path / "fail.py")])
+
+
+def test_finished_runs_with_other_settings_are_refused(report, start, values):
+    with pytest.raises(ValueError, match="another evaluation"):
+        start(arguments={**values["arguments"], "learning_rate": 2e-2})
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"arms": {"longer": {"objective": "none", "max_train_steps": 9}}}, "no objective argument"),
-        ({"arms": {}}, "at least one arm"),
-        ({"seeds": [1, 1]}, "no seed twice"),
-        ({"arms": {"a/b": {}}}, "folder's"),
-        ({"nonsense": 1}, r"unknown names \['nonsense'\]"),
+        ({"arms": {"longer": {"objective": "none", "max_train_steps": 9}}}, "objective arguments only"),
+        ({"nonsense": 1}, "nonsense"),
         ({"num_samples": 31}, "multiple of the 3 classes"),
     ],
 )
-def test_bad_configurations_are_refused_before_the_first_run(config, tmp_path, change, message):
-    values = yaml.safe_load(config.read_text())
-    (tmp_path / "bad.yaml").write_text(yaml.safe_dump({**values, "output_dir": str(tmp_path / "out"), **change}))
+def test_bad_configurations_are_refused_before_the_first_run(start, tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
-        main(read_config(tmp_path / "bad.yaml"))
+        start(output_dir=str(tmp_path / "out"), **change)
     assert not (tmp_path / "out").exists()
 
 
 def test_the_digits_ablation_covers_the_papers_arms():
-    args = read_config(ROOT / "examples" / "digits" / "ablation.yaml")
+    args = ablation.read_config(ROOT / "examples/digits/ablation.yaml")
     arms = list(args.arms.values())
     assert {"objective": "none"} in arms and {"objective": "repa"} in arms
     assert {arm["mask_ratio"] for arm in arms if arm["objective"] == "pixelrepa"} >= {0, 0.2}

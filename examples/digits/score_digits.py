@@ -1,17 +1,16 @@
-"""How good are generated digits? Their recognition by an independent classifier, and their spread among the real ones.
+"""Score generated digits: recognition by an independent classifier, and precision and recall against the real digits.
 
-    python training/score_digits.py --pipeline outputs/demo/run/pipeline --data_dir outputs/demo
+    python examples/digits/score_digits.py --pipeline outputs/demo/run/pipeline --data_dir outputs/demo
 
-The classifier (scikit-learn's support vector machine) never meets the generator: it is trained on the real training digits
-and checked on the held-out ones. k-nearest-neighbour precision and recall (k = 3, arXiv 1904.06991) against the real
-training digits, in pixels, would show copies (precision near 1 with a small distance to the nearest real one) or
-collapse (low recall).
+The classifier, scikit-learn's support vector machine, is fitted on the real training digits and checked on the held-out
+ones; it never sees the generator. k-nearest-neighbour precision and recall (k = 3, arXiv 1904.06991), in pixels, and the
+distance to the nearest training digit reveal copies (high precision at a small distance) and collapse (low recall).
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,87 +21,87 @@ from sklearn.neighbors import NearestNeighbors
 from sklearn.svm import SVC
 from tqdm.auto import trange
 
-from pixelrepa_diffusers.cli import parse, run
+from pixelrepa_diffusers.cli import flag, parse, run
 from pixelrepa_diffusers.evaluation import precision_recall
+from pixelrepa_diffusers.files import write_json
 from pixelrepa_diffusers.images import make_grid
 from pixelrepa_diffusers.sampling import seeded
 
 
 @dataclass
 class ScoreArguments:
-    pipeline: str = field(metadata={"help": "A pipeline folder written by train_pixelrepa.py."})
-    data_dir: str = field(default="outputs/demo", metadata={"help": "What prepare_teacher.py wrote."})
-    num_images: int = field(default=1000, metadata={"help": "Generated digits, evenly over the ten classes."})
-    num_inference_steps: int = field(default=10, metadata={"help": "Sampling steps."})
-    batch_size: int = field(default=100, metadata={"help": "Images at a time."})
-    dtype: str = field(
-        default="float32",
-        metadata={"help": "Of the network; names the files too.", "choices": ["float32", "bfloat16", "float16"]},
+    pipeline: str = flag(help="A pipeline folder written by train_pixelrepa.py.")
+    data_dir: str = flag("outputs/demo", "The folder written by prepare_teacher.py.")
+    num_images: int = flag(1000, "Generated digits, evenly over the ten classes.", ge=10)
+    num_inference_steps: int = flag(10, "Sampling steps.", ge=1)
+    batch_size: int = flag(100, "Images per batch.", ge=1)
+    dtype: str = flag(
+        "float32", "Data type of the network; part of the file names.", choices=["float32", "bfloat16", "float16"]
     )
+
+
+def to_vectors(images: Sequence[Image.Image]) -> np.ndarray:
+    """Grey values in [0, 1], (n, pixels)."""
+    return np.stack([np.asarray(image.convert("L")).reshape(-1) / 255 for image in images])
 
 
 def read_digits(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """Pixels (n, 256) in [0, 1] and classes of an image folder."""
     paths = sorted(folder.glob("*/*.png"))
     if not paths:
-        raise FileNotFoundError(f"There are no digits in {folder}/CLASS/*.png: prepare_teacher.py writes them.")
-    pixels = np.stack([np.asarray(Image.open(path).convert("L")).reshape(-1) / 255 for path in paths])
-    return pixels, np.array([int(path.parent.name) for path in paths])
+        raise FileNotFoundError(f"There are no digits in {folder}/CLASS/*.png: run prepare_teacher.py first.")
+    return to_vectors([Image.open(path) for path in paths]), np.array([int(path.parent.name) for path in paths])
 
 
-def generate(pipeline: DiffusionPipeline, args: ScoreArguments, guidance_scale: float | None):
-    """PIL images, their pixels and their labels; image i comes from seed i."""
-    labels = [i % 10 for i in range(args.num_images)]
+def generate(pipeline: DiffusionPipeline, args: ScoreArguments, guidance_scale: float) -> list[Image.Image]:
+    """Image i is of class i mod 10 and starts from the noise of seed i."""
     images = []
-    for start in trange(0, len(labels), args.batch_size, desc=f"guidance {guidance_scale or 'as saved'}"):
-        chunk = labels[start : start + args.batch_size]
+    for start in trange(0, args.num_images, args.batch_size, desc=f"guidance {guidance_scale:g}", disable=None):
+        indices = range(start, min(start + args.batch_size, args.num_images))
         images += pipeline(
-            chunk,
+            [index % 10 for index in indices],
             guidance_scale=guidance_scale,
-            generator=seeded(range(start, start + len(chunk))),
+            generator=seeded(indices),
             num_inference_steps=args.num_inference_steps,
         ).images
-    pixels = np.stack([np.asarray(image.convert("L")).reshape(-1) / 255 for image in images])
-    return images, pixels, np.array(labels)
+    return images
 
 
 def main(args: ScoreArguments) -> dict:
-    for name in ("num_images", "num_inference_steps", "batch_size"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}.")
-    if not (Path(args.pipeline) / "model_index.json").is_file():
-        raise FileNotFoundError(
-            f"--pipeline {args.pipeline} is not a saved pipeline's folder: no model_index.json in it."
-        )
+    folder = Path(args.pipeline)
+    if not (folder / "model_index.json").is_file():
+        raise FileNotFoundError(f"--pipeline {folder} is not a pipeline folder: it has no model_index.json.")
     real, real_labels = read_digits(Path(args.data_dir) / "train")
     held_out, held_out_labels = read_digits(Path(args.data_dir) / "test")
     classifier = SVC(C=10).fit(real, real_labels)
-    scores = {"classifier on held-out real digits": float((classifier.predict(held_out) == held_out_labels).mean())}
-    pipeline = DiffusionPipeline.from_pretrained(
-        args.pipeline, trust_remote_code=True, dtype=getattr(torch, args.dtype)
-    )
-    suffix = "" if args.dtype == "float32" else f"_{args.dtype}"
+    neighbors = NearestNeighbors(n_neighbors=1).fit(real)
+    pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True, dtype=getattr(torch, args.dtype))
     pipeline.set_progress_bar_config(disable=True)
-    for name, guidance_scale in ((f"guidance {pipeline.config.guidance_scale:g}", None), ("no guidance", 1.0)):
-        images, pixels, labels = generate(pipeline, args, guidance_scale)
+
+    suffix = "" if args.dtype == "float32" else f"_{args.dtype}"
+    saved_scale = pipeline.config.guidance_scale
+    scores = {"classifier on held-out real digits": classifier.score(held_out, held_out_labels)}
+    for name, guidance_scale in ((f"guidance {saved_scale:g}", saved_scale), ("no guidance", 1.0)):
+        images = generate(pipeline, args, guidance_scale)
+        pixels, labels = to_vectors(images), np.arange(len(images)) % 10
         correct = classifier.predict(pixels) == labels
-        by_class = [float(correct[labels == label].mean()) for label in range(10)]
+        by_class = [correct[labels == label].mean() for label in range(10)]
         spread = precision_recall(pixels, real)
-        nearest = NearestNeighbors(n_neighbors=1).fit(real)
         scores[name] = {
             "recognised": float(correct.mean()),
             "worst class": f"{int(np.argmin(by_class))} ({min(by_class):.3f})",
             "precision (k=3)": spread["precision"],
             "recall (k=3)": spread["recall"],
-            "mean distance to the nearest real training digit": float(nearest.kneighbors(pixels)[0].mean()),
+            "mean distance to the nearest real training digit": float(neighbors.kneighbors(pixels)[0].mean()),
         }
-        grid = make_grid([image.resize((32, 32), Image.NEAREST) for image in images[:100]], columns=10)
-        grid.save(Path(args.pipeline).parent / f"digits_{name.replace(' ', '_')}{suffix}.png")
+        grid = make_grid(images[:100], columns=10)
+        grid.save(folder.parent / f"digits_{name.replace(' ', '_')}{suffix}.png")
     scores["mean distance of a held-out real digit to the nearest training digit"] = float(
-        NearestNeighbors(n_neighbors=1).fit(real).kneighbors(held_out)[0].mean()
+        neighbors.kneighbors(held_out)[0].mean()
     )
-    print(json.dumps(scores, indent=1))
-    (Path(args.pipeline).parent / f"scores{suffix}.json").write_text(json.dumps(scores, indent=1), encoding="utf-8")
+    write_json(folder.parent / f"scores{suffix}.json", scores)
+    for name, score in scores.items():
+        print(f"{name}: {score}")
     return scores
 
 

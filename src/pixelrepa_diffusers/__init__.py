@@ -27,3 +27,22 @@ __all__ = [
     "Preset",
     "get_preset",
 ]
+
+_LAZY = {
+    "MaskedTransformerAdapter": "adapter",
+    "MLPProjector": "adapter",
+    "ConvProjector": "adapter",
+    "SemanticTeacher": "teacher",
+    "ConstantDecayEMA": "ema",
+    **dict.fromkeys(
+        ("PixelREPAObjective", "draw_timesteps", "draw_keep_mask", "drop_labels", "interpolate"), "objective"
+    ),
+}
+
+
+def __getattr__(name: str):
+    import importlib
+
+    if name not in _LAZY:
+        raise AttributeError(name)
+    return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)

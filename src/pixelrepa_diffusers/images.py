@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -146,3 +148,46 @@ def make_grid(
                 text = text.removesuffix("…")[:-1] + "…"
             draw.text((left, top), text, fill="black", font=font)
     return grid
+
+
+def list_images(folder: str | Path) -> list[Path]:
+    """Every image file below a folder, or that fits a pattern such as "images/0*.png", sorted.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    path = Path(folder)
+    root, pattern = (path, "**/*") if path.is_dir() else (path.parent, path.name)
+    paths = sorted(file for file in root.glob(pattern) if file.suffix.lower() in suffixes and file.is_file())
+    if not paths:
+        raise FileNotFoundError(
+            f"No images at {folder}: give a folder of images, or a pattern such as 'images/*.png'."
+        )
+    return paths
+
+
+@contextlib.contextmanager
+def open_image(path: Path) -> Iterator[Image.Image]:
+    """An image file, opened but not decoded. What is wrong with it, then or later, becomes a ValueError that names it."""
+    try:
+        with Image.open(path) as image:
+            # Pillow itself only warns between its limit and twice its limit.
+            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                raise ValueError(f"its {image.width}×{image.height} pixels are more than {Image.MAX_IMAGE_PIXELS}")
+            yield image
+    except DECODING_ERRORS as error:
+        raise ValueError(f"Bad image {path}: {error}. Replace it, or leave it out.") from error
+
+
+def read_image(path: Path, size: int | None = None) -> torch.Tensor:
+    """An image file as torch.uint8 (3, H, W), made RGB by [`to_rgb`]; with `size`, its ADM centre crop of that many pixels.
+
+    Raises:
+        ValueError: a damaged or huge file, by name.
+    """
+    with open_image(path) as image:
+        image = to_rgb(image)
+    if size is not None:
+        image = center_crop_adm(image, size)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)

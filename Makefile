@@ -1,12 +1,12 @@
-# make demo   train, sample and score PixelREPA on scanned digits, on any CPU, from nothing
-# make test   everything CI runs
-# make style  format and lint
-# make test-matrix   the suite with the lowest and with the newest versions that setup.py allows (hours, many GB)
+# make demo          train, sample and score PixelREPA on scanned digits: any CPU, no download
+# make test          run everything CI runs
+# make style         format and lint
+# make test-matrix   run the suite with the lowest and the newest versions that setup.py allows: hours, many GB
 
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin
-# Numbers of a few cores: more threads than cores only wait for each other.
+# The suite runs two processes; more threads than cores slow each other down.
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: env demo test test-matrix style clean-demo
@@ -22,7 +22,7 @@ $(VENV)/.installed: setup.py constraints.txt
 test: env
 	$(RUN)/pytest --numprocesses 2 --dist loadfile
 
-# Interpreter and how versions are resolved; uv finds or fetches the interpreter.
+# Interpreter and version resolution; uv finds or fetches the interpreter.
 MATRIX ?= 3.10:lowest-direct 3.13:highest
 test-matrix: env
 	$(RUN)/pip install --quiet uv

@@ -1,108 +1,118 @@
-"""What the READMEs say a program says, it says."""
+"""The documentation names only commands, flags, files, messages and public names that exist."""
 
 import ast
+import dataclasses
+import importlib
+import inspect
 import re
+import sys
 from pathlib import Path
 
 import pytest
+import torch
+from training_runs import ROOT, TEACHER, load_script
+
+import pixelrepa_diffusers
 
 
-ROOT = Path(__file__).parents[1]
+PAGES = (
+    "README.md",
+    "CONTRIBUTING.md",
+    *(path.relative_to(ROOT).as_posix() for path in sorted(ROOT.glob("docs/*.md"))),
+)
+TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
+SOURCES = [path for folder in ("src", "training", "benchmarks", "examples") for path in ROOT.glob(f"{folder}/**/*.py")]
+INSTALLED = dict(re.findall(r'"(pixelrepa-[\w-]+)=([\w.]+):cli"', (ROOT / "setup.py").read_text(encoding="utf-8")))
 SAID_BY_OTHERS = {"contains custom code", "Pass trust_remote_code=True", "CUDA out of memory"}  # diffusers, torch
 
 
-def messages() -> list[str]:
-    """Every string of the sources, with … for what is filled in."""
-    found = []
-    for folder in ("src", "training", "pipelines"):
-        for path in (ROOT / folder).rglob("*.py"):
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-                if isinstance(node, ast.JoinedStr):
-                    parts = [part.value if isinstance(part, ast.Constant) else "…" for part in node.values]
-                    found.append("".join(parts))
-                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                    found.append(node.value)
-    return found
-
-
-def promised() -> list[str]:
-    """The first column of every table of messages, cut where something is filled in: at … and at numbers."""
-    rows = []
-    for path in ("README.md", "docs/pipelines.md"):
-        lines = (ROOT / path).read_text(encoding="utf-8").splitlines()
-        for start in (number for number, line in enumerate(lines) if line.startswith("| message |")):
-            for line in lines[start + 2 :]:
-                if not line.startswith("|"):
-                    break
-                rows.append(re.match(r"\| `([^`]+)` \|", line)[1])
-    return rows
-
-
-@pytest.mark.parametrize("message", promised())
-def test_every_message_with_advice_is_one_a_program_says(message):
-    parts = [part.strip() for part in re.split(r"…|checkpoint-N|\b\d+\b|\bN\b", message)]
-    parts = [part for part in parts if part and part not in SAID_BY_OTHERS]
-    sources = messages()
-    for part in parts:
-        assert any(part in said for said in sources), part
-
-
-def test_there_is_advice():
-    assert len(promised()) >= 20
-
-
-# ------------------------------------------------------------------------------------------------------------ commands
+def blocks(language: str) -> list[str]:
+    return [block for text in TEXTS.values() for block in re.findall(rf"```{language}\n(.*?)```", text, flags=re.S)]
 
 
 def commands() -> list[str]:
-    """Every call of a script of ours in the READMEs and in the scripts' own descriptions."""
-    texts = [(ROOT / path).read_text(encoding="utf-8") for path in ("README.md", "docs/pipelines.md")]
-    for path in sorted((*ROOT.glob("training/*.py"), *ROOT.glob("pipelines/*.py"))):
-        texts.append(ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "")
-    found = []
-    for text in texts:
-        text = re.sub(r"\\\n\s*", " ", text)
-        fenced = re.findall(r"^```\w*\n(.*?)^```", text, flags=re.M | re.S)
-        rest = re.sub(r"^```\w*\n.*?^```", "", text, flags=re.M | re.S)
-        lines = [line for block in fenced for line in block.splitlines()]
-        lines += [line for line in rest.splitlines() if line.startswith("    ")]
-        lines += [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", rest)]
-        for line in lines:
-            line = line.partition(" #")[0].strip()
-            if re.search(r"^(\w+=\w+ )*(python|accelerate launch) .*\b(training|pipelines)/\w+\.py", line):
-                found.append(line)
-    return sorted(set(found))
+    """Every command of ours in the code blocks of the pages and in the docstrings of the sources."""
+    texts = [
+        *blocks("bash"),
+        *(ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "" for path in SOURCES),
+    ]
+    lines = [line.partition(" #")[0].strip() for text in texts for line in re.sub(r"\\+\n\s*", "", text).splitlines()]
+    ours = r"(\w+=\w+ )*(python [a-z]+/|accelerate launch |pixelrepa-)"
+    return sorted({line for line in lines if re.match(ours, line)})
 
 
-def options(script: Path) -> set[str]:
-    """The flags a script takes: the fields of its dataclasses and what it adds to its parser."""
-    files = [script]
-    if script.stem == "train_pixelrepa":
-        files += [script.with_name("arguments.py"), script.with_name("data.py")]
-    elif script.stem == "prepare_dataset":
-        files.append(script.with_name("data.py"))
-    flags = set()
-    for node in (node for file in files for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))):
-        if isinstance(node, ast.ClassDef) and node.name.endswith("Arguments"):
-            flags |= {f"--{field.target.id}" for field in node.body if isinstance(field, ast.AnnAssign)}
-        elif isinstance(node, ast.Call) and getattr(node.func, "attr", None) == "add_argument":
-            flags.add(node.args[0].value)
-    return flags
+def flags(module) -> set[str]:
+    """The fields of a command's argument dataclasses, and what is added to a parser by hand."""
+    found = set()
+    for group in (value for name, value in vars(module).items() if name.endswith("Arguments")):
+        found |= {f"--{field.name}" for field in dataclasses.fields(group)}
+        found |= set(re.findall(r'add_argument\("(--\w+)"', inspect.getsource(sys.modules[group.__module__])))
+    return found
+
+
+def load(program: str):
+    """The module of an installed command, of a script that wraps one, or of a script."""
+    command = f"pixelrepa_diffusers.commands.{Path(program).stem}"
+    if program in INSTALLED or command in INSTALLED.values():
+        return importlib.import_module(INSTALLED.get(program, command))
+    return load_script(program)
 
 
 @pytest.mark.parametrize("command", commands())
-def test_a_command_names_scripts_flags_and_settings_that_exist(command):
+def test_commands_name_programs_flags_and_files_that_exist(command):
     words = command.split()
-    place = next(place for place, word in enumerate(words) if re.fullmatch(r"(training|pipelines)/\w+\.py", word))
-    script = ROOT / words[place]
-    assert script.is_file()
-    given = {word for word in words[place:] if word.startswith("--")}
-    assert given <= options(script)
-    for word in words:
-        if word.startswith(("training/", "pipelines/")):
-            assert (ROOT / word).exists(), word
+    place = next(place for place, word in enumerate(words) if word in INSTALLED or word.endswith(".py"))
+    assert {word for word in words[place:] if word.startswith("--")} <= flags(load(words[place]))
+    ours = [word for word in words if word.startswith(("training/", "pipelines/", "examples/", "benchmarks/"))]
+    assert all((ROOT / word).exists() for word in ours)
 
 
-def test_there_are_commands_and_options():
-    assert len(commands()) >= 25
-    assert {"--preset", "--config", "--streaming"} <= options(ROOT / "training/train_pixelrepa.py")
+def test_flags_in_the_text_exist():
+    programs = {*INSTALLED, "training/train_pixelrepa.py", "benchmarks/training.py", "benchmarks/sampling.py"}
+    known = set().union(*(flags(load(program)) for program in programs))
+    mentioned = {flag for text in TEXTS.values() for flag in re.findall(r"`(--[a-z]\w+)", text)}
+    assert mentioned - known <= {"--cpu"}  # accelerate's
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_resolve(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", TEXTS[page]):
+        assert target.startswith("https://") or ((ROOT / page).parent / target).exists(), target
+
+
+def test_python_examples_import_public_names():
+    for block in blocks("python"):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and node.module == "pixelrepa_diffusers":
+                assert all(hasattr(pixelrepa_diffusers, alias.name) for alias in node.names)
+
+
+def test_the_training_loop_of_the_readme_runs():
+    (block,) = (block for block in blocks("python") if "PixelREPAObjective" in block)
+    small = {
+        "JiT-B/16": "JiT-Digits/4",
+        "facebook/dinov2-base": str(TEACHER),
+        "grid_size=16)": "grid_size=4, num_classes=10)",
+        "grid_size=16, image_size=256": "grid_size=4, image_size=16",
+        "768, 12": "128, 4",
+        "len(images), 256": "len(images), 16",
+    }
+    for old, new in small.items():
+        assert old in block
+        block = block.replace(old, new)
+    results = {"loader": [(torch.rand(4, 3, 16, 16) * 2 - 1, torch.arange(4))] * 2}
+    exec(block, results)
+    assert torch.isfinite(results["output"].loss) and results["output"].alignment_loss > 0
+
+
+def test_every_message_with_advice_is_in_the_sources():
+    said = []
+    for node in (node for path in SOURCES for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))):
+        if isinstance(node, ast.JoinedStr):
+            said.append("".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            said.append(node.value)
+    rows = re.findall(r"^\| `([^`]+)` \|", TEXTS["docs/troubleshooting.md"], flags=re.M)
+    parts = {part.strip() for row in rows for part in re.split(r"…|checkpoint-N|\b\d+\b|\bN\b", row)}
+    missing = [part for part in parts - SAID_BY_OTHERS if not any(part in message for message in said)]
+    assert rows and not missing

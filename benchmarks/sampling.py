@@ -45,7 +45,7 @@ from published import (
 
 from pixelrepa_diffusers import PRESETS, JiTFlowMatchScheduler, JiTTransformer2DModel, PixelREPAPipeline, get_preset
 from pixelrepa_diffusers.cli import flag, parse, run
-from pixelrepa_diffusers.files import write_atomically, write_json
+from pixelrepa_diffusers.files import write_json
 from pixelrepa_diffusers.sampling import (
     SCHEDULERS,
     cast_transformer,
@@ -75,7 +75,7 @@ class BenchmarkArguments:
     reference_steps: list[int] = flag([50, 1000], "Heun steps of the reference solutions.", ge=1)
     caches: bool = flag(False, "Measure the caches.")
 
-    output_dir: Path = flag(Path("outputs/benchmark/sampling"), "Receives benchmark.json and benchmark.png.")
+    output_dir: Path = flag(Path("outputs/benchmark/sampling"), "Receives benchmark.json.")
     seed: int = flag(0, "Seed of the noise and of a preset's weights.", ge=0)
 
 
@@ -246,34 +246,8 @@ def measure_caches(args: BenchmarkArguments, pipe: PixelREPAPipeline) -> list[di
     return rows
 
 
-def plot(report: dict, path: Path) -> None:
-    """Times; error by NFE for every solver; error by time for every cache."""
-    from matplotlib.figure import Figure  # slow to import
-
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    axes = figure.subplots(1, 1 + bool(report["solvers"]) + bool(report["caches"]), squeeze=False)[0]
-    bars = axes[0].bar([row["arithmetic"] for row in report["speed"]], [row["s/image"] for row in report["speed"]])
-    axes[0].bar_label(bars, fmt="%.3g")
-    axes[0].set_ylabel("seconds per image")
-    if report["solvers"]:
-        error = f"rmse to {max(report['arguments']['reference_steps'])}-step Heun"
-        for solver in report["arguments"]["solvers"]:
-            points = [(row["NFE"], row[error]) for row in report["solvers"] if row["solver"] == solver]
-            axes[1].loglog(*zip(*sorted(points), strict=True), marker="o", label=solver)
-        axes[1].set(xlabel="NFE", ylabel=error)
-        axes[1].legend()
-    if report["caches"]:
-        for row in report["caches"]:
-            axes[-1].plot(row["ratio"], row["rmse"], "o", label=row["cache"])
-        axes[-1].set(xlabel="share of the uncached time", ylabel="rmse to the uncached images")
-        axes[-1].legend(fontsize="small")
-    for axis in axes:
-        axis.grid(alpha=0.3)
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
-
-
 def main(args: BenchmarkArguments) -> dict:
-    """Print the tables, write benchmark.json and benchmark.png, and return the content of the JSON file."""
+    """Print the tables, write benchmark.json, and return its content."""
     if (args.pipeline is None) == (args.preset is None):
         raise ValueError("Give exactly one of --pipeline and --preset.")
     if args.preset is not None and (args.solvers or args.caches):
@@ -298,7 +272,6 @@ def main(args: BenchmarkArguments) -> dict:
             print(f"\n{name}\n{format_table(report[name])}")
     args.output_dir.mkdir(parents=True, exist_ok=True)
     write_json(args.output_dir / "benchmark.json", report)
-    plot(report, args.output_dir / "benchmark.png")
     return report
 
 

@@ -61,7 +61,7 @@ from pixelrepa_diffusers import PRESETS
 from pixelrepa_diffusers.adapter import MaskedTransformerAdapter
 from pixelrepa_diffusers.cli import flag, parse, run
 from pixelrepa_diffusers.ema import ConstantDecayEMA
-from pixelrepa_diffusers.files import write_atomically, write_json
+from pixelrepa_diffusers.files import write_json
 from pixelrepa_diffusers.teacher import SemanticTeacher
 from pixelrepa_diffusers.training.arguments import TrainingArguments
 from pixelrepa_diffusers.training.builders import (
@@ -101,7 +101,7 @@ class BenchmarkArguments:
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "Device.")
     num_rounds: int = flag(3, "Turns of each arithmetic.", ge=1)
     steps_per_round: int | None = flag(None, "Default: 10 on a GPU, 1 on a CPU.", ge=1)
-    output_dir: Path = flag(Path("outputs/benchmark/training"), "Receives benchmark.json and benchmark.png.")
+    output_dir: Path = flag(Path("outputs/benchmark/training"), "Receives benchmark.json.")
     seed: int = flag(0, "Seed of weights and inputs.", ge=0)
 
 
@@ -117,12 +117,6 @@ class Setting:
     compile: str
     attention_backend: str
     gradient_checkpointing: str
-
-
-SWEPT = (
-    *("presets", "objectives", "batch_sizes", "num_classes"),
-    *("mixed_precision", "compile", "attention_backends", "gradient_checkpointing"),
-)
 
 
 class RepeatedBatch:
@@ -257,6 +251,14 @@ class Trainee:
         self.batches = bench.batches()
         self.clock = StepClock(bench.device)
 
+    def forward(self, inputs: dict) -> torch.Tensor:
+        with self.bench.autocast():
+            return self.objective(**inputs).loss
+
+    def update(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
     def next_inputs(self) -> dict:
         inputs, _ = next(self.batches)
         if inputs["teacher_features"] is None:
@@ -269,16 +271,14 @@ class Trainee:
         if self.published:
             synchronize(self.bench.device)  # the teacher does not overlap with the student
         self.clock.mark(None)
-        with self.bench.autocast():
-            output = self.objective(**inputs)
+        loss = self.forward(inputs)
         self.clock.mark("forward")
-        output.loss.backward()
+        loss.backward()
         self.clock.mark("backward")
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.update()
         self.clock.mark("optimizer")
         if self.published:
-            output.loss.item()
+            loss.item()
             self.update_ema_one_by_one()
         else:
             self.ema.update(self.objective.transformer)
@@ -294,12 +294,10 @@ class Trainee:
         """One step that is not timed (compilation, optimizer state); returns its loss and gradients."""
         inputs = self.next_inputs()
         torch.manual_seed(0)  # equal dropout for both arithmetics
-        with self.bench.autocast():
-            loss = self.objective(**inputs).loss
+        loss = self.forward(inputs)
         loss.backward()
         gradients = [parameter.grad for parameter in self.objective.parameters() if parameter.grad is not None]
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.update()
         return loss.item(), gradients
 
 
@@ -380,10 +378,11 @@ def measure(args: BenchmarkArguments, setting: Setting) -> list[dict]:
 def measure_all(args: BenchmarkArguments) -> list[dict]:
     """The rows of the whole sweep; a setting that cannot run gets rows with the reason."""
     rows = []
-    for values in itertools.product(*(getattr(args, name) for name in SWEPT)):
-        setting = Setting(*values)
-        if setting.preset == "no":
-            continue
+    settings = itertools.product(
+        *([preset for preset in args.presets if preset != "no"], args.objectives, args.batch_sizes, args.num_classes),
+        *(args.mixed_precision, args.compile, args.attention_backends, args.gradient_checkpointing),
+    )
+    for setting in itertools.starmap(Setting, settings):
         try:
             rows += measure(args, setting)
         except (ImportError, RuntimeError, AssertionError) as error:  # out of memory, no such backend, no CUDA
@@ -415,35 +414,10 @@ def measure_data(args: BenchmarkArguments) -> list[dict]:
     return rows
 
 
-def varied(rows: list[dict]) -> list[str]:
-    """The settings that differ between rows."""
-    return [name for name in Setting.__dataclass_fields__ if len({row[name] for row in rows}) > 1]
-
-
-def plot(rows: list[dict], path: Path) -> None:
-    """A bar per row with the parts of its step, and images/s beside it."""
-    from matplotlib.figure import Figure  # slow to import
-
-    labels = [" · ".join(str(row[name]) for name in ("arithmetic", *varied(rows))) for row in rows]
-    figure = Figure(figsize=(10, 1.5 + 0.5 * len(rows)), layout="constrained")
-    axis = figure.subplots()
-    left = np.zeros(len(rows))
-    for part in PARTS:
-        widths = np.array([row[part] for row in rows])
-        axis.barh(labels, widths, left=left, label=part)
-        left += widths
-    for place, row in enumerate(rows):
-        axis.text(left[place], place, f" {row['images/s']:.3g} images/s", va="center")
-    axis.set_xlim(right=1.25 * max(left))
-    axis.invert_yaxis()
-    axis.set_xlabel("seconds per step (student, optimizer, EMA)")
-    axis.legend()
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
-
-
 def print_steps(rows: list[dict]) -> None:
     columns = ("images/s", "step s", "best s", "data", "teacher", *PARTS, "GiB", "TFLOP/s", "MFU", "ratio")
-    print(format_table([{name: row.get(name) for name in (*varied(rows), "arithmetic", *columns)} for row in rows]))
+    varied = [name for name in Setting.__dataclass_fields__ if len({row[name] for row in rows}) > 1]
+    print(format_table([{name: row.get(name) for name in (*varied, "arithmetic", *columns)} for row in rows]))
     for row in rows:
         if row["reason"] is not None:
             print(f"not measured ({row['preset']}, {row['arithmetic']}): {row['reason']}")
@@ -457,7 +431,7 @@ def print_steps(rows: list[dict]) -> None:
 
 
 def main(args: BenchmarkArguments) -> dict:
-    """Print the tables, write benchmark.json and benchmark.png, and return the content of the JSON file."""
+    """Print the tables, write benchmark.json, and return its content."""
     rows, data_rows = measure_all(args), measure_data(args)
     device = torch.device(args.device if torch.cuda.is_available() else "cpu")
     report = {
@@ -473,8 +447,6 @@ def main(args: BenchmarkArguments) -> dict:
         print(format_table(data_rows))
     args.output_dir.mkdir(parents=True, exist_ok=True)
     write_json(args.output_dir / "benchmark.json", report)
-    if measured := [row for row in rows if row["reason"] is None]:
-        plot(measured, args.output_dir / "benchmark.png")
     return report
 
 

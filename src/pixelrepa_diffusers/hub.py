@@ -615,12 +615,14 @@ class BackgroundPusher:
         *,
         private: bool | None = None,
         token: str | None = None,
+        license: str | None = None,
         attempts: int = 6,
         retry_wait: float = 10.0,
     ):
         validate_repo_id(repo_id)
         self.repo_id, self.private = repo_id, private
         self._publish_options = {"private": private, "token": token, "attempts": attempts, "retry_wait": retry_wait}
+        self._publish_options |= {"license": license} if license is not None else {}
         self._jobs: queue.Queue[tuple[Path, str | None]] = queue.Queue()
         self._unfinished: dict[tuple[Path, str | None], None] = {}  # an ordered set
         self._failed: dict[tuple[Path, str | None], None] = {}

@@ -63,7 +63,8 @@ def test_process_count_of_the_launcher_is_checked(monkeypatch):
 
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_cpu_launch_that_drops_processes_is_detected(monkeypatch, num_processes):
-    words = ["--cpu", "--num_processes", str(num_processes), "--num_machines", "1", "--mixed_precision", "no", "x.py"]
+    words = ["--cpu", "--num_processes", str(num_processes), "--num_machines", "1", "--mixed_precision", "no"]
+    words += ["--dynamo_backend", "no", "script.py"]
     _, environment = prepare_simple_launcher_cmd_env(launch_command_parser().parse_args(words))
     for name, value in environment.items():
         monkeypatch.setenv(name, value)

@@ -31,8 +31,6 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, ProjectConfiguration, gather_object
 from diffusers.optimization import get_scheduler
-from huggingface_hub import create_repo
-from huggingface_hub.errors import HfHubHTTPError
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from pixelrepa_diffusers.cli import check_launch, run
@@ -84,7 +82,14 @@ def main(args: TrainingArguments) -> Path | None:
             remove_incomplete(output_dir / "samples")
             remove_incomplete(output_dir / "hub")
             if args.push_to_hub:
-                pusher = stack.enter_context(create_pusher(args))
+                # Creates the repository now, so that a missing login ends the run before it starts.
+                pusher = BackgroundPusher(
+                    args.hub_model_id or output_dir.name,
+                    private=args.hub_private_repo,
+                    token=args.hub_token,
+                    license=args.hub_license,
+                )
+                stack.enter_context(pusher)
         accelerator.wait_for_everyone()
         stop = stack.enter_context(StopRequest())
         trainer = Trainer(args, accelerator, source, pusher)
@@ -129,19 +134,6 @@ def create_accelerator(args: TrainingArguments) -> Accelerator:
         # tables, and reduce gradients in the compute dtype.
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     return accelerator
-
-
-def create_pusher(args: TrainingArguments) -> BackgroundPusher:
-    """Create the repository now, so that a missing login or permission ends the run before it starts."""
-    name = args.hub_model_id or Path(args.output_dir).name
-    try:
-        repo_id = create_repo(name, private=args.hub_private_repo, token=args.hub_token, exist_ok=True).repo_id
-    except HfHubHTTPError as error:
-        raise OSError(
-            f"--push_to_hub: the repository {name} could not be created ({error}). Log in with `hf auth login`, or leave "
-            "out --push_to_hub and publish with pixelrepa-publish after training."
-        ) from error
-    return BackgroundPusher(repo_id, private=args.hub_private_repo, token=args.hub_token, license=args.hub_license)
 
 
 def build_loader(args: TrainingArguments, accelerator: Accelerator, source: ImageSource | StreamSource) -> ImageLoader:

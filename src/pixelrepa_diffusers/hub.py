@@ -90,7 +90,7 @@ _WEIGHTS_INDEX = re.compile(r"(?P<stem>[^.]+)\.safetensors\.index(?:\.(?P<varian
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
-class PublishError(RuntimeError):
+class PublishError(OSError):
     """Publishing failed. The message says why, what it means for the repository, and what finishes the job."""
 
 
@@ -620,6 +620,10 @@ class BackgroundPusher:
         retry_wait: float = 10.0,
     ):
         validate_repo_id(repo_id)
+        try:
+            repo_id = HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True).repo_id
+        except HfHubHTTPError as error:
+            raise PublishError(f"The repository {repo_id} could not be created: {error}\n{_advice(error)}") from None
         self.repo_id, self.private = repo_id, private
         self._publish_options = {"private": private, "token": token, "attempts": attempts, "retry_wait": retry_wait}
         self._publish_options |= {"license": license} if license is not None else {}

@@ -224,6 +224,7 @@ def test_checkpoint_of_an_older_version_resumes(train, tmp_path):
     progress = json.loads((run / "checkpoint-2/progress.json").read_text())
     del progress["pipeline"]  # added later
     (run / "checkpoint-2/progress.json").write_text(json.dumps(progress))
+    (run / "checkpoint-2/manifest.json").unlink()
     shutil.move(run / "checkpoint-2", tmp_path / "old")
     copy = functools.partial(shutil.copytree, tmp_path / "old", dirs_exist_ok=True)
     write_folder(run / "checkpoint-2", copy, manifest=True)

@@ -1,9 +1,20 @@
-"""Tiny real components, and the numbers recorded from the published implementation."""
+# ruff: noqa: E402
+"""Tiny real components, training runs, and the numbers recorded from the published implementation."""
 
+import atexit
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
+
+
+# Before the imports that read them: no test reads or writes the user's caches.
+CACHE = tempfile.mkdtemp(prefix="pixelrepa-tests-")
+for variable in ("HF_HOME", "XDG_CACHE_HOME", "TORCH_HOME", "TORCHINDUCTOR_CACHE_DIR"):
+    os.environ[variable] = os.path.join(CACHE, variable.lower())
+os.environ["HF_MODULES_CACHE"] = os.path.join(os.environ["HF_HOME"], "modules")
+atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 
 import pytest
 import torch
@@ -16,10 +27,7 @@ from pixelrepa_diffusers import JiTFlowMatchScheduler, JiTTransformer2DModel, Pi
 from pixelrepa_diffusers.conversion import transformer_state_from_original
 
 
-# A compiler that is killed leaves half a file in the machine's shared cache, and every later run would trip over it.
-os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="inductor")
-
-# A forked child would wait forever for the threads its parent had.
+# A forked child would wait forever for its parent's threads.
 torch.set_num_threads(1)
 
 
@@ -30,34 +38,42 @@ def reset_accelerate_state() -> None:
 
 @pytest.fixture(autouse=True)
 def fresh_accelerate_state():
-    """accelerate keeps what the first Accelerator of a process was given: no test inherits another's."""
+    """accelerate keeps the settings of a process's first Accelerator: no test inherits another's."""
     yield
     reset_accelerate_state()
 
 
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory) -> Path:
-    """24 small images of 3 classes; nobody may change them."""
+    """24 small images of 3 classes; read-only."""
     return write_images(tmp_path_factory.mktemp("images") / "train")
 
 
-@pytest.fixture
-def train(image_folder, monkeypatch):
-    """train(output_dir, [data], **arguments) runs the trainer's main in this process and returns what it returns."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
+@pytest.fixture(scope="session")
+def train(image_folder):
+    """train(output_dir, [data], **arguments) runs the trainer's main in this process and returns its result."""
     from pixelrepa_diffusers.training.arguments import parse_arguments
 
     def run(output_dir, train_data_dir=image_folder, **overrides):
         reset_accelerate_state()
-        return load_script(TRAINER).main(parse_arguments(arguments(train_data_dir, output_dir, **overrides)))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("HF_HUB_OFFLINE", "1")
+            return load_script(TRAINER).main(parse_arguments(arguments(train_data_dir, output_dir, **overrides)))
 
     return run
 
 
 @pytest.fixture(scope="session")
+def finished_run(train, tmp_path_factory) -> Path:
+    """Output folder of a run of 6 steps with checkpoints and samples at 3 and 6; read-only."""
+    output_dir = tmp_path_factory.mktemp("finished") / "run"
+    train(output_dir, validation_steps=3, report_to="tensorboard", hub_token="hf_secret", lr_warmup_steps=0)
+    return output_dir
+
+
+@pytest.fixture(scope="session")
 def make_transformer():
-    """A transformer of 16 tokens, in eval mode; its maps that start at zero are not, which would hide mistakes."""
+    """A transformer of 16 tokens, in eval mode; its zero-initialized layers are not zero, which would hide mistakes."""
 
     def make(seed: int = 0, **changes) -> JiTTransformer2DModel:
         config = {
@@ -98,7 +114,7 @@ def make_pipeline(make_transformer):
 
 @pytest.fixture(scope="session")
 def reference():
-    """`config`, `tensors` and the `transformer` of the recorded run; nobody may change them."""
+    """`config`, `tensors` and the `transformer` of the recorded run; read-only."""
     config, transformer = recorded_config(), recorded_architecture()
     transformer.load_state_dict(
         transformer_state_from_original(load_file(REFERENCE / "jit.safetensors"), config["ctx_start"])

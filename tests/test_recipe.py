@@ -1,42 +1,42 @@
-"""That the trainer does what its arguments say: random draws, learning rate, optimizer, averages, and every switch."""
+"""The trainer follows its arguments: random draws, learning rate, optimizer, EMAs, switches and fine-tuning."""
 
+import functools
 import hashlib
-import json
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_runs import assert_equal, load_script, weights, write_images
+from training_runs import TRAINER, assert_equal, load_script, read_metrics, weights, write_images
 
 from pixelrepa_diffusers import PRESETS, JiTTransformer2DModel, PixelREPAPipeline, get_preset
+from pixelrepa_diffusers.teacher import SemanticTeacher
 from pixelrepa_diffusers.training.arguments import TrainingArguments
-from pixelrepa_diffusers.training.reporting import build_pipeline
+from pixelrepa_diffusers.training.builders import build_objective, build_optimizer
+from pixelrepa_diffusers.training.export import build_pipeline
+from pixelrepa_diffusers.training.step import draw
 from pixelrepa_diffusers.transformer_jit import JiTBlock
 
 
-train_pixelrepa = load_script("training/train_pixelrepa.py")
+train_pixelrepa = load_script(TRAINER)
 
 
-CPU = torch.device("cpu")
-
-
-def read(file) -> dict[str, torch.Tensor]:
-    return load_file(file / "diffusion_pytorch_model.safetensors")
+def read(folder) -> dict[str, torch.Tensor]:
+    return load_file(folder / "diffusion_pytorch_model.safetensors")
 
 
 # ------------------------------------------------------------------------------------------------------- random draws
 
 
 def drawn(indices, step: int = 5, **changes) -> dict[str, torch.Tensor]:
-    """What the trainer draws for images of 2×2 pixels, 25 tokens and 7 classes; the class of image i is i % 7."""
+    """Draws for images of 2×2 pixels, 25 tokens and 7 classes; the class of image i is i % 7."""
     settings = {"seed": 3, "P_mean": 0.3, "P_std": 0.5, "label_drop_prob": 0.3, "mask_ratio": 0.4, **changes}
     index = torch.as_tensor(indices)
     batch = {"index": index, "class_labels": index % 7, "pixel_values": torch.zeros(len(index), 3, 2, 2)}
-    return train_pixelrepa.draw(TrainingArguments(**settings), batch, step, 25, 7, CPU)
+    return draw(TrainingArguments(**settings), batch, step, 25, 7, torch.device("cpu"))
 
 
-def test_draws_have_the_distributions_the_arguments_ask_for():
+def test_draws_have_the_distributions_of_the_arguments():
     draws = drawn(range(2000))
     logits = draws["timestep"].logit()
     assert logits.mean().item() == pytest.approx(0.3, abs=0.05)
@@ -50,7 +50,7 @@ def test_draws_have_the_distributions_the_arguments_ask_for():
     assert draws["noise"].std().item() == pytest.approx(1, abs=0.02)
 
 
-def test_every_image_step_and_seed_has_draws_of_its_own():
+def test_draws_differ_between_images_steps_and_seeds():
     draws = drawn(range(500))
     assert len(draws["noise"].unique(dim=0)) == len(draws["keep_mask"].unique(dim=0)) == 500
     assert len(draws["timestep"].unique()) > 495
@@ -61,39 +61,25 @@ def test_every_image_step_and_seed_has_draws_of_its_own():
         assert (draws["class_labels"] != other["class_labels"]).any()
 
 
-def test_the_draws_of_an_image_do_not_depend_on_the_batch_it_is_in():
+def test_draws_of_an_image_do_not_depend_on_its_batch():
     draws, indices = drawn(range(50)), [31, 4, 17]
     for name, rows in drawn(indices).items():
         assert torch.equal(rows, draws[name][indices]), name
 
 
-# -------------------------------------------------------------------------------- learning rate, optimizer, averages
+# ------------------------------------------------------------------------------------ learning rate, optimizer, EMAs
 
 
-def test_defaults_are_the_published_recipe():
-    # PixelREPA, arXiv 2603.14366, and its code.
-    published = {
-        "alignment_weight": 0.1, "mask_ratio": 0.2, "label_drop_prob": 0.1, "P_mean": -0.8, "P_std": 0.8,
-        "adapter_layers": 2, "teacher_mode": "resample", "teacher_model_name_or_path": "facebook/dinov2-base",
-        "learning_rate": 2e-4, "adam_beta1": 0.9, "adam_beta2": 0.95, "adam_weight_decay": 0.0, "max_grad_norm": None,
-        "ema_decays": [0.9999, 0.9996], "ema_update_every": 1, "num_train_epochs": 600, "center_crop": True,
-        "random_flip": True, "lr_scheduler": "constant_with_warmup",
-    }  # fmt: skip
-    args = TrainingArguments()
-    assert {name: getattr(args, name) for name in published} == published
-
-
-def test_rate_and_averages_follow_the_recipe_at_every_step(train, tmp_path):
+def test_learning_rate_and_emas_follow_the_recipe_at_every_step(train, tmp_path):
     run = tmp_path / "run"
     train(run, checkpointing_steps=1, lr_warmup_steps=3, scale_lr=True, learning_rate=0.64)
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    for row in rows:  # 0.64 · 4 / 256 after the warm-up, which begins at 0
+    for row in read_metrics(run):  # 0.64 · 4 / 256 after the warmup, which starts at 0
         assert row["learning_rate"] == pytest.approx(0.01 * min(1, (row["step"] - 1) / 3)), row["step"]
 
     parameters = [read(run / f"checkpoint-{step}/transformer") for step in range(1, 7)]
     for decay in (0.9, 0.5):
         averages = [read(run / f"checkpoint-{step}/transformer_ema_{decay}") for step in range(1, 7)]
-        # The first step has learning rate 0: the parameters are those the averages began at.
+        # The first step has learning rate 0: the parameters are those the EMAs start from.
         torch.testing.assert_close(averages[0], parameters[0], rtol=0, atol=0)
         for step in range(1, 6):
             for name, average in averages[step].items():
@@ -102,7 +88,7 @@ def test_rate_and_averages_follow_the_recipe_at_every_step(train, tmp_path):
     assert not torch.equal(parameters[1]["final_layer.linear.weight"], parameters[0]["final_layer.linear.weight"])
 
 
-def test_averages_may_be_taken_every_second_step(train, tmp_path):
+def test_ema_update_every_uses_the_equivalent_decay(train, tmp_path):
     run = tmp_path / "run"
     train(run, checkpointing_steps=1, ema_update_every=2, ema_decays=[0.9], max_train_steps=4)
     averages = [read(run / f"checkpoint-{step}/transformer_ema_0.9") for step in range(1, 5)]
@@ -113,11 +99,11 @@ def test_averages_may_be_taken_every_second_step(train, tmp_path):
         torch.testing.assert_close(average, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_the_optimizer_has_the_arguments_settings_and_decays_matrices_alone(make_transformer):
+def test_optimizer_follows_its_arguments_and_decays_only_matrices(make_transformer):
     transformer = make_transformer()
     args = TrainingArguments(adam_beta1=0.8, adam_beta2=0.7, adam_epsilon=1e-5, adam_weight_decay=0.3)
-    objective = train_pixelrepa.build_objective(args, transformer, None)
-    optimizer = train_pixelrepa.build_optimizer(args, objective, learning_rate=0.25)
+    objective = build_objective(args, transformer, None)
+    optimizer = build_optimizer(args, objective, learning_rate=0.25)
     decayed, others = optimizer.param_groups
     for group in (decayed, others):
         assert (group["lr"], group["betas"], group["eps"]) == (0.25, (0.8, 0.7), 1e-5)
@@ -128,7 +114,7 @@ def test_the_optimizer_has_the_arguments_settings_and_decays_matrices_alone(make
     assert len(decayed["params"]) + len(undecayed) == len(names)
 
 
-def test_the_optimizer_knows_student_and_adapter_alone_and_the_teacher_stays_as_it_was(train, tmp_path, monkeypatch):
+def test_only_student_and_adapter_are_trained_and_the_teacher_stays_frozen(train, tmp_path, monkeypatch):
     teachers = []
 
     def digest(teacher) -> str:
@@ -177,49 +163,40 @@ CHANGES = [
 
 
 @pytest.fixture(scope="module")
-def baselines() -> dict:
-    return {}
+def trained(train, tmp_path_factory):
+    """trained(**arguments) returns transformer and adapter after two steps; equal arguments are trained once."""
+
+    @functools.cache
+    def run(**overrides) -> dict[str, torch.Tensor]:
+        output_dir = tmp_path_factory.mktemp("trained") / "run"
+        train(output_dir, max_train_steps=2, lr_warmup_steps=0, **overrides)
+        parts = weights(output_dir / "checkpoint-2").items()
+        return {name: value for name, value in parts if name.startswith(("transformer.", "adapter."))}
+
+    return run
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=str)
-def test_a_switch_that_should_change_the_weights_does(train, tmp_path, baselines, change):
-    settings = {"max_train_steps": 2, "lr_warmup_steps": 0, "objective": change.get("objective", "pixelrepa")}
-
-    def trained(name: str, **overrides) -> dict:
-        train(tmp_path / name, **settings, **overrides)
-        parts = weights(tmp_path / name / "checkpoint-2").items()
-        return {key: value for key, value in parts if key.startswith(("transformer.", "adapter."))}
-
-    if settings["objective"] not in baselines:
-        baselines[settings["objective"]] = trained("baseline")
-    baseline = baselines[settings["objective"]]
-    changed = trained("changed", **{name: value for name, value in change.items() if name != "objective"})
+def test_argument_changes_the_weights(trained, change):
+    objective = change.get("objective", "pixelrepa")
+    baseline, changed = trained(objective=objective), trained(**{"objective": objective, **change})
     assert changed.keys() == baseline.keys()
     assert all(value.isfinite().all() for value in changed.values())
     assert any(not torch.equal(value, baseline[key]) for key, value in changed.items())
 
 
-def test_an_equal_run_ends_with_equal_weights(train, tmp_path):
-    # Else the test above would hold of any switch.
-    for name in ("one", "two"):
-        train(tmp_path / name, max_train_steps=2, lr_warmup_steps=0)
-    assert_equal(*(weights(tmp_path / name / "checkpoint-2") for name in ("one", "two")))
+def test_equal_runs_have_equal_weights(trained):
+    assert_equal(trained(objective="pixelrepa"), trained(objective="pixelrepa", seed=0))  # 0 is the default
 
 
-def test_without_averages_the_online_weights_are_published(train, tmp_path):
+def test_without_ema_the_online_weights_are_published(train, tmp_path):
     folder = train(tmp_path / "run", use_ema=False, max_train_steps=3)
     assert not list((tmp_path / "run").glob("checkpoint-*/transformer_ema*"))
     published, trained = read(folder / "transformer"), read(tmp_path / "run/checkpoint-3/transformer")
     torch.testing.assert_close(published, trained, rtol=0, atol=0)
 
 
-def test_unconditional_training_has_one_class(train, tmp_path):
-    folder = train(tmp_path / "run", unconditional=True, max_train_steps=2, validation_steps=2)
-    pipeline = PixelREPAPipeline.from_pretrained(folder)
-    assert pipeline.transformer.config.num_classes == 1 and pipeline.config.guidance_scale == 1.0
-
-
-def test_bf16_computes_in_bf16_and_keeps_weights_and_averages_in_float32(train, tmp_path, monkeypatch):
+def test_bf16_keeps_weights_and_emas_in_float32(train, tmp_path, monkeypatch):
     seen, forward = set(), torch.nn.Linear.forward
 
     def watch(self, states):
@@ -244,7 +221,7 @@ def test_compiled_blocks_train_to_the_same_weights(train, tmp_path, monkeypatch)
         compile_block(self, **settings, backend="eager")
 
     monkeypatch.setattr(JiTBlock, "compile", trace)
-    monkeypatch.setattr(train_pixelrepa.SemanticTeacher, "compile", lambda self: compiled.append(self))
+    monkeypatch.setattr(SemanticTeacher, "compile", lambda self: compiled.append(self))
     train(tmp_path / "plain", max_train_steps=2, lr_warmup_steps=0)
     assert not compiled
     train(tmp_path / "compiled", max_train_steps=2, lr_warmup_steps=0, compile=True)
@@ -253,110 +230,104 @@ def test_compiled_blocks_train_to_the_same_weights(train, tmp_path, monkeypatch)
     torch.testing.assert_close(other, plain)
 
 
-def test_gradient_checkpointing_computes_blocks_again_and_changes_nothing(train, tmp_path, monkeypatch):
+def test_gradient_checkpointing_recomputes_blocks_and_changes_no_bit(train, tmp_path, monkeypatch):
     calls, forward = [], JiTBlock.forward
     monkeypatch.setattr(JiTBlock, "forward", lambda self, *args: (calls.append(id(self)), forward(self, *args))[1])
     train(tmp_path / "plain", max_train_steps=3)
-    assert len(calls) == 3 * 4  # of the transformer three blocks, of the adapter one
+    assert len(calls) == 3 * 4  # three blocks of the transformer, one of the adapter
     calls.clear()
     train(tmp_path / "checkpointed", max_train_steps=3, gradient_checkpointing=True)
     assert len(calls) == 3 * 4 * 2
     assert_equal(*(weights(tmp_path / name / "checkpoint-3") for name in ("plain", "checkpointed")))
 
 
-# ------------------------------------------------------------------------------------------------- where a run starts
+# --------------------------------------------------------------------------------------------------------- fine-tuning
+
+EMBEDDING = "conditioning.class_embedding.weight"
 
 
-def test_fine_tuning_starts_at_the_pipelines_weights(train, tmp_path):
-    first = train(tmp_path / "first", max_train_steps=3, lr_warmup_steps=0)
-    train(tmp_path / "second", max_train_steps=1, pretrained_model_name_or_path=first)  # at a learning rate of 0
-    torch.testing.assert_close(
-        read(tmp_path / "second/checkpoint-1/transformer"), read(first / "transformer"), rtol=0, atol=0
-    )
-
-
-def test_with_other_classes_all_but_their_embedding_is_kept(train, tmp_path):
-    first = train(tmp_path / "first", max_train_steps=3, lr_warmup_steps=0)
-    more = write_images(tmp_path / "more", classes=5)
-    train(tmp_path / "second", more, max_train_steps=1, pretrained_model_name_or_path=first)
-    before, after = read(first / "transformer"), read(tmp_path / "second/checkpoint-1/transformer")
-    assert before.keys() == after.keys()
-    changed = [name for name in before if before[name].shape != after[name].shape]
-    assert len(changed) == 1 and changed[0].endswith("class_embedding.weight") and len(after[changed[0]]) == 6
-    assert all(torch.equal(before[name], after[name]) for name in before if name not in changed)
-
-
-def test_fine_tuning_goes_on_with_the_adapter_of_a_checkpoint(train, tmp_path, caplog):
-    caplog.set_level("INFO")
-    train(tmp_path / "first", max_train_steps=3, lr_warmup_steps=0)
-    first = tmp_path / "first/checkpoint-3"
-    train(tmp_path / "second", max_train_steps=1, pretrained_model_name_or_path=first)
-    assert "Goes on with the adapter" in caplog.text
-    for part in ("adapter", "transformer"):
-        assert_equal(read(tmp_path / "second/checkpoint-1" / part), read(first / part))
-    train(tmp_path / "third", max_train_steps=1, pretrained_model_name_or_path=first, adapter_layers=2)
-    assert "does not fit (num_layers 1, needed is 2)" in caplog.text
-    train(tmp_path / "fourth", max_train_steps=1, pretrained_model_name_or_path=tmp_path / "first/pipeline")
-    assert "has no adapter" in caplog.text
+def test_fine_tuning_starts_from_the_weights_of_the_pipeline(train, finished_run, tmp_path, caplog):
+    pipeline = finished_run / "pipeline"
+    train(tmp_path / "run", max_train_steps=1, pretrained_model_name_or_path=pipeline)  # at learning rate 0
+    assert_equal(read(tmp_path / "run/checkpoint-1/transformer"), read(pipeline / "transformer"))
+    assert "has no adapter" in caplog.text and "other names" not in caplog.text
     caplog.clear()
-    resumed = {"resume_from_checkpoint": "latest", "max_train_steps": 2}
-    train(tmp_path / "fourth", pretrained_model_name_or_path=tmp_path / "first/pipeline", **resumed)
-    assert "Resumed" in caplog.text and "adapter" not in caplog.text.replace("adapter_layers", "")
-
-
-def test_fine_tuning_goes_on_with_a_baselines_projector_too(train, tmp_path, caplog):
     caplog.set_level("INFO")
-    train(tmp_path / "first", max_train_steps=2, lr_warmup_steps=0, objective="repa", mask_ratio=0)
-    again = {"pretrained_model_name_or_path": tmp_path / "first/checkpoint-2", "max_train_steps": 1, "mask_ratio": 0}
-    train(tmp_path / "second", objective="repa", **again)
-    assert "Goes on with the adapter" in caplog.text
-    assert_equal(read(tmp_path / "second/checkpoint-1/adapter"), read(tmp_path / "first/checkpoint-2/adapter"))
-    train(tmp_path / "third", objective="irepa", **again)
-    assert "does not fit (_class_name MLPProjector, needed is ConvProjector" in caplog.text
+    resumed = {"resume_from_checkpoint": "latest", "max_train_steps": 2}
+    train(tmp_path / "run", pretrained_model_name_or_path=pipeline, **resumed)
+    assert "Resumed" in caplog.text and "has no adapter" not in caplog.text
 
 
-def test_fine_tuning_on_as_many_classes_of_other_names_says_so(train, image_folder, tmp_path, caplog):
-    first = train(tmp_path / "first", max_train_steps=1)
+def test_fine_tuning_starts_from_the_adapter_of_a_checkpoint_if_it_fits(train, finished_run, tmp_path, caplog):
+    checkpoint = finished_run / "checkpoint-6"
+    train(tmp_path / "run", max_train_steps=1, pretrained_model_name_or_path=checkpoint)
+    for part in ("adapter", "transformer"):
+        assert_equal(read(tmp_path / "run/checkpoint-1" / part), read(checkpoint / part))
+    for changes, difference in (
+        ({"adapter_layers": 2}, "num_layers: 1, not 2"),
+        ({"objective": "repa"}, "_class_name: MaskedTransformerAdapter, not MLPProjector"),
+    ):
+        run = tmp_path / next(iter(changes))
+        train(run, max_train_steps=1, pretrained_model_name_or_path=checkpoint, mask_ratio=0, **changes)
+        assert difference in caplog.text
+    again = {"pretrained_model_name_or_path": tmp_path / "objective/checkpoint-1", "objective": "repa"}
+    train(tmp_path / "repa", max_train_steps=1, mask_ratio=0, **again)
+    assert_equal(read(tmp_path / "repa/checkpoint-1/adapter"), read(tmp_path / "objective/checkpoint-1/adapter"))
+
+
+def test_fine_tuning_on_other_classes_keeps_the_embeddings_of_equal_names(train, finished_run, tmp_path, caplog):
+    data = write_images(tmp_path / "data", classes=5)
+    (data / "class1").rename(data / "zebra")  # the others move up: class0, class2, class3, class4, zebra
+    train(tmp_path / "run", data, max_train_steps=1, pretrained_model_name_or_path=finished_run / "checkpoint-6")
+    assert "3 classes, the data have 5: 3 class embeddings" in caplog.text
+    for part in ("transformer", "adapter"):
+        before, after = read(finished_run / "checkpoint-6" / part), read(tmp_path / "run/checkpoint-1" / part)
+        assert all(torch.equal(before[name], after[name]) for name in before if name != EMBEDDING)
+        old, new = before[EMBEDDING], after[EMBEDDING]
+        assert torch.equal(new[[0, 1, 5]], old[[0, 2, 3]]) and len(new) == 6  # the last is the null class
+
+
+def test_renamed_classes_keep_the_embeddings_of_their_numbers(train, finished_run, image_folder, tmp_path, caplog):
     renamed = tmp_path / "renamed"
     shutil.copytree(image_folder, renamed)
     (renamed / "class1").rename(renamed / "dog")
     (renamed / "class2").rename(renamed / "elk")
-    train(tmp_path / "same", max_train_steps=1, pretrained_model_name_or_path=first)
-    assert "other names" not in caplog.text
-    train(tmp_path / "second", renamed, max_train_steps=1, pretrained_model_name_or_path=first)
+    pipeline = finished_run / "pipeline"
+    train(tmp_path / "run", renamed, max_train_steps=1, pretrained_model_name_or_path=pipeline)
     assert "other names than those of the data (class 1: 'class1', here 'dog')" in caplog.text
+    assert_equal(read(tmp_path / "run/checkpoint-1/transformer"), read(pipeline / "transformer"))
 
 
-def test_fine_tuning_takes_size_and_guidance_from_the_pipeline_and_not_from_the_preset(train, tmp_path):
+def test_fine_tuning_takes_size_and_guidance_from_the_pretrained_folder(train, tmp_path):
     guidance = {"guidance_scale": 1.7, "guidance_interval": [0.2, 0.9]}
     first = train(tmp_path / "first", max_train_steps=1, resolution=8, **guidance)
-    # a preset of 256 pixels, and no word on the architecture
+    # a preset of 256 pixels and no argument about the architecture
     shape = ("num_layers", "num_attention_heads", "attention_head_dim", "bottleneck_dim", "in_context_len")
     plain = {**dict.fromkeys((*shape, "in_context_start")), "preset": "JiT-B/16", "max_train_steps": 1}
-    second = train(tmp_path / "second", pretrained_model_name_or_path=first, dropout=0.1, **plain)
-    pipeline = PixelREPAPipeline.from_pretrained(second)
-    assert pipeline.transformer.config.sample_size == 8 and pipeline.transformer.config.dropout == 0.1
-    assert pipeline.config.guidance_scale == 1.7 and tuple(pipeline.config.guidance_interval) == (0.2, 0.9)
+    for name, source in {"pipeline": first, "checkpoint": tmp_path / "first/checkpoint-1"}.items():
+        folder = train(tmp_path / name, pretrained_model_name_or_path=source, dropout=0.1, **plain)
+        pipeline = PixelREPAPipeline.from_pretrained(folder)
+        assert pipeline.transformer.config.sample_size == 8 and pipeline.transformer.config.dropout == 0.1
+        assert pipeline.config.guidance_scale == 1.7 and tuple(pipeline.config.guidance_interval) == (0.2, 0.9)
     for name, value, own in (("num_layers", 5, 3), ("resolution", 16, 8), ("patch_size", 2, 4)):
         with pytest.raises(ValueError, match=f"--{name} is {value}, but .* was trained with {own}: leave it out"):
             train(tmp_path / "third", pretrained_model_name_or_path=first, **{**plain, name: value})
 
 
-def test_the_guidance_of_a_pipeline_without_classes_is_not_taken_over(train, tmp_path, caplog):
-    first = train(tmp_path / "first", unconditional=True, max_train_steps=1, guidance_interval=[0.2, 0.9])
+def test_guidance_scale_of_an_unconditional_pipeline_is_not_taken_over(train, tmp_path):
+    settings = {"max_train_steps": 1, "validation_steps": 1, "guidance_interval": [0.2, 0.9]}
+    first = train(tmp_path / "first", unconditional=True, **settings)
+    pipeline = PixelREPAPipeline.from_pretrained(first)
+    assert pipeline.transformer.config.num_classes == 1 and pipeline.config.guidance_scale == 1.0
     second = train(tmp_path / "second", pretrained_model_name_or_path=first, max_train_steps=1)
     config = PixelREPAPipeline.load_config(second)
     assert config["guidance_scale"] == get_preset("JiT-Digits/4").guidance_scale > 1
     assert tuple(config["guidance_interval"]) == (0.2, 0.9)
-    assert "has no guidance" not in caplog.text
-    checkpoint = tmp_path / "first/checkpoint-1"
-    train(tmp_path / "third", pretrained_model_name_or_path=checkpoint, max_train_steps=1)
-    assert f"{checkpoint} has no guidance to take over, the preset's is saved" in caplog.text
 
 
 # ------------------------------------------------------------------------------------------------------------ presets
 
-# arXiv 2511.13720, arXiv 2603.14366 and their code; the guidance is PixelREPA's, then plain JiT's.
+# arXiv 2511.13720, arXiv 2603.14366 and their code; guidance of PixelREPA, then of plain JiT.
 PUBLISHED = {
     "B": ("12 layers, 12 heads of 64, bottleneck 128, class tokens before block 4, dropout 0.0", (3.1, 3.0), 131, 133),
     "L": ("24 layers, 16 heads of 64, bottleneck 128, class tokens before block 8, dropout 0.0", (2.8, 2.4), 459, 462),
@@ -371,7 +342,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("patch_size", [16, 32])
 @pytest.mark.parametrize("size", PUBLISHED)
-def test_a_preset_is_the_published_variant(size, patch_size):
+def test_preset_is_the_published_variant(size, patch_size):
     name = f"JiT-{size}/{patch_size}"
     preset, (text, scales, *millions) = PRESETS[name], PUBLISHED[size]
     assert text == (

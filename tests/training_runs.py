@@ -1,9 +1,9 @@
-"""Tiny real training runs for the tests: data, teacher and arguments; and, run as a script, a run that is killed.
+"""Tiny real training runs: data, teacher, arguments, processes; and, as a script, a run that is killed again and again.
 
     python tests/training_runs.py FOLDER TRIALS SEED
 
-forks TRIALS children that train the same run, each killed by SIGKILL at a random moment and resumed by the next, until one
-finishes, over and over; prints a JSON report. Forking after the imports makes a trial cost what it trains.
+Each trial forks a child that trains the same run and is killed by SIGKILL at a random moment; the next child resumes it.
+Forking after the imports makes a trial cost only its training. Prints a JSON report.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TEACHER = Path(__file__).parent / "fixtures" / "reference_a" / "teacher"
 
 
 def load_script(path: str) -> ModuleType:
-    """A script of the repository as a module, found as Python finds it: with its own folder first on the path."""
+    """Import a script of the repository as a module, with its own folder first on the path."""
     file = ROOT / path
     if file.stem not in sys.modules:
         specification = importlib.util.spec_from_file_location(file.stem, file)
@@ -91,6 +91,18 @@ def arguments(data: Path, output_dir: Path, **overrides) -> list[str]:
     return words
 
 
+def train(words: list[str]) -> None:
+    main = load_script(TRAINER).main
+
+    from pixelrepa_diffusers.training.arguments import parse_arguments
+
+    main(parse_arguments(words))
+
+
+def read_metrics(output_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+
+
 def weights(checkpoint: Path) -> dict:
     """Every tensor of a checkpoint, the optimizer's included, by a readable name."""
     import torch
@@ -107,7 +119,7 @@ def weights(checkpoint: Path) -> dict:
 
 
 def assert_equal(one: dict, other: dict) -> None:
-    """Of what `weights` gives: the same names, and the same bits."""
+    """The same names and the same bits."""
     import torch
 
     assert one.keys() == other.keys()
@@ -116,26 +128,28 @@ def assert_equal(one: dict, other: dict) -> None:
 
 
 def fork(task: Callable[[], object], log: Path) -> int:
-    """Runs `task` on the CPU in a child that leads a process group of its own and appends what it prints to `log`."""
+    """Run `task` on the CPU in a child that leads its own process group and appends its output to `log`."""
     import torch
 
     child = os.fork()
     if child:
-        with contextlib.suppress(PermissionError, ProcessLookupError):  # it has done so itself, or is gone
+        with contextlib.suppress(PermissionError, ProcessLookupError):  # the child has done so, or is gone
             os.setpgid(child, child)
         return child
     status = 1
     try:
         os.setpgid(0, 0)
-        # Neither the threads nor a GPU of the parent live on in a child.
+        # Neither the threads nor a GPU of the parent exist in a child.
         torch.set_num_threads(1)
         os.environ["ACCELERATE_USE_CPU"] = "true"
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a job started with & would ignore it
-        sys.stdout = sys.stderr = log.open("a", buffering=1)  # of Python
-        os.dup2(sys.stdout.fileno(), 1)  # and of everything else
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
+        sys.stdout = sys.stderr = log.open("a", buffering=1)
+        os.dup2(sys.stdout.fileno(), 1)
         os.dup2(sys.stdout.fileno(), 2)
         task()
         status = 0
+    except SystemExit as error:
+        status = error.code
     except BaseException:
         traceback.print_exc()
     finally:
@@ -143,7 +157,7 @@ def fork(task: Callable[[], object], log: Path) -> int:
 
 
 def ended(child: int, seconds: float) -> int | None:
-    """The exit status of a child (negative: the signal that ended it), None when it still runs after so many seconds."""
+    """Exit status of a child (negative: the signal that ended it), or None if it still runs after `seconds`."""
     deadline = time.monotonic() + seconds
     while True:
         pid, status = os.waitpid(child, os.WNOHANG)
@@ -154,68 +168,43 @@ def ended(child: int, seconds: float) -> int | None:
         time.sleep(0.002)
 
 
-def train(words: list[str]) -> None:
-    main = load_script(TRAINER).main
-
-    from pixelrepa_diffusers.training.arguments import parse_arguments
-
-    main(parse_arguments(words))
-
-
-def two_process_command(script: Path, words: list[str]) -> tuple[list[str], dict[str, str]]:
-    """(command, environment) that start a script on two CPU processes."""
+def launch_two(script: Path, words: list[str], record: Path) -> None:
+    """Run a script on two CPU processes; it writes their number to the JSON file `record`."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
     command += [str(ROOT / "training/accelerate/cpu_2processes.yaml"), "--main_process_port", "0", str(script), *words]
-    return command, {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-
-
-def launch_two(script: Path, words: list[str], record: Path) -> None:
-    """Runs a script on two CPU processes; `record` is the JSON file in which it says how many they were."""
-    command, environment = two_process_command(script, words)
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     run = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert run.returncode == 0, run.stderr[-4000:]
-    num_processes = json.loads(record.read_text())["num_processes"]
-    assert num_processes == 2, (
-        f"{script.name} was to run on 2 processes and ran on {num_processes}:\n{run.stderr[-4000:]}"
-    )
+    assert json.loads(record.read_text())["num_processes"] == 2, run.stderr[-4000:]
 
 
 def kill_trials(folder: Path, trials: int, seed: int) -> dict:
+    """Kill and resume runs until `trials` kills have happened and at least one run has finished."""
     load_script(TRAINER)  # the children inherit the imports
+    draw, data, log = random.Random(seed), write_images(folder / "data"), folder / "log.txt"
 
-    draw = random.Random(seed)
-    data = write_images(folder / "data")
+    def start(name: str) -> int:
+        settings = {"max_train_steps": 12, "checkpointing_steps": 2, "checkpoints_total_limit": 2}
+        words = arguments(data, folder / name, **settings, resume_from_checkpoint="latest")
+        return fork(lambda: train(words), log)
 
-    def words(output_dir: Path) -> list[str]:
-        return arguments(
-            data,
-            output_dir,
-            max_train_steps=12,
-            checkpointing_steps=2,
-            checkpoints_total_limit=2,
-            resume_from_checkpoint="latest",
-        )
-
-    log = folder / "log.txt"
     started = time.perf_counter()
-    assert ended(fork(lambda: train(words(folder / "undisturbed")), log), 300) == 0, log.read_text()
+    assert ended(start("undisturbed"), 300) == 0, log.read_text()
     duration = time.perf_counter() - started
 
-    kills, finishes, run = 0, [], 0
-    while kills < trials or not finishes:
-        output_dir = folder / f"run{run}"
-        child = fork(lambda output_dir=output_dir: train(words(output_dir)), log)
+    kills, finished = 0, []
+    while kills < trials or not finished:
+        name = f"run{len(finished)}"
+        child = start(name)
         status = ended(child, draw.uniform(0.1, 1.0) * duration if kills < trials else 300)
         if status is None:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             kills += 1
-        elif status == 0:
-            finishes.append(str(output_dir))
-            run += 1
         else:
-            raise RuntimeError(f"A resumed run failed:\n{log.read_text()[-4000:]}")
-    return {"kills": kills, "finished_runs": finishes, "undisturbed": str(folder / "undisturbed"), "seconds": duration}
+            assert status == 0, f"A resumed run failed:\n{log.read_text()[-4000:]}"
+            finished.append(str(folder / name))
+    return {"kills": kills, "finished_runs": finished, "undisturbed": str(folder / "undisturbed")}
 
 
 if __name__ == "__main__":

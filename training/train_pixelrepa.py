@@ -5,18 +5,17 @@ The published B/16 recipe on ImageNet at 256 pixels, 8 GPUs:
     accelerate launch --config_file training/accelerate/8gpu.yaml training/train_pixelrepa.py \
         --config training/configs/pixelrepa_b16.yaml --train_data_dir /path/to/imagenet/train
 
-A tiny run on any CPU, on a folder with one sub-folder of images per class and any small DINOv2 as the teacher:
+A tiny run on any CPU, with one sub-folder of images per class and any small DINOv2 as the teacher:
 
     accelerate launch --config_file training/accelerate/cpu.yaml training/train_pixelrepa.py --preset JiT-Digits/4 \
         --train_data_dir photos --teacher_model_name_or_path teacher --train_batch_size 16 --max_train_steps 20 \
         --lr_warmup_steps 5 --checkpointing_steps 10 --validation_steps 10 --validation_inference_steps 10
 
-What is written to --output_dir: checkpoint-N/ (transformer, every EMA and the adapter as diffusers folders, optimizer,
-position), samples/step-N.png, metrics.jsonl, curves.png, and at the end pipeline/, which
-`DiffusionPipeline.from_pretrained` loads.
+Outputs in --output_dir: checkpoint-N/ (transformer, EMAs and adapter as diffusers folders, optimizer, position in the data),
+samples/step-N.png, metrics.jsonl, curves.png, and at the end pipeline/, which `DiffusionPipeline.from_pretrained` loads.
 
-Every random draw is keyed by (seed, step, image), so neither the number of processes nor a restart changes the run, on the
-same kind of device. (Dropout alone, in JiT-H, is keyed by (seed, step, process, micro-step).)
+Every random draw is keyed by (seed, step, image): on one kind of device, neither the number of processes nor a restart
+changes the run. (Dropout, used by JiT-H only, is keyed by (seed, step, process, micro-step).)
 """
 
 from __future__ import annotations
@@ -24,23 +23,17 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import signal
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, ProjectConfiguration, gather_object
 from diffusers.optimization import get_scheduler
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from tqdm.auto import tqdm
 
-from pixelrepa_diffusers import JiTTransformer2DModel, get_preset
-from pixelrepa_diffusers.cli import run
+from pixelrepa_diffusers.cli import check_launch, run
 from pixelrepa_diffusers.ema import ConstantDecayEMA
 from pixelrepa_diffusers.files import only_writer, remove_incomplete, write_json
 from pixelrepa_diffusers.hub import BackgroundPusher
@@ -52,197 +45,101 @@ from pixelrepa_diffusers.training.builders import (
     build_projector,
     build_teacher,
     build_transformer,
-    compare_classes,
     load_pretrained,
-    load_pretrained_projector,
     transformer_config,
 )
 from pixelrepa_diffusers.training.checkpoints import Checkpointer, find_checkpoint
-from pixelrepa_diffusers.training.data import (
-    ImageLoader,
-    ImageSource,
-    StreamSource,
-    check_global_batch,
-    draws,
-    open_source,
-)
-from pixelrepa_diffusers.training.reporting import (
-    Exporter,
-    Journal,
-    build_pipeline,
-    estimate_memory,
-    open_evaluation,
-    peak_memory,
-    teacher_config,
-)
-from pixelrepa_diffusers.training.step import WEIGHT_DRAWS, LossRecord, prepared_batches, take_step
+from pixelrepa_diffusers.training.data import ImageLoader, ImageSource, StreamSource, draws, open_source
+from pixelrepa_diffusers.training.dry_run import dry_run
+from pixelrepa_diffusers.training.export import Exporter, build_pipeline, open_evaluation
+from pixelrepa_diffusers.training.reporting import MetricLogger, StepMonitor
+from pixelrepa_diffusers.training.step import WEIGHT_DRAWS, prepared_batches, take_step
 from pixelrepa_diffusers.training.teacher_cache import CachedTeacher
 
 
 logger = get_logger(__name__)
 
 
-def dry_run(args: TrainingArguments, accelerator: Accelerator, source: ImageSource | StreamSource | None) -> dict:
-    """Prints, and returns, what the run would be; without data the preset's classes and ImageNet's size are assumed."""
-    num_classes = source.num_classes if source else args.num_classes or get_preset(args.preset).num_classes
-    num_images = len(source) if isinstance(source, ImageSource) else 1_281_167
-    num_processes = args.dry_run_processes or accelerator.num_processes
-    check_global_batch(num_images, args.train_batch_size, args.gradient_accumulation_steps, num_processes)
-    batch = args.global_batch_size(num_processes)
-    steps, warmup = args.resolved_steps(num_images // batch)
-    count = {}
-    with torch.device("meta"):
-        transformer = JiTTransformer2DModel.from_config(transformer_config(args, num_classes))
-        count["transformer"] = sum(p.numel() for p in transformer.parameters())
-        count["projector"] = count["teacher (frozen)"] = 0
-        if args.objective != "none":
-            config = teacher_config(args)
-            projector = build_projector(args, transformer.config, config.hidden_size)
-            count["projector"] = sum(p.numel() for p in projector.parameters())
-            count["teacher (frozen)"] = sum(p.numel() for p in transformers.AutoModel.from_config(config).parameters())
-    memory = estimate_memory(args, transformer.config, *count.values())
-    report = {
-        "arguments": args.saved(),
-        "transformer": {k: v for k, v in transformer.config.items() if not k.startswith("_")},
-        "parameters": count,
-        "images": num_images,
-        "processes": num_processes,
-        "global_batch_size": batch,
-        "learning_rate": args.resolved_learning_rate(num_processes),
-        "steps": steps,
-        "warmup_steps": warmup,
-        "epochs": round(steps * batch / num_images, 2),
-        "doubts": args.doubts(steps, warmup),
-        "memory_GiB": {name: round(value, 2) for name, value in {**memory, "sum": sum(memory.values())}.items()},
-    }
-    accelerator.print(json.dumps(report, indent=1, ensure_ascii=False))
-    return report
-
-
-class StopRequest:
-    """SIGTERM and Ctrl-C ask for a checkpoint and an orderly end; a second Ctrl-C interrupts at once."""
-
-    def __init__(self):
-        self.received: str | None = None
-
-    def __call__(self, number: int, frame) -> None:
-        if self.received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = signal.Signals(number).name
-
-
-def agreed(stop: StopRequest, accelerator: Accelerator, now: bool) -> str | None:
-    """The signal to stop at. Several processes must stop at one step: they compare when it is `now`, on all of them."""
-    if accelerator.num_processes == 1:
-        return stop.received
-    return next((name for name in gather_object([stop.received]) if name), None) if now else None
-
-
-@contextlib.contextmanager
-def stop_signals() -> Iterator[StopRequest]:
-    request = StopRequest()
-    before = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield request
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def prepare_fsdp(args: TrainingArguments, accelerator: Accelerator) -> None:
-    """Refuses what FSDP cannot do, and leaves the choice of types to autocast as under DDP.
-
-    accelerate's own policy rounds whatever enters the objective, images, noise, times and position tables, and reduces
-    gradients in the compute type.
-    """
-    if not accelerator.is_fsdp2:
-        raise ValueError(
-            "FSDP version 1 is not supported: set `fsdp_version: 2`, as training/accelerate/fsdp2.yaml does."
-        )
-    if args.ema_offload:
-        raise ValueError(
-            "--ema_offload does not work with FSDP, which shards the averages over the GPUs: leave it out."
-        )
-    accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(cast_forward_inputs=False)
-
-
 def main(args: TrainingArguments) -> Path | None:
-    """Trains as the arguments say and returns the folder of the final pipeline (None after a dry run or a stop)."""
-    output_dir = Path(args.output_dir)
-    trackers = [name for name in args.report_to if name != "none"]
-    accelerator = Accelerator(
-        mixed_precision=args.mixed_precision,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        log_with=None if args.dry_run else trackers or None,
-        project_config=ProjectConfiguration(
-            project_dir=args.output_dir, logging_dir=str(output_dir / args.logging_dir)
-        ),
-        # The only buffers are position tables, equal everywhere.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
-    )
+    """
+    Train and return the folder of the final pipeline (`None` after a dry run).
+
+    Raises:
+        SystemExit: With status 128 + the signal's number, after SIGTERM or Ctrl-C and an orderly stop.
+    """
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
-    if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
-        raise RuntimeError(
-            f"The launcher asked for {os.environ['WORLD_SIZE']} processes, but accelerate runs {accelerator.num_processes}. "
-            "For several CPU processes see training/accelerate/cpu_2processes.yaml."
-        )
-    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise ValueError(
-            "--mixed_precision fp16 cannot be had on cpu: accelerate would train in float32 without a word. Ask for bf16 or "
-            "no, or train on a GPU."
-        )
-    absent = {} if args.dry_run else {*trackers} - {getattr(t, "value", t) for t in accelerator.log_with} - {"all"}
-    if absent:
-        raise ImportError(
-            f"--report_to {' '.join(absent)}: not installed, nothing would be recorded. Install or drop it."
-        )
-    if accelerator.distributed_type == DistributedType.FSDP:
-        prepare_fsdp(args, accelerator)
-    args.mixed_precision = accelerator.mixed_precision
-    with_data = args.train_data_dir is not None or args.dataset_name is not None
-    source = open_source(args) if with_data or not args.dry_run else None
+    logging.getLogger("accelerate").setLevel(logging.WARNING)
+    accelerator = create_accelerator(args)
     if args.dry_run:
-        dry_run(args, accelerator, source)
+        source = open_source(args) if args.train_data_dir is not None or args.dataset_name is not None else None
+        accelerator.print(json.dumps(dry_run(args, accelerator.num_processes, source), indent=1, ensure_ascii=False))
         return None
 
+    source, output_dir, pusher = open_source(args), Path(args.output_dir), None
     with contextlib.ExitStack() as stack:
         if accelerator.is_main_process:
             stack.enter_context(only_writer(output_dir))
             remove_incomplete(output_dir / "samples")
             remove_incomplete(output_dir / "hub")
-        accelerator.wait_for_everyone()
-        pusher = None
-        if args.push_to_hub and accelerator.is_main_process:
-            # Left after the run, it waits for what is being pushed, and says what was not.
-            pusher = stack.enter_context(
-                BackgroundPusher(
-                    args.hub_model_id or output_dir.name, private=args.hub_private_repo, token=args.hub_token
+            if args.push_to_hub:
+                # Creates the repository now, so that a missing login ends the run before it starts.
+                pusher = BackgroundPusher(
+                    args.hub_model_id or output_dir.name,
+                    private=args.hub_private_repo,
+                    token=args.hub_token,
+                    license=args.hub_license,
                 )
+                stack.enter_context(pusher)
+        accelerator.wait_for_everyone()
+        stop = stack.enter_context(StopRequest())
+        trainer = Trainer(args, accelerator, source, pusher)
+        trainer.train(stop)
+        folder = trainer.finish()
+        if trainer.step < trainer.max_train_steps:
+            logger.warning(
+                f"Stopped by {stop.signal.name} at step {trainer.step} of {trainer.max_train_steps}. Continue with "
+                "--resume_from_checkpoint latest."
             )
-        stop = stack.enter_context(stop_signals())
-        return train(args, accelerator, source, output_dir, stop, pusher)
+            raise SystemExit(128 + stop.signal)
+        if pusher is not None:
+            pusher.push(folder)
+    return folder
 
 
-def train(
-    args: TrainingArguments,
-    accelerator: Accelerator,
-    source: ImageSource | StreamSource,
-    output_dir: Path,
-    stop: StopRequest,
-    pusher: BackgroundPusher | None,
-) -> Path | None:
-    device = accelerator.device
-    checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint, logger.warning)
-    found = gather_object([str(checkpoint and checkpoint.name)])
-    if len(set(found)) > 1:
-        raise RuntimeError(
-            f"The processes would start from different checkpoints ({', '.join(found)}): --output_dir must be one folder "
-            "that all machines see."
+def create_accelerator(args: TrainingArguments) -> Accelerator:
+    trackers = [name for name in args.report_to if name != "none"]
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        log_with=None if args.dry_run else trackers or None,
+        project_config=ProjectConfiguration(args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))),
+        # The only buffers are position tables, which are equal everywhere.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+    )
+    check_launch(accelerator.num_processes)
+    args.mixed_precision = accelerator.mixed_precision
+    if args.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError(
+            "--mixed_precision fp16 is not supported on CPU, where accelerate silently falls back to fp32."
         )
-    num_classes = source.num_classes
-    loader = ImageLoader(
+    missing = set() if args.dry_run else {*trackers} - {getattr(t, "value", t) for t in accelerator.log_with} - {"all"}
+    if missing:
+        raise ImportError(f"--report_to {' '.join(missing)}: not installed.")
+    if accelerator.distributed_type == DistributedType.FSDP:
+        if not accelerator.is_fsdp2 or args.ema_offload:
+            raise ValueError(
+                "FSDP needs `fsdp_version: 2`, as in training/accelerate/fsdp2.yaml, and no --ema_offload."
+            )
+        # Autocast selects dtypes as under DDP. accelerate's policy would also round images, noise, timesteps and position
+        # tables, and reduce gradients in the compute dtype.
+        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    return accelerator
+
+
+def build_loader(args: TrainingArguments, accelerator: Accelerator, source: ImageSource | StreamSource) -> ImageLoader:
+    return ImageLoader(
         source,
-        transformer_config(args, num_classes)["sample_size"],
+        transformer_config(args, source.num_classes)["sample_size"],
         args.train_batch_size,
         args.seed,
         center_crop=args.center_crop,
@@ -253,157 +150,211 @@ def train(
         world_size=accelerator.num_processes,
         num_workers=args.dataloader_num_workers,
     )
-    max_train_steps, warmup_steps = args.resolved_steps(loader.batches_per_epoch)
-    for doubt in args.doubts(max_train_steps, warmup_steps):
-        logger.warning(doubt)
 
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
-    torch.manual_seed(int(draws(args.seed, 0, 0, purpose=WEIGHT_DRAWS)[0]))
-    transformer = build_transformer(args, num_classes)
-    config = transformer.config
-    num_tokens = (config.sample_size // config.patch_size) ** 2
-    teacher = build_teacher(args, config, device)
-    plan = build_pipeline(args, transformer, source.id2label)  # refuses wrong guidance or names now
-    spaces = open_evaluation(args, plan, device) if args.eval_steps else []
-    projector = build_projector(args, config, teacher.feature_dim) if teacher is not None else None
-    if args.pretrained_model_name_or_path is not None and checkpoint is None:
-        compare_classes(args, source.id2label)
-        load_pretrained(args, "transformer", transformer)
-        if projector is not None:
-            load_pretrained_projector(args, projector)
-    objective = build_objective(args, transformer, projector)
-    apply_switches(args, objective)
-    if args.compile and teacher is not None:
-        teacher.compile()
 
-    optimizer = build_optimizer(args, objective, args.resolved_learning_rate(accelerator.num_processes))
-    objective, optimizer = accelerator.prepare(objective, optimizer)
-    transformer = accelerator.unwrap_model(objective).transformer
-    ema = None
-    if args.use_ema:
-        ema = ConstantDecayEMA(
-            transformer,
-            args.ema_decays,
-            update_every=args.ema_update_every,
-            offload=args.ema_offload,
+class StopRequest:
+    """Context in which SIGTERM and Ctrl-C request an orderly stop; a second Ctrl-C interrupts at once."""
+
+    signal: signal.Signals | None = None
+
+    def __enter__(self) -> StopRequest:
+        self.handlers = {number: signal.signal(number, self.receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def receive(self, number: int, frame) -> None:
+        if self.signal and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = signal.Signals(number)
+
+    def agreed(self, accelerator: Accelerator, now: bool) -> bool:
+        """Whether to stop. Several processes must stop at the same step: they compare when `now` is true on all."""
+        if accelerator.num_processes > 1:
+            if not now:
+                return False
+            self.signal = next((received for received in gather_object([self.signal]) if received), None)
+        return self.signal is not None
+
+
+class Trainer:
+    """A training run: everything that is built before the first step, and the loop."""
+
+    def __init__(
+        self,
+        args: TrainingArguments,
+        accelerator: Accelerator,
+        source: ImageSource | StreamSource,
+        pusher: BackgroundPusher | None,
+    ):
+        self.args, self.accelerator, self.output_dir = args, accelerator, Path(args.output_dir)
+        device, num_classes = accelerator.device, source.num_classes
+        checkpoint = self.find_checkpoint()
+        self.loader = build_loader(args, accelerator, source)
+        self.max_train_steps, self.warmup_steps = args.resolved_steps(self.loader.batches_per_epoch)
+
+        # Models
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
+        torch.manual_seed(int(draws(args.seed, 0, 0, purpose=WEIGHT_DRAWS)[0]))
+        transformer = build_transformer(args, num_classes)
+        config = transformer.config
+        teacher = build_teacher(args, config, device)
+        pipeline = build_pipeline(args, transformer, source.id2label)
+        spaces = open_evaluation(args, pipeline, device) if args.eval_steps else []
+        projector = build_projector(args, config, teacher.feature_dim) if teacher is not None else None
+        if args.pretrained_model_name_or_path is not None and checkpoint is None:
+            load_pretrained(args, transformer, projector, source.id2label)
+        objective = build_objective(args, transformer, projector)
+        apply_switches(args, objective)
+        if args.compile and teacher is not None:
+            teacher.compile()
+
+        # Optimization
+        optimizer = build_optimizer(args, objective, args.resolved_learning_rate(accelerator.num_processes))
+        self.objective, self.optimizer = accelerator.prepare(objective, optimizer)
+        self.ema = None
+        if args.use_ema:
+            transformer = accelerator.unwrap_model(self.objective).transformer
+            self.ema = ConstantDecayEMA(transformer, args.ema_decays, args.ema_update_every, args.ema_offload)
+        saved_with_pipeline = {
+            name: pipeline.config[name] for name in ("id2label", "guidance_scale", "guidance_interval")
+        }
+        self.checkpointer = Checkpointer(
+            args, accelerator, self.objective, self.ema, self.optimizer, saved_with_pipeline
         )
-    checkpointer = Checkpointer(args, accelerator, objective, ema, optimizer)
+        self.step = self.resume(checkpoint) if checkpoint is not None else 0
+        self.last_checkpoint = checkpoint
+        # Not given to `accelerator.prepare`, which would step it once per process, and not saved: it is a function of the
+        # step and the current arguments.
+        self.lr_scheduler = get_scheduler(
+            args.lr_scheduler,
+            self.optimizer,
+            num_warmup_steps=self.warmup_steps,
+            num_training_steps=self.max_train_steps,
+            last_epoch=self.step - 1,
+        )
 
-    step = 0
-    if checkpoint is not None:
-        progress = checkpointer.load(checkpoint)
-        step = progress["step"]
-        loader.load_state_dict(progress["loader"])
+        # Inputs
+        teach = None
+        if teacher is not None and args.teacher_cache_dir is not None:
+            teach = CachedTeacher(teacher, args.teacher_cache_dir, len(source))
+        elif teacher is not None:
+            teach = lambda pixel_values, batch: teacher(pixel_values)  # noqa: E731
+        num_tokens = (config.sample_size // config.patch_size) ** 2
+        self.batches = prepared_batches(args, self.loader, teach, self.step, num_tokens, num_classes, device)
+
+        # Outputs
+        self.announce(source)
+        accelerator.init_trackers(
+            args.tracker_project_name,
+            config={k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in args.saved().items()},
+        )
+        self.metrics = MetricLogger(accelerator, self.output_dir, self.step)
+        self.monitor = StepMonitor(args, accelerator, self.metrics, self.step, self.max_train_steps)
+        self.exporter = Exporter(
+            args, accelerator, self.objective, self.ema, source.id2label, self.metrics, spaces, pusher, self.step
+        )
+
+    def find_checkpoint(self) -> Path | None:
+        checkpoint = find_checkpoint(self.output_dir, self.args.resume_from_checkpoint)
+        found = gather_object([str(checkpoint and checkpoint.name)])
+        if len(set(found)) > 1:
+            raise ValueError(
+                f"The processes would start from different checkpoints ({', '.join(found)}): --output_dir must be one "
+                "folder that all machines see."
+            )
+        return checkpoint
+
+    def resume(self, checkpoint: Path) -> int:
+        """Load a checkpoint and return its step."""
+        progress = self.checkpointer.load(checkpoint)
+        if progress["step"] > self.max_train_steps:
+            raise ValueError(f"{checkpoint} is beyond the {self.max_train_steps} steps of this run.")
+        self.loader.load_state_dict(progress["loader"])
         logger.info(f"Resumed {checkpoint}.")
-    # Outside `prepare`, where accelerate would step it once for every process, and out of the checkpoint: it is a function
-    # of the step and of the arguments in force now.
-    lr_scheduler = get_scheduler(
-        args.lr_scheduler,
-        optimizer,
-        num_warmup_steps=warmup_steps,
-        num_training_steps=max_train_steps,
-        last_epoch=step - 1,
-    )
-    if step > max_train_steps:
-        raise ValueError(f"{checkpoint} is at step {step}, beyond the {max_train_steps} steps asked for.")
-    if accelerator.is_main_process:
-        resolved = {**args.saved(), "resolved_steps": max_train_steps, "resolved_warmup_steps": warmup_steps}
-        write_json(output_dir / "arguments.json", resolved)
-        logger.info("Arguments: " + json.dumps(resolved))
-    accelerator.init_trackers(
-        args.tracker_project_name,
-        config={k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in args.saved().items()},
-    )
-    journal = Journal(accelerator, output_dir, step)
-    last_checkpoint = checkpoint
+        return progress["step"]
 
-    exporter = Exporter(args, accelerator, objective, ema, source.id2label, journal, spaces, pusher, step)
-    losses = LossRecord(accelerator)
+    def announce(self, source: ImageSource | StreamSource) -> None:
+        """Write arguments.json and log what the run consists of."""
+        args, accelerator = self.args, self.accelerator
+        for warning in args.warnings(self.max_train_steps, self.warmup_steps):
+            logger.warning(warning)
+        steps = {"resolved_steps": self.max_train_steps, "resolved_warmup_steps": self.warmup_steps}
+        if accelerator.is_main_process:
+            write_json(self.output_dir / "arguments.json", {**args.saved(), **steps})
+        epoch = self.loader.batches_per_epoch
+        parameters = sum(p.numel() for group in self.optimizer.param_groups for p in group["params"])
+        facts = {
+            "objective": args.objective,
+            "images": len(source) if epoch else "a stream",
+            "classes": source.num_classes,
+            "trainable parameters": f"{parameters:,}",
+            "global batch": f"{self.loader.global_batch_size} ({args.train_batch_size} per process × "
+            f"{args.gradient_accumulation_steps} accumulation steps × {accelerator.num_processes} processes)",
+            "steps": f"{self.max_train_steps}, {self.warmup_steps} of them warmup",
+            "epochs": f"{self.max_train_steps / epoch:.1f}" if epoch else "unknown",
+            "learning rate": args.resolved_learning_rate(accelerator.num_processes),
+            "device": f"{accelerator.device}, mixed precision {args.mixed_precision}",
+            "outputs": self.output_dir,
+        }
+        logger.info("Training:" + "".join(f"\n  {name}: {value}" for name, value in facts.items()))
 
-    teach = None
-    if teacher is not None and args.teacher_cache_dir is not None:
-        teach = CachedTeacher(teacher, args.teacher_cache_dir, len(source))
-    elif teacher is not None:
-        teach = lambda pixel_values, batch: teacher(pixel_values)  # noqa: E731
-    batches = prepared_batches(args, loader, teach, step, num_tokens, num_classes, device)
-    bar = tqdm(total=max_train_steps, initial=step, desc="steps", disable=not accelerator.is_local_main_process)
-    skipped_images = skipped_steps = 0
-    objective.train()
-    started, started_step = time.perf_counter(), step
-    stopping = None
-    while step < max_train_steps and stopping is None:
-        logs = (step + 1) % args.logging_steps == 0 or step + 1 == max_train_steps
-        learning_rate = lr_scheduler.get_last_lr()[0]
-        taken = take_step(args, accelerator, objective, optimizer, transformer, ema, batches, step, wants_norm=logs)
-        lr_scheduler.step()
-        step += 1
-        bar.update()
-        skipped_images += taken.skipped_images
-        if taken.skipped:
-            skipped_steps += 1
-            images = sorted(gather_object(taken.images))
-            logger.warning(f"Step {step} was skipped: its gradient is not finite. Its images were {images}.")
-        else:
-            losses.add(taken.losses, taken.images)
+    def train(self, stop: StopRequest) -> None:
+        """Train to the last step, or to the step at which a signal stops the run."""
+        args, accelerator, monitor, exporter = self.args, self.accelerator, self.monitor, self.exporter
+        self.objective.train()
+        monitor.restart_clock(self.step)
+        stopping = False
+        while self.step < self.max_train_steps and not stopping:
+            reports = (self.step + 1) % args.logging_steps == 0 or self.step + 1 == self.max_train_steps
+            learning_rate = self.lr_scheduler.get_last_lr()[0]
+            result = take_step(
+                args,
+                accelerator,
+                self.objective,
+                self.optimizer,
+                self.ema,
+                self.batches,
+                self.step,
+                needs_grad_norm=reports,
+            )
+            self.lr_scheduler.step()
+            self.step += 1
+            monitor.add(self.step, result)
+            if reports and monitor.pending:
+                monitor.report(self.step, result, learning_rate, self.last_checkpoint)
 
-        if logs and losses:
-            total, denoising, alignment = losses.check(step, last_checkpoint).mean(dim=(0, 1)).tolist()
-            elapsed = time.perf_counter() - started
-            values = {
-                "loss": total,
-                "denoising_loss": denoising,
-                "grad_norm": float(taken.grad_norm),
-                "learning_rate": learning_rate,
-                "images_per_second": (step - started_step) * loader.global_batch_size / elapsed,
-                "memory_GiB": peak_memory(device),
-                "skipped_images": sum(gather_object([skipped_images])),
-                "skipped_steps": skipped_steps,
-            }
-            shown = {"denoise": f"{denoising:.4f}"}
-            if args.aligns(step - 1):
-                values |= {"alignment_loss": alignment, "alignment_cosine": 1 - alignment}
-                shown["align"] = f"{alignment:.4f}"
-            journal.log(step, values)
-            bar.set_postfix(shown | {"img/s": f"{values['images_per_second']:.1f}"})
-            losses.clear()
-            started, started_step = time.perf_counter(), step
-        stopping = agreed(stop, accelerator, logs)
+            stopping = stop.agreed(accelerator, now=reports)
+            finished = self.step == self.max_train_steps
+            saves = finished or stopping or self.step % args.checkpointing_steps == 0
+            samples = args.validation_steps and (finished or self.step % args.validation_steps == 0)
+            evaluates = args.eval_steps and (finished or self.step % args.eval_steps == 0)
+            if saves and monitor.pending:
+                monitor.check_losses(self.last_checkpoint)
+            # Before the checkpoint: a run that is killed in between resumes from an earlier one and repeats them.
+            if samples:
+                exporter.write_samples(self.step)
+            if evaluates:
+                exporter.evaluate(self.step)
+            if saves:
+                self.last_checkpoint = self.checkpointer.save(self.step, result.position)
+                logger.info(f"Wrote {self.last_checkpoint}.")
+                if args.push_checkpoints:
+                    exporter.push_checkpoint(self.step)
+            if saves or samples or evaluates:
+                monitor.restart_clock(self.step)
+        monitor.bar.close()
 
-        last = step == max_train_steps or stopping is not None
-        saves = step % args.checkpointing_steps == 0 or last
-        shows = args.validation_steps and (step % args.validation_steps == 0 or step == max_train_steps)
-        measures = args.eval_steps and (step % args.eval_steps == 0 or step == max_train_steps)
-        if saves and losses:
-            losses.check(step, last_checkpoint)
-        # Before the checkpoint: a run that is killed in between resumes at an earlier one and makes these again.
-        if shows:
-            exporter.write_samples(step)
-        if measures:
-            logger.info(exporter.evaluate(step))
-        if saves:
-            last_checkpoint = checkpointer.save(step, taken.position)
-            logger.info(f"Wrote {last_checkpoint}.")
-        if saves and args.push_checkpoints:
-            exporter.push_checkpoint(step)
-        if saves or shows or measures:
-            started, started_step = time.perf_counter(), step  # images/s is the training's alone
-    bar.close()
-
-    if step < max_train_steps:
-        logger.warning(
-            f"Stopped by {stopping} at step {step} of {max_train_steps}; go on with --resume_from_checkpoint latest."
-        )
-        accelerator.end_training()
-        return None
-
-    folder = output_dir / "pipeline"
-    exporter.save_pipeline(folder, step)
-    if accelerator.is_main_process:
-        logger.info(f"Wrote {folder} and {journal.plot()}.")
-    if pusher is not None:
-        pusher.push(folder)
-    accelerator.end_training()
-    return folder
+    def finish(self) -> Path:
+        """Write the pipeline and the curves, and return the pipeline's folder."""
+        folder = self.output_dir / "pipeline"
+        self.exporter.save_pipeline(folder, self.step)
+        if self.accelerator.is_main_process:
+            logger.info(f"Wrote {folder} and {self.metrics.plot()}.")
+        self.accelerator.end_training()
+        return folder
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The command line: flags with ranges, checked in one place, and errors that end a command with one line."""
+"""Command-line flags with ranges, and user errors that end a command with one line."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import psutil
 import torch
 from transformers import HfArgumentParser
 
+from .files import FolderInUseError
+
 
 Arguments = TypeVar("Arguments")
 
@@ -24,7 +26,7 @@ _COMPARISONS = {
 
 
 class _Help(str):
-    """A help text with the range of its flag. (HfArgumentParser passes every other metadata key on to argparse.)"""
+    """Help text that carries the range of its flag: HfArgumentParser passes all other metadata keys to argparse."""
 
     bounds: dict[str, float]
 
@@ -40,12 +42,13 @@ def flag(
     **options: Any,
 ) -> Any:
     """
-    A dataclass field that becomes a command-line flag.
+    Define a dataclass field that becomes a command-line flag.
 
     Args:
-        default: Default value; a list is copied for every instance. Without it the flag is required.
-        help: Help text.
-        ge, gt, le, lt: Bounds of the number, or of every number of a list, checked by [`check_ranges`].
+        default (*optional*): Default value; a list is copied for every instance. Without it the flag is required.
+        help (`str`): Help text.
+        ge, gt, le, lt (`float`, *optional*): Bounds of the number, or of every number of a list, checked by
+            [`check_ranges`].
         options: Further arguments of `ArgumentParser.add_argument`, such as `choices` and `nargs`.
     """
     text = _Help(help)
@@ -60,10 +63,10 @@ def flag(
 
 def check_ranges(args: Any) -> None:
     """
-    Check every number of a dataclass of [`flag`]s against its range. NaN lies in no range.
+    Check the numbers of a dataclass of [`flag`]s against their ranges. NaN is in no range.
 
     Raises:
-        ValueError: Names the flag, what it allows and the value.
+        ValueError: Names the flag, its range and the value.
     """
     for field in dataclasses.fields(args):
         bounds = getattr(field.metadata.get("help"), "bounds", {})
@@ -82,7 +85,10 @@ def parse(arguments: type[Arguments], description: str, argv: Sequence[str] | No
         SystemExit: With status 2 and a message, for unknown flags and wrong values.
     """
     parser = HfArgumentParser(arguments, description=description, allow_abbrev=False)
-    (parsed,) = parser.parse_args_into_dataclasses(None if argv is None else list(argv))
+    words = None if argv is None else list(argv)
+    parsed, unknown = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
+    if unknown:
+        parser.error(f"unknown arguments: {' '.join(unknown)}. See --help.")
     try:
         check_ranges(parsed)
     except ValueError as error:
@@ -91,25 +97,38 @@ def parse(arguments: type[Arguments], description: str, argv: Sequence[str] | No
 
 
 def check_launch(num_processes: int) -> None:
-    """Refuse a launch of several processes that accelerate would run as independent ones."""
-    if int(os.environ.get("WORLD_SIZE", 1)) != num_processes:
+    """
+    Check that accelerate runs as many processes as its launcher was asked for.
+
+    `accelerate launch --cpu --num_processes 2` starts a single process and prints no warning. Its only trace is the
+    MASTER_PORT that the launcher adds to the environment.
+
+    Raises:
+        ValueError: Says how to start several CPU processes.
+    """
+    if "WORLD_SIZE" in os.environ:
+        missing = int(os.environ["WORLD_SIZE"]) != num_processes
+    else:
+        launched = {"MASTER_PORT", "ACCELERATE_MIXED_PRECISION"} <= os.environ.keys()
+        missing = launched and num_processes == 1 and "MASTER_PORT" not in psutil.Process().parent().environ()
+    if missing:
         raise ValueError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but accelerate set up {num_processes} process(es): each would "
-            "make all images. Two processes on a CPU: ACCELERATE_USE_CPU=true accelerate launch --multi_gpu "
-            "--num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no SCRIPT."
+            f"The launcher was asked for several processes, but accelerate runs {num_processes}. On a CPU use "
+            "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 --num_machines 1 "
+            "--mixed_precision no --dynamo_backend no SCRIPT."
         )
 
 
 def run(main: Callable[[], object]) -> None:
     """
-    Run a command; an error of the user's ends it with one line and exit status 2.
+    Run a command and end it with one line and exit status 2 on a user error.
 
-    Errors of use are `ValueError`, `OSError` and `ImportError`; others keep their traceback. Set the environment variable
-    `PIXELREPA_TRACEBACK=1` to see the traceback of all.
+    User errors are `ValueError`, `OSError`, `ImportError`, [`FolderInUseError`] and `FloatingPointError` (a non-finite
+    loss); others keep their traceback. `PIXELREPA_TRACEBACK=1` shows the traceback of all.
     """
     try:
         main()
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, FolderInUseError, FloatingPointError) as error:
         if os.environ.get("PIXELREPA_TRACEBACK"):
             raise
         print(f"error: {error}", file=sys.stderr)

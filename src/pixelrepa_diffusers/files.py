@@ -1,8 +1,9 @@
-"""Files and folders on disk: written whole or not at all, and by one run at a time."""
+"""Atomic writes of files and folders, and locks that keep two runs out of one folder."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -13,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
 
 
 MANIFEST = "manifest.json"
@@ -23,6 +23,10 @@ class DamagedFolderError(ValueError):
     """A folder that is incomplete or altered; the message names the first wrong file."""
 
 
+class FolderInUseError(RuntimeError):
+    """Another run is writing to the folder."""
+
+
 def write_atomically(path: Path, save: Callable[[Path], object]) -> None:
     """Call `save` with a temporary path beside `path`, then rename: an interrupted run leaves no half-written `path`."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.incomplete")
@@ -30,7 +34,7 @@ def write_atomically(path: Path, save: Callable[[Path], object]) -> None:
         save(temporary)
         temporary.replace(path)
     except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk is reported without a name
+        error.filename = error.filename or str(path)  # the operating system reports a full disk without a name
         raise
     finally:
         temporary.unlink(missing_ok=True)
@@ -50,20 +54,21 @@ def write_folder(
     manifest: bool = False,
 ) -> None:
     """
-    Write a folder atomically: call `write` with a folder beside it, sync it to disk, and rename it into place.
+    Write a folder atomically: call `write` with a temporary folder, sync it to disk and rename it into place.
 
     With several processes every process calls this function, and the main one renames. An older folder of the same name
     is replaced at the rename, so a kill or a power cut leaves the old folder or the new one, both complete.
 
     Args:
-        folder: The folder to write.
-        write: Receives the temporary folder, on every process.
-        is_main: Whether this process creates and renames the folder.
-        barrier: Waits for all processes.
-        manifest: Also write manifest.json, the sizes and checksums that [`verify_folder`] compares.
+        folder (`Path`): Folder to write.
+        write (`Callable`): Receives the temporary folder, on every process.
+        is_main (`bool`, defaults to `True`): Whether this process creates and renames the folder.
+        barrier (`Callable`, *optional*): Waits for all processes.
+        manifest (`bool`, defaults to `False`): Also write manifest.json, the sizes and checksums that
+            [`verify_folder`] compares.
 
     Raises:
-        OSError: If something could not be written; names the folder, the cause and the free space.
+        OSError: If the disk is full; names the folder and the free space.
     """
     temporary = folder.with_name(f".{folder.name}.incomplete")
     if is_main:
@@ -72,11 +77,14 @@ def write_folder(
     barrier()
     try:
         write(temporary)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save does not say that a disk is full
+    except Exception as error:
+        # torch and safetensors raise errors of their own when the disk is full.
         free = shutil.disk_usage(temporary.parent).free / 2**20
+        if free > 1 and getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT):
+            raise
         raise OSError(
-            f"{folder} could not be written: {error} ({free:.0f} MiB are free there). Everything before it is whole: make "
-            "room and go on with --resume_from_checkpoint latest."
+            f"{folder} could not be written: the disk is full ({free:.0f} MiB free). Everything written before is "
+            "intact: free space and run the command again."
         ) from error
     barrier()
     if is_main:
@@ -94,7 +102,7 @@ def write_folder(
 
 
 def discard_folder(folder: Path) -> None:
-    """Remove a folder by renaming it first: a kill half-way leaves nothing that looks complete."""
+    """Delete a folder after renaming it, so that a kill half-way leaves nothing that looks complete."""
     trash = folder.with_name(f".{folder.name}.discarded")
     shutil.rmtree(trash, ignore_errors=True)
     os.replace(folder, trash)
@@ -102,27 +110,27 @@ def discard_folder(folder: Path) -> None:
 
 
 def verify_folder(folder: Path) -> None:
-    """Raises [`DamagedFolderError`] unless every file is as it was written."""
+    """
+    Compare a folder with its manifest.json.
+
+    Raises:
+        DamagedFolderError: If a file is missing or altered.
+    """
+
+    def check(name: str, fingerprint: dict[str, int]) -> None:
+        if not (folder / name).is_file():
+            raise DamagedFolderError(f"{folder} is damaged: {name} is missing.")
+        if _fingerprint(folder / name) != fingerprint:
+            raise DamagedFolderError(f"{folder} is damaged: {name} was altered or cut off.")
+
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(check, manifest.keys(), manifest.values()))
+    except DamagedFolderError:
+        raise
+    except (OSError, ValueError, AttributeError) as error:
         raise DamagedFolderError(f"{folder} is not a complete checkpoint: {MANIFEST}: {error}.") from error
-    if not isinstance(manifest, dict) or not all(
-        isinstance(entry, dict) and entry.keys() == {"size", "crc32"} for entry in manifest.values()
-    ):
-        raise DamagedFolderError(f"{folder} is damaged: {MANIFEST} does not list files with their size and crc32.")
-    if strangers := [name for name in manifest if Path(name).is_absolute() or ".." in Path(name).parts]:
-        raise DamagedFolderError(f"{folder} is damaged: {MANIFEST} names {strangers[0]!r}, which lies outside it.")
-
-    def check(name: str) -> None:
-        path = folder / name
-        if not path.is_file():
-            raise DamagedFolderError(f"{folder} is damaged: {name} is missing.")
-        if path.stat().st_size != manifest[name]["size"] or _fingerprint(path) != manifest[name]:
-            raise DamagedFolderError(f"{folder} is damaged: {name} is not as it was written.")
-
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(check, manifest))
 
 
 @contextlib.contextmanager
@@ -133,20 +141,20 @@ def only_writer(folder: Path) -> Iterator[None]:
     The lock is the file `.lock` in the folder, which stays. The operating system releases it when a process is killed.
 
     Raises:
-        RuntimeError: If another run is writing to the folder.
+        FolderInUseError: If another run is writing to the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     try:
         lock = FileLock(folder / ".lock").acquire(timeout=0)
     except (Timeout, FileNotFoundError):  # FileNotFoundError: another run has just removed its temporary folder
-        raise RuntimeError(f"Another run is writing to {folder}. Wait for it, or choose another folder.") from None
+        raise FolderInUseError(f"Another run is writing to {folder}. Wait for it, or choose another folder.") from None
     with lock:
         remove_incomplete(folder)
         yield
 
 
 def remove_incomplete(folder: Path) -> None:
-    """Remove what killed runs left half-written, or half-removed, in a folder that this run has locked."""
+    """Remove what killed runs left half-written or half-deleted in a folder that this run has locked."""
     for path in (*folder.glob(".*.incomplete"), *folder.glob(".*.discarded")):
         if path.is_dir():
             shutil.rmtree(path)

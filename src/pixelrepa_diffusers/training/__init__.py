@@ -1,1 +1,1 @@
-"""The parts of the training script: arguments, data, model building, the optimizer step, checkpoints, reports."""
+"""Library of the training script: arguments, data, model building, the optimizer step, checkpoints, reports, exports."""

@@ -1,4 +1,4 @@
-"""The arguments of train_pixelrepa.py, grouped by what changing one changes, and how they are read.
+"""Arguments of `train_pixelrepa.py`, grouped by what they change.
 
 Defaults are the published recipe (PixelREPA, arXiv 2603.14366, and its code) wherever it has one.
 """
@@ -6,173 +6,168 @@ Defaults are the published recipe (PixelREPA, arXiv 2603.14366, and its code) wh
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import math
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import yaml
 from transformers import HfArgumentParser
 
-from .. import get_preset
+from ..cli import check_ranges, flag
 from ..evaluation import METRICS
+from ..presets import PRESETS
 from .data import DataArguments
-
-
-def _flag(default, help: str, **metadata):
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help, **metadata})
-    return field(default=default, metadata={"help": help, **metadata})
 
 
 @dataclass
 class ModelArguments:
-    """What is trained. Whatever is not given comes from the preset; whatever is given wins over it."""
+    """Architecture. Arguments that are not given come from the preset."""
 
-    preset: str = _flag("JiT-B/16", "A variant of the papers (JiT-B/16 … JiT-H/32) or JiT-Digits/4.")
-    pretrained_model_name_or_path: str | None = _flag(
+    preset: str = flag("JiT-B/16", "Variant of the papers, or the small one of the demo.", choices=list(PRESETS))
+    pretrained_model_name_or_path: str | None = flag(
         None,
-        "Start from the transformer (and the adapter, where there is one that fits) of this pipeline or checkpoint (folder "
-        "or Hub id). Architecture and resolution are its own, not the preset's, and so is a pipeline's guidance.",
+        "Start from the transformer (and the adapter, if it fits) of this pipeline or checkpoint: a folder or Hub id. "
+        "Architecture, resolution and guidance are then the pipeline's, not the preset's.",
     )
-    revision: str | None = _flag(None, "Revision of --pretrained_model_name_or_path.")
-    resolution: int | None = _flag(None, "Side of the training images in pixels.")
-    patch_size: int | None = _flag(None, "Side of a patch in pixels.")
-    num_layers: int | None = _flag(None, "Transformer blocks.")
-    num_attention_heads: int | None = _flag(None, "Attention heads.")
-    attention_head_dim: int | None = _flag(None, "Width of a head.")
-    bottleneck_dim: int | None = _flag(None, "Bottleneck of the patch embedding.")
-    in_context_len: int | None = _flag(None, "In-context class tokens.")
-    in_context_start: int | None = _flag(None, "The block before which they enter.")
-    dropout: float | None = _flag(None, "Dropout in the middle half of the blocks.")
-    noise_scale: float | None = _flag(None, "Standard deviation of the noise (1 at 256 pixels, 2 at 512).")
+    revision: str | None = flag(None, "Revision of --pretrained_model_name_or_path.")
+    resolution: int | None = flag(None, "Image size in pixels.", ge=1)
+    patch_size: int | None = flag(None, "Patch size in pixels.", ge=1)
+    num_layers: int | None = flag(None, "Number of transformer blocks.", ge=1)
+    num_attention_heads: int | None = flag(None, "Number of attention heads.", ge=1)
+    attention_head_dim: int | None = flag(None, "Width of an attention head.", ge=1)
+    bottleneck_dim: int | None = flag(None, "Bottleneck width of the patch embedding.", ge=1)
+    in_context_len: int | None = flag(None, "Number of in-context class tokens.", ge=0)
+    in_context_start: int | None = flag(None, "Block before which the class tokens are inserted.", ge=0)
+    dropout: float | None = flag(None, "Dropout in the middle half of the blocks.", ge=0, lt=1)
+    noise_scale: float | None = flag(None, "Standard deviation of the noise (1 at 256 pixels, 2 at 512).", gt=0)
 
 
 @dataclass
 class ObjectiveArguments:
-    """What is learnt."""
+    """Objective."""
 
-    objective: Literal["pixelrepa", "none", "repa", "irepa"] = _flag(
-        "pixelrepa", "pixelrepa; none = plain JiT; repa = an MLP on every token; irepa = a convolution over the grid."
+    objective: Literal["pixelrepa", "none", "repa", "irepa"] = flag(
+        "pixelrepa", "pixelrepa; none: plain JiT; repa: an MLP on every token; irepa: a convolution over the grid."
     )
-    alignment_weight: float = _flag(0.1, "λ, the weight of the alignment loss.")
-    mask_ratio: float = _flag(0.2, "Probability that a token is replaced by the mask token (pixelrepa).")
-    alignment_depth: int | None = _flag(None, "Blocks the aligned tokens have passed (default: in_context_start).")
-    adapter_layers: int = _flag(2, "Blocks of the adapter (pixelrepa).")
-    spatial_norm: float = _flag(0.8, "γ of the normalisation of the teacher's features (irepa).")
-    stop_alignment_after_step: int | None = _flag(None, "Train on with the denoising loss alone after this step.")
-    label_drop_prob: float = _flag(0.1, "Probability that a label is replaced by the null class.")
-    P_mean: float = _flag(-0.8, "t = sigmoid(P_mean + P_std·n), n ~ N(0, 1).")
-    P_std: float = _flag(0.8, "See P_mean.")
-    t_eps: float | None = _flag(None, "Lower clamp of 1 − t in the velocity (default: 0.05).")
-    teacher_model_name_or_path: str = _flag(
-        "facebook/dinov2-base", "Any transformers vision encoder with patch tokens."
+    alignment_weight: float = flag(0.1, "λ, the weight of the alignment loss.", ge=0)
+    mask_ratio: float = flag(0.2, "Probability that a token is replaced by the mask token (pixelrepa).", ge=0, le=1)
+    alignment_depth: int | None = flag(
+        None, "Number of blocks before the aligned tokens (default: in_context_start).", ge=0
     )
-    teacher_revision: str | None = _flag(None, "Revision of the teacher.")
-    teacher_mode: Literal["resample", "resize"] = _flag(
-        "resample", "Fit the teacher's patches to the student's grid, or resize the image to the teacher's patches."
+    adapter_layers: int = flag(2, "Number of adapter blocks (pixelrepa).", ge=1)
+    spatial_norm: float = flag(0.8, "γ of the spatial normalization of the teacher features (irepa).", ge=0)
+    stop_alignment_after_step: int | None = flag(None, "Train with the denoising loss alone after this step.", ge=0)
+    label_drop_prob: float = flag(0.1, "Probability that a label is replaced by the null class.", ge=0, le=1)
+    P_mean: float = flag(-0.8, "Mean of the logit-normal timesteps: t = sigmoid(P_mean + P_std·n), n ~ N(0, 1).")
+    P_std: float = flag(0.8, "Standard deviation of the logit-normal timesteps.", gt=0)
+    t_eps: float | None = flag(None, "Lower bound of 1 − t in the velocity (default: 0.05).", gt=0, le=1)
+    teacher_model_name_or_path: str = flag(
+        "facebook/dinov2-base", "Teacher: any transformers vision encoder with patch tokens."
+    )
+    teacher_revision: str | None = flag(None, "Revision of the teacher.")
+    teacher_mode: Literal["resample", "resize"] = flag(
+        "resample", "resample: interpolate the teacher features to the student's grid; resize: resize its input image."
     )
 
 
 @dataclass
 class OptimizationArguments:
-    """How it is learnt."""
+    """Optimization."""
 
-    seed: int = _flag(0, "Seed of weights, order, crops, flips, noise, masks: of everything.")
-    train_batch_size: int = _flag(128, "Images per process and micro-step.")
-    gradient_accumulation_steps: int = _flag(1, "Micro-steps per optimizer step.")
-    num_train_epochs: int = _flag(600, "Epochs, unless --max_train_steps is given.")
-    max_train_steps: int | None = _flag(None, "Optimizer steps.")
-    learning_rate: float = _flag(2e-4, "Learning rate (the papers': 5e-5 · global batch / 256).")
-    scale_lr: bool = _flag(False, "Multiply --learning_rate by global batch / 256, the papers' rule.")
-    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = _flag(
+    seed: int = flag(0, "Seed of the weights and of every random draw.", ge=0, lt=2**63)
+    train_batch_size: int = flag(128, "Images per process and micro-step.", ge=1)
+    gradient_accumulation_steps: int = flag(1, "Micro-steps per optimizer step.", ge=1)
+    num_train_epochs: int = flag(600, "Epochs; --max_train_steps overrides them.", ge=1)
+    max_train_steps: int | None = flag(None, "Optimizer steps.", ge=1)
+    learning_rate: float = flag(2e-4, "Learning rate (published: 5e-5 · global batch / 256).", gt=0)
+    scale_lr: bool = flag(False, "Multiply --learning_rate by global batch / 256, the published rule.")
+    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = flag(
         "constant_with_warmup", "Learning-rate schedule."
     )
-    lr_warmup_steps: int | None = _flag(None, "Warm-up in optimizer steps (default: 5 epochs, as published).")
-    adam_beta1: float = _flag(0.9, "AdamW β1.")
-    adam_beta2: float = _flag(0.95, "AdamW β2.")
-    adam_weight_decay: float = _flag(0.0, "Weight decay of matrices; biases and norms have none.")
-    adam_epsilon: float = _flag(1e-8, "AdamW ε.")
-    use_8bit_adam: bool = _flag(False, "AdamW with 8-bit state (needs bitsandbytes and a GPU).")
-    max_grad_norm: float | None = _flag(None, "Clip the gradient's norm; off by default, as published.")
-    use_ema: bool = _flag(True, "Keep exponential moving averages.")
-    ema_decays: list[float] = _flag([0.9999, 0.9996], "Their constant decays; the first is sampled and published.")
-    ema_update_every: int = _flag(1, "Update them every n steps with the equivalent decay.")
-    center_crop: bool = _flag(True, "Centre crop as in ADM; otherwise a random square of the full short side.")
-    random_flip: bool = _flag(True, "Flip half of the images.")
-    on_nonfinite: Literal["stop", "skip"] = _flag(
-        "stop", "A non-finite loss stops the run, or its step is skipped (waits for the device at every step)."
+    lr_warmup_steps: int | None = flag(None, "Warmup in optimizer steps (default: 5 epochs, as published).", ge=0)
+    adam_beta1: float = flag(0.9, "AdamW β1.", ge=0, lt=1)
+    adam_beta2: float = flag(0.95, "AdamW β2.", ge=0, lt=1)
+    adam_weight_decay: float = flag(0.0, "Weight decay of matrices; biases and norms have none.", ge=0)
+    adam_epsilon: float = flag(1e-8, "AdamW ε.", gt=0)
+    use_8bit_adam: bool = flag(False, "AdamW with 8-bit state (needs bitsandbytes and a GPU).")
+    max_grad_norm: float | None = flag(None, "Gradient clipping; off by default, as published.", gt=0)
+    use_ema: bool = flag(True, "Keep EMA weights.")
+    ema_decays: list[float] = flag(
+        [0.9999, 0.9996], "Constant EMA decays; the first is sampled and published.", ge=0, lt=1
+    )
+    ema_update_every: int = flag(1, "Update the EMAs every n steps with the equivalent decay.", ge=1)
+    center_crop: bool = flag(True, "Center crop as in ADM; otherwise a random square of the short side.")
+    random_flip: bool = flag(True, "Flip half of the images horizontally.")
+    on_nonfinite: Literal["stop", "skip"] = flag(
+        "stop", "On a non-finite gradient stop the run, or skip the step (synchronizes the device every step)."
     )
 
 
 @dataclass
-class SpeedArguments:
-    """How fast, on what."""
+class PerformanceArguments:
+    """Performance."""
 
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = _flag(None, "Default: what accelerate is configured to.")
-    allow_tf32: bool = _flag(False, "TF32 matrix products where float32 is left.")
-    gradient_checkpointing: bool = _flag(False, "Recompute activations to save memory.")
-    compile: bool = _flag(False, "Compile the blocks and the teacher.")
-    attention_backend: str | None = _flag(
-        None, "A diffusers attention backend for the student, such as _native_cudnn."
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = flag(None, "Default: accelerate's configuration.")
+    allow_tf32: bool = flag(False, "Use TF32 for float32 matrix products.")
+    gradient_checkpointing: bool = flag(False, "Recompute activations to save memory.")
+    compile: bool = flag(False, "Compile the blocks and the teacher.")
+    attention_backend: str | None = flag(None, "diffusers attention backend of the student, such as _native_cudnn.")
+    teacher_cache_dir: str | None = flag(
+        None, "Store the teacher features here and compute them once instead of every epoch (small data sets)."
     )
-    teacher_cache_dir: str | None = _flag(
-        None,
-        "Keep the teacher's features here, for data sets small enough: they are computed once, not once an epoch.",
-    )
-    dataloader_num_workers: int = _flag(4, "Processes that decode images, for every training process.")
-    ema_offload: bool = _flag(False, "Keep the averages in CPU memory (use with --ema_update_every).")
+    dataloader_num_workers: int = flag(4, "Image decoding processes per training process.", ge=0)
+    ema_offload: bool = flag(False, "Keep the EMAs in CPU memory (use with --ema_update_every).")
 
 
 @dataclass
 class BookkeepingArguments:
-    """What is written, where and when. None of it changes the weights."""
+    """Outputs. None of these changes the weights."""
 
-    output_dir: str = _flag("outputs/pixelrepa", "Checkpoints, samples, curves and the final pipeline.")
-    checkpointing_steps: int = _flag(5000, "Steps between checkpoints.")
-    checkpoints_total_limit: int | None = _flag(None, "Checkpoints to keep; the oldest go.")
-    resume_from_checkpoint: str | None = _flag(
-        None, '"latest" (a fresh start when there is none) or a path (an error when it is missing or damaged).'
+    output_dir: str = flag("outputs/pixelrepa", "Folder for checkpoints, samples, curves and the final pipeline.")
+    checkpointing_steps: int = flag(5000, "Steps between checkpoints.", ge=1)
+    checkpoints_total_limit: int | None = flag(None, "Number of checkpoints to keep; the oldest are deleted.", ge=1)
+    resume_from_checkpoint: str | None = flag(
+        None, '"latest" (starts from scratch if there is none), or a checkpoint: a path or a name in --output_dir.'
     )
-    logging_steps: int = _flag(50, "Steps between log lines; the device is waited for at these steps only.")
-    validation_steps: int = _flag(5000, "Steps between sample grids; 0 for none.")
-    num_validation_images: int = _flag(16, "Images of a sample grid, evenly over the classes.")
-    validation_inference_steps: int = _flag(50, "Sampling steps of a sample grid.")
-    eval_steps: int = _flag(0, "Steps between evaluations of the first EMA; 0 for none.")
-    eval_metrics: list[str] = _flag(
-        ["fd_teacher"], "What is measured, as in pipelines/evaluate.py.", choices=list(METRICS), nargs="+"
+    logging_steps: int = flag(50, "Steps between log lines; only these synchronize the device.", ge=1)
+    validation_steps: int = flag(5000, "Steps between sample grids; 0 for none.", ge=0)
+    num_validation_images: int = flag(16, "Images of a sample grid, spread over the classes.", ge=1)
+    validation_inference_steps: int = flag(50, "Sampling steps of a sample grid.", ge=1)
+    eval_steps: int = flag(0, "Steps between evaluations of the first EMA; 0 for none.", ge=0)
+    eval_metrics: list[str] = flag(
+        ["fd_teacher"], "Metrics, as in pixelrepa-evaluate.", choices=list(METRICS), nargs="+"
     )
-    eval_reference: str | None = _flag(
-        None, "Statistics of real images in the space of --eval_metrics (pipelines/prepare_reference.py makes them)."
+    eval_reference: str | None = flag(
+        None, "Statistics of real images for --eval_metrics, written by pixelrepa-prepare-reference."
     )
-    eval_num_samples: int = _flag(10_000, "Images of an evaluation, a multiple of the classes.")
-    eval_inference_steps: int = _flag(50, "Sampling steps of an evaluation.")
-    eval_batch_size: int = _flag(64, "Images of an evaluation at a time, per process.")
-    eval_network: str | None = _flag(
+    eval_num_samples: int = flag(10_000, "Images of an evaluation, a multiple of the number of classes.", ge=1)
+    eval_inference_steps: int = flag(50, "Sampling steps of an evaluation.", ge=1)
+    eval_batch_size: int = flag(64, "Sampling batch size of an evaluation, per process.", ge=1)
+    eval_network: str | None = flag(
         None,
-        "The feature network: the teacher, facebook/dinov2-large, or a file of torch-fidelity's Inception weights "
-        "(default: --teacher_model_name_or_path, that one, or their download).",
+        "Feature network: the teacher, facebook/dinov2-large, or a file of torch-fidelity's Inception weights "
+        "(default: --teacher_model_name_or_path, that model, or their download).",
     )
-    eval_image_size: int = _flag(224, "Side a vision encoder's images are resized to in an evaluation.")
-    eval_pooling: Literal["class", "patches"] = _flag("class", "Its class token, or the mean of its patches.")
-    guidance_scale: float | None = _flag(
+    eval_image_size: int = flag(224, "Input size of a vision encoder in an evaluation.", ge=1)
+    eval_pooling: Literal["class", "patches"] = flag("class", "Its class token, or the mean of its patch tokens.")
+    guidance_scale: float | None = flag(
         None,
-        "Guidance of sample grids and evaluations, saved with the pipeline (default: that of the pipeline "
-        "the run starts from, else the preset's).",
+        "Guidance scale of sample grids and evaluations, saved with the pipeline (default: that of "
+        "--pretrained_model_name_or_path, else the preset's).",
     )
-    guidance_interval: list[float] | None = _flag(None, "Times guidance acts in, likewise.", nargs=2)
-    report_to: list[str] = _flag(["tensorboard"], "tensorboard, wandb, trackio, … or none.", nargs="+")
-    logging_dir: str = _flag("logs", "Trackers' folder inside --output_dir.")
-    tracker_project_name: str = _flag("pixelrepa", "Project name for the trackers.")
-    push_to_hub: bool = _flag(False, "Push the final pipeline to the Hub.")
-    push_checkpoints: bool = _flag(False, "Also push each checkpoint's first EMA, in the background.")
-    hub_model_id: str | None = _flag(None, "Repository to push to (default: the name of --output_dir).")
-    hub_private_repo: bool = _flag(False, "Create it private.")
-    hub_token: str | None = _flag(None, "Token (default: the one you are logged in with). Never saved.")
-    dry_run: bool = _flag(False, "Print arguments, parameters, learning rate, steps and memory, and stop.")
-    dry_run_processes: int | None = _flag(None, "Processes the dry run reckons with (default: those it runs on).")
+    guidance_interval: list[float] | None = flag(None, "Guidance interval in t; same default.", nargs=2)
+    report_to: list[str] = flag(["tensorboard"], "tensorboard, wandb, trackio, … or none.", nargs="+")
+    logging_dir: str = flag("logs", "Tracker folder inside --output_dir.")
+    tracker_project_name: str = flag("pixelrepa", "Project name for the trackers.")
+    push_to_hub: bool = flag(False, "Push the final pipeline to the Hub.")
+    push_checkpoints: bool = flag(False, "Also push the sampled weights of each checkpoint, in the background.")
+    hub_model_id: str | None = flag(None, "Hub repository (default: the name of --output_dir).")
+    hub_private_repo: bool = flag(False, "Create the repository as private.")
+    hub_license: str | None = flag(None, "License of the published weights (default: none in the model card).")
+    hub_token: str | None = flag(None, "Access token (default: the login's). It is never saved.")
+    dry_run: bool = flag(False, "Print arguments, parameters, learning rate, steps and memory, then exit.")
+    dry_run_processes: int | None = flag(None, "Number of processes assumed by --dry_run.", ge=1)
 
 
 GROUPS = {
@@ -180,187 +175,126 @@ GROUPS = {
     "model (changes results)": ModelArguments,
     "objective (changes results)": ObjectiveArguments,
     "optimization (changes results)": OptimizationArguments,
-    "speed (rounding aside, changes nothing else)": SpeedArguments,
+    "performance (changes rounding at most)": PerformanceArguments,
     "bookkeeping": BookkeepingArguments,
 }
 
 
 @dataclass
 class TrainingArguments(
-    BookkeepingArguments, SpeedArguments, OptimizationArguments, ObjectiveArguments, ModelArguments, DataArguments
+    BookkeepingArguments,
+    PerformanceArguments,
+    OptimizationArguments,
+    ObjectiveArguments,
+    ModelArguments,
+    DataArguments,
 ):
-    """All of them, checked for what can be checked without looking at data or devices."""
+    """All arguments, with the rules that span several of them."""
 
     def __post_init__(self):
-        get_preset(self.preset)
-        for name in (
-            "train_batch_size",
-            "gradient_accumulation_steps",
-            "num_train_epochs",
-            "max_train_steps",
-            "adapter_layers",
-            "checkpointing_steps",
-            "checkpoints_total_limit",
-            "logging_steps",
-            "num_validation_images",
-            "validation_inference_steps",
-            "ema_update_every",
-            "eval_num_samples",
-            "eval_inference_steps",
-            "eval_batch_size",
-            "eval_image_size",
-            "dry_run_processes",
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name} must be at least 1, got {value}.")
-        for name in (
-            "validation_steps",
-            "eval_steps",
-            "lr_warmup_steps",
-            "stop_alignment_after_step",
-            "dataloader_num_workers",
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise ValueError(f"--{name} must be at least 0, got {value}.")
-        for name in ("mask_ratio", "label_drop_prob"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"--{name} is a probability in [0, 1], got {getattr(self, name)}.")
-        for name in ("learning_rate", "adam_epsilon", "P_std"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                raise ValueError(f"--{name} must be positive and finite, got {getattr(self, name)}.")
-        for name in ("alignment_weight", "spatial_norm", "adam_weight_decay"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                raise ValueError(f"--{name} must be finite and at least 0, got {getattr(self, name)}.")
-        if not math.isfinite(self.P_mean):
-            raise ValueError(f"--P_mean must be finite, got {self.P_mean}.")
-        for name in ("adam_beta1", "adam_beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"--{name} must lie in [0, 1), got {getattr(self, name)}.")
-        if self.use_ema and (
-            len(set(self.ema_decays)) < len(self.ema_decays) or not all(0 <= decay < 1 for decay in self.ema_decays)
-        ):
-            raise ValueError(f"--ema_decays must be distinct numbers in [0, 1), got {self.ema_decays}.")
-        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
-            raise ValueError(
-                f"--max_grad_norm must be positive, got {self.max_grad_norm}; leave it out for no clipping."
-            )
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"--seed must lie in [0, 2^63), got {self.seed}.")
-        if self.push_to_hub and self.hub_token and "wandb" in self.report_to:
-            raise ValueError(
-                "--hub_token on the command line would be recorded by wandb. Run `hf auth login` and leave it out."
-            )
+        check_ranges(self)
+        if self.hub_token and "wandb" in self.report_to:
+            raise ValueError("wandb records the command line and with it --hub_token: use `hf auth login` instead.")
         if (self.push_checkpoints or self.hub_model_id) and not self.push_to_hub:
             raise ValueError("--push_checkpoints and --hub_model_id need --push_to_hub.")
-        if self.push_checkpoints and not self.use_ema:
-            raise ValueError("--push_checkpoints pushes the EMA; it needs --use_ema.")
-        spaces = {METRICS[metric][0] for metric in self.eval_metrics}
-        if self.eval_steps and len(spaces) != 1:
-            raise ValueError(
-                f"--eval_metrics {' '.join(self.eval_metrics)} need {len(spaces)} feature networks; during training one is "
-                "kept beside the model. Name metrics of one space; pipelines/evaluate.py measures in several."
-            )
-        if self.teacher_cache_dir is not None and (self.streaming or not self.center_crop):
-            raise ValueError(
-                "--teacher_cache_dir keeps features of images that come again: it needs --center_crop and no --streaming."
-            )
-        if self.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
-            raise ValueError("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes.")
         if self.streaming and (self.max_train_steps is None or self.lr_warmup_steps is None):
             raise ValueError("The length of a stream is unknown: give --max_train_steps and --lr_warmup_steps.")
+        if self.teacher_cache_dir is not None and (self.streaming or not self.center_crop):
+            raise ValueError("--teacher_cache_dir needs --center_crop and no --streaming.")
+        if self.eval_steps and len({METRICS[metric][0] for metric in self.eval_metrics}) > 1:
+            raise ValueError(
+                f"--eval_metrics {' '.join(self.eval_metrics)} need several feature networks; training keeps one in "
+                "memory. Choose metrics of one network, and use pixelrepa-evaluate for the others."
+            )
+        if self.eval_steps and self.eval_reference is None and self.eval_metrics != ["inception_score"]:
+            raise ValueError(
+                f"--eval_metrics {' '.join(self.eval_metrics)} need --eval_reference, statistics of real images. "
+                "Compute them with pixelrepa-prepare-reference."
+            )
 
     def saved(self) -> dict:
-        """What may be written to disk or sent to a tracker: everything but the token."""
+        """Arguments that may be written to disk or sent to a tracker: all but the token."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name != "hub_token"}
 
     def global_batch_size(self, num_processes: int) -> int:
-        """Images of an optimizer step."""
+        """Images per optimizer step."""
         return self.train_batch_size * self.gradient_accumulation_steps * num_processes
 
     def resolved_learning_rate(self, num_processes: int) -> float:
-        """The peak learning rate; with --scale_lr, --learning_rate is that of 256 images per step."""
+        """Peak learning rate."""
         return self.learning_rate * (self.global_batch_size(num_processes) / 256 if self.scale_lr else 1)
 
     def resolved_steps(self, steps_per_epoch: int | None) -> tuple[int, int]:
-        """(optimizer steps, warm-up steps); a warm-up not given is five epochs, as published."""
+        """(optimizer steps, warmup steps); the default warmup is five epochs, as published."""
         total = self.max_train_steps or self.num_train_epochs * steps_per_epoch
         warmup = 5 * steps_per_epoch if self.lr_warmup_steps is None else self.lr_warmup_steps
         return total, warmup
 
     def aligns(self, step: int) -> bool:
-        """Whether there is an alignment loss in the step that follows `step` others."""
-        ends = self.stop_alignment_after_step
-        return self.objective != "none" and (ends is None or step < ends)
+        """Whether the step after `step` completed steps has an alignment loss."""
+        last = self.stop_alignment_after_step
+        return self.objective != "none" and (last is None or step < last)
 
-    def doubts(self, steps: int, warmup: int) -> list[str]:
-        """What is allowed and rarely meant, of a run of so many steps and warm-up steps."""
-        doubts = []
+    def warnings(self, steps: int, warmup: int) -> list[str]:
+        """Warnings about settings that are valid but rarely intended."""
+        warnings = []
         if warmup >= steps and self.lr_scheduler != "constant":
-            doubts.append(
-                f"The warm-up of {warmup} steps outlasts the {steps} steps of the run, whose learning rate never reaches "
-                "its peak: give --lr_warmup_steps."
+            warnings.append(
+                f"The warmup ({warmup} steps) is not shorter than the run ({steps} steps): the learning rate never "
+                "reaches its peak. Set --lr_warmup_steps."
             )
-        start = self.ema_decays[0] ** steps if self.use_ema else 0.0
-        if start > 0.1:
-            doubts.append(
-                f"After {steps} steps {start:.0%} of the average that is sampled and published (decay "
-                f"{self.ema_decays[0]}) are still the initial weights: give smaller --ema_decays, such as "
-                f"{max(0.0, round(1 - 5 / steps, 4))}."
+        initial_weights = self.ema_decays[0] ** steps if self.use_ema else 0.0
+        if initial_weights > 0.1:
+            decay = f"smaller --ema_decays, such as {1 - 5 / steps:.4f}"
+            warnings.append(
+                f"After {steps} steps the EMA weights with decay {self.ema_decays[0]}, which are sampled and published, "
+                f"still consist of {initial_weights:.0%} initial weights. Set {decay if steps > 10 else '--use_ema false'}."
             )
-        return doubts
+        return warnings
 
 
 def parse_arguments(argv: list[str] | None = None) -> TrainingArguments:
     """
-    Reads the command line and, with `--config FILE`, a YAML file of the same names; the command line wins.
+    Parse the command line and, with `--config FILE`, a YAML file of the same names. The command line takes precedence.
+
+    A file may name another one as its `base`, relative to itself, and lists only what differs.
 
     Raises:
-        SystemExit: on an unknown name or a value of the wrong type, in the file as on the command line.
+        SystemExit: With status 2 and a message, for unknown names and wrong values on the command line or in a file.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     for title, group in GROUPS.items():
         group._argument_group_name = title
-    parser = HfArgumentParser(
-        list(GROUPS.values()), description="Train a JiT with PixelREPA.", allow_abbrev=False, add_help=True
-    )
-    parser.add_argument("--config", help="A YAML file of arguments; the command line wins over it.")
-    config = parser.parse_known_args([arg for arg in argv if arg not in ("-h", "--help")])[0].config
+    parser = HfArgumentParser(list(GROUPS.values()), description="Train a JiT with PixelREPA.", allow_abbrev=False)
+    parser.add_argument("--config", help="YAML file of arguments; the command line takes precedence.")
+    config = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])[0].config
     if config is not None:
-        argv = [*_yaml_to_argv(Path(config), parser), *argv]
+        try:
+            argv = [*_to_argv(_read_config(Path(config))), *argv]
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            parser.error(f"--config {config}: {error}")
     *groups, _, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if unknown:
         parser.error(f"unknown arguments: {' '.join(unknown)}. See --help.")
-    merged = {name: value for group in groups for name, value in vars(group).items()}
     try:
-        return TrainingArguments(**merged)
-    except (ValueError, KeyError) as error:
-        parser.error(error.args[0])
+        return TrainingArguments(**{name: value for group in groups for name, value in vars(group).items()})
+    except ValueError as error:
+        parser.error(str(error))
 
 
-def _yaml_to_argv(path: Path, parser: HfArgumentParser) -> list[str]:
-    """The file as command-line words, so that both pass the same checks."""
-    if not path.is_file():
-        parser.error(f"--config {path} is not a file.")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, or no such date
-        parser.error(f"{path} is no YAML file of `name: value` lines: {error}")
+def _read_config(path: Path) -> dict:
+    values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     if not isinstance(values, dict):
-        parser.error(f"{path} must hold `name: value` lines, got {type(values).__name__}.")
-    known = {name for group in GROUPS.values() for name in group.__dataclass_fields__}
-    unknown = sorted(map(str, set(values) - known))
-    if unknown:
-        parser.error(f"{path} has unknown arguments: {', '.join(unknown)}.")
+        raise ValueError(f"{path} must consist of `name: value` lines.")
+    base = values.pop("base", None)
+    if unknown := values.keys() - {field.name for field in dataclasses.fields(TrainingArguments)}:
+        raise ValueError(f"{path} has unknown arguments: {', '.join(map(str, unknown))}.")
+    return values if base is None else {**_read_config(path.parent / base), **values}
+
+
+def _to_argv(values: dict) -> list[str]:
     argv = []
     for name, value in values.items():
-        if isinstance(value, dict) or (
-            isinstance(value, list) and any(isinstance(item, dict | list) for item in value)
-        ):
-            parser.error(
-                f"{path}: {name} must be a value or a list of values, it holds a {type(value).__name__} of more."
-            )
         if value is not None:
             argv += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return argv

@@ -1,22 +1,26 @@
-"""What a run trains and how: transformer, teacher, projector, objective and optimizer, built from the arguments."""
+"""Build transformer, teacher, projector, objective and optimizer from the arguments."""
 
 from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
 
 import torch
 from accelerate.logging import get_logger
 
 from ..adapter import ConvProjector, MaskedTransformerAdapter, MLPProjector
 from ..objective import PixelREPAObjective
+from ..pipeline_pixelrepa import PixelREPAPipeline
 from ..presets import get_preset
 from ..teacher import SemanticTeacher
 from ..transformer_jit import JiTBlock, JiTTransformer2DModel
 from .arguments import TrainingArguments
-from .reporting import pipeline_config
 
 
 logger = get_logger(__name__)
 
-# Arguments of the transformer that the command line may name.
+# Transformer settings that the command line may override.
 TRANSFORMER_ARGUMENTS = (
     "patch_size", "num_layers", "num_attention_heads", "attention_head_dim", "bottleneck_dim", "in_context_len",
     "in_context_start", "dropout", "noise_scale", "t_eps",
@@ -25,21 +29,26 @@ TRANSFORMER_ARGUMENTS = (
 
 def transformer_config(args: TrainingArguments, num_classes: int) -> dict:
     """
-    The preset, overridden by whatever the command line names; or the pretrained transformer's, of which the command line
-    may change what is no matter of shape.
+    Return the transformer's configuration: the preset with the overrides of the command line, or the pretrained one, of
+    which only non-architectural settings may be overridden.
     """
-    given = {name: getattr(args, name) for name in TRANSFORMER_ARGUMENTS if getattr(args, name) is not None}
+    overrides = {name: getattr(args, name) for name in TRANSFORMER_ARGUMENTS if getattr(args, name) is not None}
     if args.resolution is not None:
-        given["sample_size"] = args.resolution
+        overrides["sample_size"] = args.resolution
     source = args.pretrained_model_name_or_path
     if source is None:
-        return {**get_preset(args.preset).transformer_config(), **given, "num_classes": num_classes}
+        return {**get_preset(args.preset).transformer_config(), **overrides, "num_classes": num_classes}
+    if Path(source).exists() and not (Path(source) / "transformer" / "config.json").is_file():
+        raise ValueError(
+            f"--pretrained_model_name_or_path {source} is neither a pipeline nor a checkpoint: give RUN/pipeline or "
+            "RUN/checkpoint-N of a run; convert a published .pth file with pixelrepa-convert first."
+        )
     config = JiTTransformer2DModel.load_config(source, subfolder="transformer", revision=args.revision)
-    for name, value in given.items():
+    for name, value in overrides.items():
         if value != config[name] and name not in ("dropout", "noise_scale", "t_eps"):
             flag = "resolution" if name == "sample_size" else name
             raise ValueError(f"--{flag} is {value}, but {source} was trained with {config[name]}: leave it out.")
-    return {**config, **given, "num_classes": num_classes}
+    return {**config, **overrides, "num_classes": num_classes}
 
 
 def build_transformer(args: TrainingArguments, num_classes: int) -> JiTTransformer2DModel:
@@ -49,14 +58,21 @@ def build_transformer(args: TrainingArguments, num_classes: int) -> JiTTransform
 def build_teacher(args: TrainingArguments, config: dict, device: torch.device) -> SemanticTeacher | None:
     if args.objective == "none":
         return None
-    return SemanticTeacher.from_pretrained(
-        args.teacher_model_name_or_path,
-        grid_size=config["sample_size"] // config["patch_size"],
-        image_size=config["sample_size"],
-        mode=args.teacher_mode,
-        dtype=torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32,
-        revision=args.teacher_revision,
-    ).to(device)
+    try:
+        teacher = SemanticTeacher.from_pretrained(
+            args.teacher_model_name_or_path,
+            grid_size=config["sample_size"] // config["patch_size"],
+            image_size=config["sample_size"],
+            mode=args.teacher_mode,
+            dtype=torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32,
+            revision=args.teacher_revision,
+        )
+    except OSError as error:
+        raise OSError(
+            f"The teacher could not be loaded: {error}\nSet --teacher_model_name_or_path to a folder or Hub id of a "
+            "vision encoder, or train plain JiT without a teacher: --objective none."
+        ) from error
+    return teacher.to(device)
 
 
 def build_projector(args: TrainingArguments, config: dict, teacher_dim: int) -> torch.nn.Module | None:
@@ -82,54 +98,9 @@ def build_projector(args: TrainingArguments, config: dict, teacher_dim: int) -> 
             )
 
 
-def load_pretrained(args: TrainingArguments, part: str, model: torch.nn.Module) -> None:
-    """Takes over the weights of `part` of the pretrained pipeline, where other classes are learnt all but theirs."""
-    source = args.pretrained_model_name_or_path
-    trained = type(model).from_pretrained(source, subfolder=part, revision=args.revision)
-    state, num_classes = trained.state_dict(), model.config.get("num_classes")
-    if trained.config.get("num_classes") != num_classes:
-        logger.warning(
-            f"The {part} of {source} knows {trained.config.num_classes} classes, the data have {num_classes}: its class "
-            "embedding starts anew."
-        )
-        name = "conditioning.class_embedding.weight"
-        state[name] = model.state_dict()[name]
-    model.load_state_dict(state)
-
-
-def load_pretrained_projector(args: TrainingArguments, projector: torch.nn.Module) -> None:
-    """Goes on with the projector beside the pretrained transformer where there is one that fits, and says so."""
-    source = args.pretrained_model_name_or_path
-    try:
-        config = type(projector).load_config(source, subfolder="adapter", revision=args.revision)
-    except OSError as error:
-        logger.warning(f"{source} has no adapter, a new one is trained ({error}).")
-        return
-    shape = {name: value for name, value in projector.config.items() if name[0] != "_" and name != "num_classes"}
-    needed = {"_class_name": type(projector).__name__, **shape}
-    other = [
-        f"{name} {config.get(name)}, needed is {needed[name]}" for name in needed if config.get(name) != needed[name]
-    ]
-    if other:
-        logger.warning(f"The adapter of {source} does not fit ({', '.join(other)}): a new one is trained.")
-        return
-    load_pretrained(args, "adapter", projector)
-    logger.info(f"Goes on with the adapter of {source}.")
-
-
-def compare_classes(args: TrainingArguments, id2label: dict[str, str] | None) -> None:
-    """Warns where the pretrained pipeline calls as many classes by other names: each goes on from that of its number."""
-    source = args.pretrained_model_name_or_path
-    known = pipeline_config(source, args.revision).get("id2label")
-    if known and id2label and len(known) == len(id2label) and known != id2label:
-        number = next(number for number in id2label if known.get(number) != id2label[number])
-        logger.warning(
-            f"The classes of {source} have other names than those of the data (class {number}: {known.get(number)!r}, "
-            f"here {id2label[number]!r}). Each class goes on from the embedding of its number: check the order."
-        )
-
-
-def build_objective(args: TrainingArguments, transformer: JiTTransformer2DModel, projector) -> PixelREPAObjective:
+def build_objective(
+    args: TrainingArguments, transformer: JiTTransformer2DModel, projector: torch.nn.Module | None
+) -> PixelREPAObjective:
     return PixelREPAObjective(
         transformer,
         projector,
@@ -139,17 +110,8 @@ def build_objective(args: TrainingArguments, transformer: JiTTransformer2DModel,
     )
 
 
-def compile_blocks(objective: PixelREPAObjective) -> None:
-    """Compiles every block, the projector's too, in place."""
-    # It would cut each block's graph where DDP's gradient buckets end; blocks are short enough to overlap as they are.
-    torch._dynamo.config.optimize_ddp = False
-    for block in objective.modules():
-        if isinstance(block, JiTBlock):
-            block.compile(fullgraph=True)
-
-
 def apply_switches(args: TrainingArguments, objective: PixelREPAObjective) -> None:
-    """Checkpointing, attention kernel, compilation: how the objective is computed, not what."""
+    """Enable gradient checkpointing, an attention backend and compilation."""
     if args.gradient_checkpointing:
         objective.transformer.enable_gradient_checkpointing()
         if isinstance(objective.projector, MaskedTransformerAdapter):
@@ -160,16 +122,119 @@ def apply_switches(args: TrainingArguments, objective: PixelREPAObjective) -> No
         compile_blocks(objective)
 
 
-def build_optimizer(args: TrainingArguments, objective: PixelREPAObjective, learning_rate: float):
-    """AdamW; biases and norm weights are never decayed."""
+def compile_blocks(objective: PixelREPAObjective) -> None:
+    """Compile every block of transformer and projector in place."""
+    # DDP's optimizer would split each block's graph at the gradient buckets; blocks are short enough to overlap whole.
+    torch._dynamo.config.optimize_ddp = False
+    for block in objective.modules():
+        if isinstance(block, JiTBlock):
+            block.compile(fullgraph=True)
+
+
+def build_optimizer(
+    args: TrainingArguments, objective: PixelREPAObjective, learning_rate: float
+) -> torch.optim.Optimizer:
+    """AdamW without weight decay for biases and norm weights."""
     parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": args.adam_weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
     settings = {"lr": learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
-    if not args.use_8bit_adam:
-        return torch.optim.AdamW(groups, fused=True, **settings)
-    import bitsandbytes  # not a dependency; the arguments have been checked for it
+    if args.use_8bit_adam:
+        import bitsandbytes  # optional dependency
 
-    return bitsandbytes.optim.AdamW8bit(groups, **settings)
+        return bitsandbytes.optim.AdamW8bit(groups, **settings)
+    return torch.optim.AdamW(groups, fused=True, **settings)
+
+
+# ---------------------------------------------------------------------------------------------------------- fine-tuning
+
+
+@functools.cache
+def pretrained_settings(name_or_path: str, revision: str | None) -> dict:
+    """Class names and guidance saved with a pipeline, or with a checkpoint in progress.json."""
+    progress = Path(name_or_path) / "progress.json"
+    if progress.is_file():
+        return json.loads(progress.read_text(encoding="utf-8")).get("pipeline", {})
+    try:
+        return PixelREPAPipeline.load_config(name_or_path, revision=revision)
+    except OSError as error:
+        logger.warning(f"{name_or_path} has no class names and no guidance, the preset's guidance is used ({error}).")
+        return {}
+
+
+def load_pretrained(
+    args: TrainingArguments,
+    transformer: JiTTransformer2DModel,
+    projector: torch.nn.Module | None,
+    id2label: dict[str, str] | None,
+) -> None:
+    """Load the pretrained transformer, and the pretrained projector if there is one of the same architecture."""
+    source = args.pretrained_model_name_or_path
+    _load_weights(args, "transformer", transformer, id2label)
+    if projector is None:
+        return
+    try:
+        config = projector.load_config(source, subfolder="adapter", revision=args.revision)
+    except OSError as error:
+        logger.warning(f"{source} has no adapter: a new one is trained ({error}).")
+        return
+    needed = {"_class_name": type(projector).__name__} | {
+        name: value for name, value in projector.config.items() if not name.startswith("_") and name != "num_classes"
+    }
+    differences = [
+        f"{name}: {config.get(name)}, not {value}" for name, value in needed.items() if config.get(name) != value
+    ]
+    if differences:
+        logger.warning(f"The adapter of {source} does not fit ({', '.join(differences)}): a new one is trained.")
+        return
+    _load_weights(args, "adapter", projector, id2label)
+    logger.info(f"Loaded the adapter of {source}.")
+
+
+def _load_weights(
+    args: TrainingArguments, subfolder: str, model: torch.nn.Module, id2label: dict[str, str] | None
+) -> None:
+    source = args.pretrained_model_name_or_path
+    state = type(model).from_pretrained(source, subfolder=subfolder, revision=args.revision).state_dict()
+    name = "conditioning.class_embedding.weight"
+    if name in state:
+        known = pretrained_settings(source, args.revision).get("id2label") or {}
+        state[name] = _match_classes(state[name], model.state_dict()[name], known, id2label or {}, source)
+    model.load_state_dict(state)
+
+
+def _match_classes(
+    pretrained: torch.Tensor, initial: torch.Tensor, known: dict[str, str], id2label: dict[str, str], source: str
+) -> torch.Tensor:
+    """
+    Return the class embedding for the classes of the data.
+
+    A class takes the pretrained row of its name. Without one it takes the row of its number if the numbers of classes
+    agree, and keeps its initialization otherwise. The last row is the null class.
+    """
+    num_classes, same_number = len(initial) - 1, len(initial) == len(pretrained)
+    rows = {name: int(number) for number, name in known.items()}
+    embedding = initial.clone()
+    embedding[-1] = pretrained[-1]
+    unmatched = []
+    for number in range(num_classes):
+        name = id2label.get(str(number))
+        row = rows.get(name, number if same_number else None)
+        if row is not None:
+            embedding[number] = pretrained[row]
+        if name not in rows:
+            unmatched.append(number)
+    if unmatched and same_number and known and id2label:
+        number = str(unmatched[0])
+        logger.warning(
+            f"The classes of {source} have other names than those of the data (class {number}: {known[number]!r}, here "
+            f"{id2label[number]!r}). Such a class takes the embedding of its number: check the order."
+        )
+    elif unmatched and not same_number:
+        logger.warning(
+            f"{source} has {len(pretrained) - 1} classes, the data have {num_classes}: {len(unmatched)} class embeddings "
+            "without a match by name start from their initialization."
+        )
+    return embedding

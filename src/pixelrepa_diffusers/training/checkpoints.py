@@ -1,11 +1,10 @@
-"""Checkpoints: what is in them, and folders that are complete or absent however a run ends."""
+"""Atomic training checkpoints, from which interrupted runs resume bit-exactly."""
 
 from __future__ import annotations
 
 import json
 import pickle
 import re
-from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
@@ -13,110 +12,92 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import DistributedType
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from .. import JiTTransformer2DModel
 from ..ema import ConstantDecayEMA
 from ..files import DamagedFolderError, discard_folder, verify_folder, write_folder
-from ..objective import PixelREPAObjective
+from ..transformer_jit import JiTTransformer2DModel
 from .arguments import BookkeepingArguments, TrainingArguments
 
 
 logger = get_logger(__name__)
 
-_NAME = re.compile(r"checkpoint-(\d+)")
-
-
-def checkpoint_step(folder: Path) -> int:
-    """The step in the name `checkpoint-N`."""
-    match = _NAME.fullmatch(folder.name)
-    if match is None:
-        raise ValueError(f"{folder} is not a checkpoint: its name must be checkpoint-N.")
-    return int(match[1])
-
-
-def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Checkpoints of a run, oldest first."""
-    found = [path for path in output_dir.glob("checkpoint-*") if path.is_dir() and _NAME.fullmatch(path.name)]
-    return sorted(found, key=checkpoint_step)
-
-
-def find_checkpoint(output_dir: Path, resume: str | None, warn: Callable[[str], None]) -> Path | None:
-    """
-    The verified checkpoint to resume from, or `None` for a fresh start.
-
-    Args:
-        output_dir: The run's folder.
-        resume: `None`; "latest", the newest undamaged checkpoint of `output_dir`; or the path of one.
-        warn: Told of each damaged checkpoint that is passed over.
-
-    Raises:
-        FileNotFoundError: for a path that does not exist.
-        DamagedFolderError: for a path to a damaged checkpoint, or when "latest" finds only damaged ones.
-        FileExistsError: when nothing is to be resumed but the folder holds checkpoints, or when a path is and the folder
-            holds others that are as far or further.
-    """
-
-    def undamaged(folder: Path) -> bool:
-        try:
-            verify_folder(folder)
-        except DamagedFolderError as error:
-            warn(str(error))
-            return False
-        return True
-
-    existing = list_checkpoints(output_dir)
-    if resume is None:
-        if existing:
-            raise FileExistsError(
-                f"{output_dir} already holds {existing[-1].name}. Continue with --resume_from_checkpoint latest, or "
-                "choose another --output_dir."
-            )
-        return None
-    if resume != "latest":
-        folder = Path(resume)
-        if not folder.is_dir():
-            raise FileNotFoundError(f"--resume_from_checkpoint {resume} does not exist.")
-        step = checkpoint_step(folder)
-        verify_folder(folder)
-        # The run would write these steps again, and until it has, "latest" would go on from the others.
-        ahead = [path for path in existing if checkpoint_step(path) >= step and not path.samefile(folder)]
-        ahead = [path for path in ahead if undamaged(path)]  # "latest" passes over the damaged ones
-        if ahead:
-            raise FileExistsError(
-                f"{output_dir} already holds {ahead[-1].name}, which {folder} is to be continued beside. Move "
-                f"{', '.join(path.name for path in ahead)} away, or choose another --output_dir."
-            )
-        return folder
-    for folder in reversed(existing):
-        if undamaged(folder):
-            return folder
-    if existing:
-        raise DamagedFolderError(f"All {len(existing)} checkpoints in {output_dir} are damaged.")
-    return None
-
-
-def prune(output_dir: Path, limit: int | None) -> None:
-    """Discards the oldest checkpoints beyond `limit`; call it after the newest is in place."""
-    if limit is not None:
-        for folder in list_checkpoints(output_dir)[:-limit]:
-            discard_folder(folder)
-
-
-# ------------------------------------------------------------------------------------------------------ what is in them
-
-# Arguments in which a run and its continuation may differ without a word.
-_FREE = {field.name for field in fields(BookkeepingArguments)} | {
+# Arguments that may change at a resume without a warning.
+_FREE_ARGUMENTS = {field.name for field in fields(BookkeepingArguments)} | {
     "dataloader_num_workers",
     "max_train_steps",
     "cache_dir",
 }
 
 
+def checkpoint_step(folder: Path) -> int:
+    """Return N of `checkpoint-N`."""
+    match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
+    if match is None:
+        raise ValueError(f"{folder} is not a checkpoint: its name must be checkpoint-N.")
+    return int(match[1])
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """Return the checkpoints of a run, oldest first."""
+    found = [path for path in output_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
+    return sorted(found, key=checkpoint_step)
+
+
+def find_checkpoint(output_dir: Path, resume: str | None) -> Path | None:
+    """
+    Return the verified checkpoint to resume from, or `None` to start from scratch.
+
+    Args:
+        output_dir (`Path`): Folder of the run.
+        resume (`str`, *optional*): "latest", the newest intact checkpoint of `output_dir`; or a checkpoint, as a path or
+            as a name in `output_dir`.
+
+    Raises:
+        FileNotFoundError: If the given checkpoint does not exist.
+        DamagedFolderError: If the given checkpoint is damaged, or all that "latest" finds.
+        FileExistsError: If the run would overwrite checkpoints.
+    """
+    existing = list_checkpoints(output_dir)
+    if resume is None:
+        if existing:
+            raise FileExistsError(
+                f"{output_dir} already contains {existing[-1].name}. Continue with --resume_from_checkpoint latest, or "
+                "choose another --output_dir."
+            )
+        return None
+    if resume == "latest":
+        intact = next(filter(_is_intact, reversed(existing)), None)
+        if existing and intact is None:
+            raise DamagedFolderError(f"All {len(existing)} checkpoints in {output_dir} are damaged.")
+        return intact
+    folder = Path(resume) if Path(resume).is_dir() else output_dir / resume
+    if not folder.is_dir():
+        raise FileNotFoundError(f"--resume_from_checkpoint {resume} does not exist.")
+    step = checkpoint_step(folder)
+    verify_folder(folder)
+    # The run would write these steps again; until then, "latest" would resume from the wrong ones.
+    later = [path for path in existing if checkpoint_step(path) >= step and not path.samefile(folder)]
+    if later := list(filter(_is_intact, later)):
+        raise FileExistsError(
+            f"{output_dir} already contains {later[-1].name}, which is not older than {folder}. Move "
+            f"{', '.join(path.name for path in later)} away, or choose another --output_dir."
+        )
+    return folder
+
+
+def _is_intact(folder: Path) -> bool:
+    try:
+        verify_folder(folder)
+    except DamagedFolderError as error:
+        logger.warning(str(error))
+        return False
+    return True
+
+
 def with_weights(config: dict, weights: dict[str, torch.Tensor]) -> JiTTransformer2DModel:
-    """A transformer that uses the given tensors themselves as its weights."""
+    """Build a transformer around existing tensors, without copying them."""
     with torch.device("meta"):
         transformer = JiTTransformer2DModel.from_config(config)
     transformer.load_state_dict(weights, assign=True)
@@ -125,22 +106,31 @@ def with_weights(config: dict, weights: dict[str, torch.Tensor]) -> JiTTransform
 
 class Checkpointer:
     """
-    Saves and restores all that a run needs to go on as if it had never stopped.
+    Save and load everything a bit-exact resume needs, the frozen teacher excepted.
 
-    A checkpoint holds `transformer/`, a loadable `transformer_ema_DECAY/` for every average, `adapter/` (of a baseline: its projector), the
-    optimizer, loss scale and generators as accelerate saves them, and `progress.json`: step (of which the learning rate
-    is a function), data position and resolved arguments. The teacher is in none of it.
+    A checkpoint contains `transformer/`, `transformer_ema_DECAY/` for every EMA and `adapter/` (the projector) as diffusers
+    folders; optimizer, gradient scaler and random states as written by accelerate; and `progress.json`: step, position in
+    the data, arguments, class names and guidance. The learning rate is a function of the step.
+
+    Args:
+        args (`TrainingArguments`): Arguments of the run.
+        accelerator (`Accelerator`): Accelerator of the run.
+        objective (`torch.nn.Module`): Objective, as prepared by the accelerator.
+        ema (`ConstantDecayEMA`, *optional*): EMA weights.
+        optimizer (`torch.optim.Optimizer`): Optimizer, as prepared by the accelerator.
+        pipeline_config (`dict`): `id2label`, `guidance_scale` and `guidance_interval` of the run's pipeline.
     """
 
     def __init__(
         self,
         args: TrainingArguments,
         accelerator: Accelerator,
-        objective: PixelREPAObjective,
+        objective: torch.nn.Module,
         ema: ConstantDecayEMA | None,
         optimizer: torch.optim.Optimizer,
+        pipeline_config: dict,
     ):
-        self.args, self.accelerator = args, accelerator
+        self.args, self.accelerator, self.pipeline_config = args, accelerator, pipeline_config
         self.objective, self.ema, self.optimizer = objective, ema, optimizer
         self.sharded = accelerator.distributed_type == DistributedType.FSDP
         if not self.sharded:
@@ -149,7 +139,7 @@ class Checkpointer:
             accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
 
     def save(self, step: int, loader_state: dict) -> Path:
-        """Writes checkpoint-STEP, on all processes together, and discards the oldest beyond the limit."""
+        """Write checkpoint-STEP, on all processes together, and delete the oldest beyond the limit."""
         output_dir = Path(self.args.output_dir)
         folder = output_dir / f"checkpoint-{step}"
         is_main = self.accelerator.is_main_process
@@ -157,115 +147,101 @@ class Checkpointer:
         def write(path: Path) -> None:
             self.accelerator.save_state(str(path))
             state = self.accelerator.get_state_dict(self.objective)
-            averages = {} if self.ema is None else {decay: self.ema.state_dict_for(decay) for decay in self.ema.decays}
+            emas = {} if self.ema is None else {decay: self.ema.state_dict_for(decay) for decay in self.ema.decays}
             if self.sharded:
-                averages = {
-                    decay: {name: shard.full_tensor() for name, shard in average.items()}
-                    for decay, average in averages.items()
+                emas = {
+                    decay: {name: shard.full_tensor() for name, shard in weights.items()}
+                    for decay, weights in emas.items()
                 }
             if not is_main:
                 return
             module = self.accelerator.unwrap_model(self.objective)
             config = module.transformer.config
-            with_weights(config, _part(state, "transformer.")).save_pretrained(path / "transformer")
-            for decay, average in averages.items():
-                with_weights(config, average).save_pretrained(path / f"transformer_ema_{decay}")
+            with_weights(config, _with_prefix(state, "transformer.")).save_pretrained(path / "transformer")
+            for decay, weights in emas.items():
+                with_weights(config, weights).save_pretrained(path / f"transformer_ema_{decay}")
             if module.projector is not None:
-                module.projector.save_pretrained(path / "adapter", state_dict=_part(state, "projector."))
+                module.projector.save_pretrained(path / "adapter", state_dict=_with_prefix(state, "projector."))
             progress = {
                 "step": step,
                 "loader": loader_state,
                 "ema_calls": None if self.ema is None else self.ema.num_calls,
                 "arguments": self.args.saved(),
+                "pipeline": self.pipeline_config,
             }
             (path / "progress.json").write_text(json.dumps(progress, indent=1), encoding="utf-8")
 
         write_folder(folder, write, is_main, self.accelerator.wait_for_everyone, manifest=True)
-        if is_main:
-            prune(output_dir, self.args.checkpoints_total_limit)
+        if is_main and self.args.checkpoints_total_limit is not None:
+            for old in list_checkpoints(output_dir)[: -self.args.checkpoints_total_limit]:
+                discard_folder(old)
         return folder
 
     def load(self, folder: Path) -> dict:
         """
-        Restores a verified checkpoint and returns its progress.json.
+        Load a verified checkpoint and return its progress.json.
 
-        A checksum tells damage, not intent: whoever writes the files writes the manifest. So nothing in a checkpoint may
-        run: weights are safetensors, and accelerate unpickles the optimizer and the generators with `weights_only=True`.
-        (Sharded checkpoints are torch.distributed.checkpoint's, which unpickles without that: resume those of your own.)
+        The checksums detect damage, not intent, so no content of a checkpoint is executed: weights are safetensors, and
+        accelerate unpickles the rest with `weights_only=True`. (Sharded checkpoints go through
+        torch.distributed.checkpoint, which does not: resume only your own.)
 
         Raises:
-            ValueError: for a checkpoint of another run, or one that is not what `save` writes.
+            ValueError: If the checkpoint belongs to a run with another model or optimizer; names the changed arguments.
         """
-        progress = _read_progress(folder / "progress.json")
-        for name, old in progress["arguments"].items():
-            new = getattr(self.args, name, old)
-            if name not in _FREE and new != old:
-                logger.warning(f"--{name} is {new} now and was {old} when {folder.name} was written.")
+        changes = []
         try:
-            if not self.sharded:
-                module = self.accelerator.unwrap_model(self.objective)
-                module.transformer.load_state_dict(_weights(folder / "transformer"))
-                if module.projector is not None:
-                    module.projector.load_state_dict(_weights(folder / "adapter"))
-            settings = [
-                {name: value for name, value in group.items() if name != "params"}
-                for group in self.optimizer.param_groups
+            progress = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
+            saved = progress["arguments"]
+            changes = [
+                f"--{name} {old} → {getattr(self.args, name)}"
+                for name, old in saved.items()
+                if name not in _FREE_ARGUMENTS and getattr(self.args, name, old) != old
             ]
-            self.accelerator.load_state(str(folder))
-            # accelerate counts micro-steps from the run before, which may have had others to an optimizer step.
-            self.accelerator.step = 0
-            # The saved state brings its own learning rate, betas and decay: those of the command line are in force.
-            for group, given in zip(self.optimizer.param_groups, settings, strict=True):
-                group.update(given, initial_lr=given["lr"])
-            if self.ema is not None:
-                averages = {decay: _weights(folder / f"transformer_ema_{decay}") for decay in self.ema.decays}
-                for decay, average in averages.items():
-                    for name, own in self.ema.state_dict_for(decay).items():
-                        if isinstance(own, DTensor):
-                            average[name] = distribute_tensor(average[name], own.device_mesh, own.placements)
-                self.ema.load_state_dict({"num_calls": progress["ema_calls"], "averages": averages})
+            if changes:
+                logger.warning(f"Arguments changed since {folder.name}: {', '.join(changes)}.")
+            self._load_weights(folder, progress)
         except pickle.UnpicklingError as error:
-            # torch's own message recommends to load the file unsafely.
+            # torch's own message recommends loading the file unsafely.
             refused = re.search(r"GLOBAL (\S+)", str(error))
             raise ValueError(
-                f"{folder} is refused: its optimizer.bin is damaged or asks for more than tensors and numbers"
-                + (f" (`{refused[1]}`)" if refused else "")
-                + ". Nothing of it was run. Resume from a checkpoint that this trainer wrote."
+                f"{folder} is refused: its optimizer.bin is damaged or contains more than tensors and numbers"
+                f"{f' ({refused[1]})' if refused else ''}. Nothing in it was executed."
             ) from None
-        except (RuntimeError, ValueError, TypeError, OSError, KeyError, AttributeError, SafetensorError) as error:
-            raise ValueError(
-                f"{folder} does not fit this run: {error} Resume with the arguments in its progress.json."
-            ) from error
+        except (RuntimeError, ValueError, TypeError, OSError, KeyError) as error:
+            changed = f" Arguments changed since: {', '.join(changes)}." if changes else ""
+            raise ValueError(f"{folder} does not fit this run.{changed} {error}") from error
         return progress
 
+    def _load_weights(self, folder: Path, progress: dict) -> None:
+        if not self.sharded:
+            module = self.accelerator.unwrap_model(self.objective)
+            module.transformer.load_state_dict(_read_weights(folder / "transformer"))
+            if module.projector is not None:
+                module.projector.load_state_dict(_read_weights(folder / "adapter"))
+        settings = [
+            {name: value for name, value in group.items() if name != "params"} for group in self.optimizer.param_groups
+        ]
+        self.accelerator.load_state(str(folder))
+        # accelerate continues counting micro-steps, of which the earlier run may have had others per optimizer step.
+        self.accelerator.step = 0
+        # The saved state contains learning rate, betas and decay; those of the command line take precedence.
+        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(own, initial_lr=own["lr"])
+        if self.ema is not None:
+            averages = {decay: _read_weights(folder / f"transformer_ema_{decay}") for decay in self.ema.decays}
+            for decay, weights in averages.items():
+                for name, own in self.ema.state_dict_for(decay).items():
+                    if isinstance(own, DTensor):
+                        weights[name] = distribute_tensor(weights[name], own.device_mesh, own.placements)
+            self.ema.load_state_dict({"num_calls": progress["ema_calls"], "averages": averages})
 
-def _read_progress(path: Path) -> dict:
-    try:
-        progress = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    kinds = {"step": int, "loader": dict, "ema_calls": int | None, "arguments": dict}
-    if not isinstance(progress, dict) or not all(
-        name in progress and isinstance(progress[name], kind) for name, kind in kinds.items()
-    ):
-        raise ValueError(f"{path} must hold {', '.join(kinds)}, as a checkpoint's does.")
-    if progress["step"] < 0:
-        raise ValueError(f"{path}: the step must be at least 0, got {progress['step']}.")
-    return progress
 
-
-def _part(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+def _with_prefix(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
-def _weights(folder: Path) -> dict[str, torch.Tensor]:
+def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise FileNotFoundError(f"{folder} holds no weights.")
-    tensors = {}
-    for file in files:
-        try:
-            tensors |= load_file(file)
-        except SafetensorError as error:
-            raise ValueError(f"{file} is no safetensors file: {error}.") from None
-    return tensors
+        raise FileNotFoundError(f"{folder} contains no weights.")
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}

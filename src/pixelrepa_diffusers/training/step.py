@@ -1,161 +1,128 @@
-"""One optimizer step: the random draws, the prepared batches, and the method."""
+"""One optimizer step: random draws, prefetched inputs, forward and backward, update of weights and EMAs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch.distributed.tensor import DTensor
 
 from ..ema import ConstantDecayEMA
 from ..objective import draw_keep_mask, draw_timesteps, drop_labels
-from ..transformer_jit import JiTTransformer2DModel
 from .arguments import TrainingArguments
 from .data import ImageLoader, draws, to_float
 
 
-# Keys of the draws made here; data.py has those of order, crops and flips.
+# Purposes of the draws made here and in the trainer; data.py has those of order, crops and flips.
 IMAGE_DRAWS, DROPOUT_DRAWS, WEIGHT_DRAWS = 101, 102, 103
 
 
-class NonFiniteLossError(RuntimeError):
-    """The loss became NaN or infinite; the message names the step, the images and the last good checkpoint."""
-
-
-class LossRecord:
-    """Losses of the steps since the last log, kept on the device, and the images they were of."""
-
-    def __init__(self, accelerator: Accelerator):
-        self.accelerator = accelerator
-        self.losses: list[torch.Tensor] = []
-        self.images: list[list[int]] = []
-
-    def __len__(self) -> int:
-        return len(self.losses)
-
-    def add(self, losses: torch.Tensor, images: list[int]) -> None:
-        """losses (3,): total, denoising, alignment."""
-        self.losses.append(losses)
-        self.images.append(images)
-
-    def clear(self) -> None:
-        self.losses.clear()
-        self.images.clear()
-
-    def check(self, step: int, last_checkpoint: Path | None) -> torch.Tensor:
-        """
-        (processes, steps, 3) on the host, after a look at each: the one place where the device is waited for.
-
-        Raises:
-            NonFiniteLossError: a loss is NaN or infinite; `step` is the last step's number.
-        """
-        losses = self.accelerator.gather(torch.stack(self.losses)[None]).cpu()
-        bad = (~losses.isfinite().all(dim=(0, 2))).nonzero()
-        if len(bad):
-            index = bad[0].item()
-            images = gather_object(self.images[index])
-            raise NonFiniteLossError(
-                f"The loss of step {step - len(self) + index + 1} is not finite. Its images (places in the data) were "
-                f"{sorted(images)}. The last good checkpoint is {last_checkpoint}: resume from it with a smaller "
-                "--learning_rate, --max_grad_norm 1, --mixed_precision bf16 or no, or --on_nonfinite skip."
-            )
-        return losses
-
-
-def draw(args: TrainingArguments, batch: dict, step: int, num_tokens: int, num_classes: int, device) -> dict:
+def draw(
+    args: TrainingArguments, batch: dict, step: int, num_tokens: int, num_classes: int, device: torch.device
+) -> dict:
     """
-    Times, dropped labels, keep mask and noise of a batch: functions of (seed, step, image) and of the kind of
-    device, on which the noise is made.
+    Draw timesteps, dropped labels, keep masks and noise of a batch.
+
+    They depend on (seed, step, image) and on the kind of device, on which the noise is made, but not on how images are
+    distributed over batches and processes.
     """
-    timesteps, labels, keep, seeds = [], [], [], []
+    timesteps, labels, keep_masks, noise_seeds = [], [], [], []
     for index, label in zip(batch["index"].tolist(), batch["class_labels"], strict=True):
-        small, large = draws(args.seed, step, index, purpose=IMAGE_DRAWS, count=2)
-        generator = torch.Generator().manual_seed(int(small))
+        seed, noise_seed = draws(args.seed, step, index, purpose=IMAGE_DRAWS, count=2)
+        generator = torch.Generator().manual_seed(int(seed))
         timesteps.append(draw_timesteps(1, generator, args.P_mean, args.P_std))
         labels.append(drop_labels(label[None], num_classes, generator, args.label_drop_prob))
-        keep.append(draw_keep_mask(1, num_tokens, generator, args.mask_ratio))
-        seeds.append(int(large))
+        keep_masks.append(draw_keep_mask(1, num_tokens, generator, args.mask_ratio))
+        noise_seeds.append(int(noise_seed))
+
     noise = torch.empty(batch["pixel_values"].shape, device=device)
     generator = torch.Generator(device)
-    for image, seed in zip(noise, seeds, strict=True):
-        image.normal_(generator=generator.manual_seed(seed))
+    for image_noise, noise_seed in zip(noise, noise_seeds, strict=True):
+        image_noise.normal_(generator=generator.manual_seed(noise_seed))
 
-    def send(parts: list[torch.Tensor]) -> torch.Tensor:
+    def to_device(parts: list[torch.Tensor]) -> torch.Tensor:
         whole = torch.cat(parts)
         return (whole.pin_memory() if device.type == "cuda" else whole).to(device, non_blocking=True)
 
     return {
-        "class_labels": send(labels),
-        "timestep": send(timesteps),
+        "class_labels": to_device(labels),
+        "timestep": to_device(timesteps),
         "noise": noise,
-        "keep_mask": send(keep) if args.objective == "pixelrepa" else None,
+        "keep_mask": to_device(keep_masks) if args.objective == "pixelrepa" else None,
     }
 
 
 def prepared_batches(
-    args, loader: ImageLoader, teach: Callable | None, step: int, num_tokens: int, num_classes: int, device
-) -> Iterator:
+    args: TrainingArguments,
+    loader: ImageLoader,
+    teach: Callable[[torch.Tensor, dict], torch.Tensor] | None,
+    step: int,
+    num_tokens: int,
+    num_classes: int,
+    device: torch.device,
+) -> Iterator[tuple[dict, dict]]:
     """
-    Batches with everything the objective takes, on the device, and what the trainer remembers about each.
+    Yield (inputs of the objective on the device, metadata) for every micro-step, endlessly.
 
-    On a GPU copies, draws and the teacher run on their own stream one batch ahead, beside the student's work on the
-    batch before. The teacher is frozen, so nothing it is given depends on the student.
+    On a GPU, copies, draws and the teacher run one batch ahead on a side stream, in parallel with the student. The
+    teacher is frozen, so this changes no result.
 
-    `teach` makes features of pixels and of the batch they are from; None for plain JiT.
+    Args:
+        args (`TrainingArguments`): Arguments of the run.
+        loader (`ImageLoader`): Source of the batches.
+        teach (`Callable`, *optional*): Maps pixel values and their batch to teacher features; None for plain JiT.
+        step (`int`): Number of completed optimizer steps.
+        num_tokens (`int`): Patch tokens per image.
+        num_classes (`int`): Number of classes.
+        device (`torch.device`): Device of the student.
     """
-    stream = torch.cuda.Stream() if device.type == "cuda" else None
 
     def prepare(batch: dict, step: int) -> tuple[dict, dict]:
-        about = {
+        metadata = {
             "index": batch["index"].tolist(),
             "skipped": int(batch["skipped"].sum()),
-            "loader": loader.state_dict(),  # read now: the loader will be a batch ahead when this one is used
+            "loader": loader.state_dict(),  # read now: once this batch is used, the loader is one further
         }
         inputs = draw(args, batch, step, num_tokens, num_classes, device)
         inputs["pixel_values"] = to_float(batch["pixel_values"].to(device, non_blocking=True))
-        taught = teach is not None and args.aligns(step)
-        inputs["teacher_features"] = teach(inputs["pixel_values"], batch) if taught else None
-        return inputs, about
+        aligns = teach is not None and args.aligns(step)
+        inputs["teacher_features"] = teach(inputs["pixel_values"], batch) if aligns else None
+        return inputs, metadata
 
-    def numbered() -> Iterator[tuple[dict, int]]:
-        for number, batch in enumerate(loader):
-            yield batch, step + number // args.gradient_accumulation_steps
-
-    if stream is None:
-        for batch, number in numbered():
-            yield prepare(batch, number)
-        return
-
-    ahead = None
-    for batch, number in numbered():
-        with torch.cuda.stream(stream):
-            following = prepare(batch, number)
-        if ahead is not None:
-            yield ahead
+    side_stream = torch.cuda.Stream() if device.type == "cuda" else None
+    prefetched = None
+    for number, batch in enumerate(loader):
+        batch_step = step + number // args.gradient_accumulation_steps
+        if side_stream is None:
+            yield prepare(batch, batch_step)
+            continue
+        with torch.cuda.stream(side_stream):
+            following = prepare(batch, batch_step)
+        if prefetched is not None:
+            yield prefetched
         # The student's stream waits for the side stream on the device; the host does not.
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(side_stream)
         for tensor in following[0].values():
             if tensor is not None:
                 tensor.record_stream(torch.cuda.current_stream())
-        ahead = following
+        prefetched = following
 
 
 @dataclass
-class Step:
+class StepResult:
     """
-    What an optimizer step leaves behind; on the device, until someone logs it.
+    Result of one optimizer step. Tensors stay on the device.
 
-    Attributes:
-        losses: (3,): total, denoising and alignment loss (0 where there is none), means over the micro-steps.
-        images: places in the data of this process's images.
-        skipped_images: how many of this process's images could not be read and were replaced.
-        grad_norm: before clipping, where it was asked for.
-        skipped: the gradient was not finite, and nothing was changed.
-        position: of the loader, behind the step's images.
+    Args:
+        losses (`torch.Tensor` of shape `(3,)`): Total, denoising and alignment loss (0 without alignment), averaged over
+            the micro-steps.
+        images (`list[int]`): Indices of this process's images.
+        skipped_images (`int`): Number of this process's images that replace a bad one.
+        grad_norm (`torch.Tensor`, *optional*): Gradient norm before clipping, if it was computed.
+        skipped (`bool`): Whether the update was skipped because the gradient is not finite.
+        position (`dict`): State of the loader after the step.
     """
 
     losses: torch.Tensor
@@ -171,16 +138,15 @@ def take_step(
     accelerator: Accelerator,
     objective: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
-    transformer: JiTTransformer2DModel,
     ema: ConstantDecayEMA | None,
-    batches: Iterator,
+    batches: Iterator[tuple[dict, dict]],
     step: int,
-    wants_norm: bool,
-) -> Step:
-    """One step of the method; `step` counts those before it, `transformer` is the objective's, which `ema` averages."""
+    needs_grad_norm: bool,
+) -> StepResult:
+    """Take the optimizer step that follows `step` completed ones."""
     losses, images, skipped_images = [], [], 0
     for micro_step in range(args.gradient_accumulation_steps):
-        inputs, about = next(batches)
+        inputs, metadata = next(batches)
         dropout_seeds = draws(args.seed, step, accelerator.process_index, DROPOUT_DRAWS, micro_step + 1)
         torch.manual_seed(int(dropout_seeds[micro_step]))
         with accelerator.accumulate(objective):
@@ -189,19 +155,19 @@ def take_step(
             accelerator.backward(output.loss)
         parts = (output.loss, output.denoising_loss, output.alignment_loss)
         losses.append(torch.stack([output.loss.new_zeros(()) if part is None else part.detach() for part in parts]))
-        images += about["index"]
-        skipped_images += about["skipped"]
+        images += metadata["index"]
+        skipped_images += metadata["skipped"]
 
     grad_norm, skipped = None, False
-    if wants_norm or args.max_grad_norm is not None or args.on_nonfinite == "skip":
-        bound = float("inf") if args.max_grad_norm is None else args.max_grad_norm
-        grad_norm = accelerator.clip_grad_norm_(objective.parameters(), bound)
+    if needs_grad_norm or args.max_grad_norm is not None or args.on_nonfinite == "skip":
+        max_norm = float("inf") if args.max_grad_norm is None else args.max_grad_norm
+        grad_norm = accelerator.clip_grad_norm_(objective.parameters(), max_norm)
         if isinstance(grad_norm, DTensor):
             grad_norm = grad_norm.full_tensor()
         skipped = args.on_nonfinite == "skip" and not torch.isfinite(grad_norm)
-    if not skipped or accelerator.scaler is not None:  # the scaler skips by itself, and learns from it
+    if not skipped or accelerator.scaler is not None:  # the gradient scaler skips by itself and adapts its scale
         optimizer.step()
     optimizer.zero_grad()
     if ema is not None and not skipped:
-        ema.update(transformer)
-    return Step(torch.stack(losses).mean(dim=0), images, skipped_images, grad_norm, skipped, about["loader"])
+        ema.update(accelerator.unwrap_model(objective).transformer)
+    return StepResult(torch.stack(losses).mean(dim=0), images, skipped_images, grad_norm, skipped, metadata["loader"])

@@ -3,8 +3,10 @@
 Sources: JiT (arXiv 2511.13720), PixelREPA (arXiv 2603.14366) and their published code.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 
@@ -112,3 +114,9 @@ def matching_presets(config: Mapping[str, Any]) -> dict[str, Preset]:
         for name, preset in PRESETS.items()
         if all(config.get(field, value) == value for field, value in preset.transformer_config().items())
     }
+
+
+def imagenet_id2label() -> dict[int, str]:
+    """Class names of ImageNet-1k: `{207: "golden retriever", …}`. A name lists its synonyms, separated by commas."""
+    path = Path(__file__).with_name("imagenet_classes.json")
+    return dict(enumerate(json.loads(path.read_text(encoding="utf-8"))["names"]))

@@ -34,8 +34,7 @@ from ..conversion import (
     save_original_checkpoint,
 )
 from ..files import only_writer
-from ..presets import matching_presets
-from ..hub import imagenet_id2label
+from ..presets import imagenet_id2label, matching_presets
 
 
 @dataclass

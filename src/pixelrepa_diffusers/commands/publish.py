@@ -1,49 +1,70 @@
-"""A saved pipeline to the Hub, with its card, in one commit.
+"""Publish a saved pipeline and its model card to the Hub, in one commit.
 
     hf auth login                                                  # once; or set HF_TOKEN
-    python pipelines/publish.py FOLDER user/name --metrics metrics.json
+    pixelrepa-publish FOLDER user/name --license mit --metrics metrics.json
 
 Publishing again without a change uploads nothing. `--dry_run` shows the card and the files and sends nothing.
 """
 
 import logging
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from transformers import HfArgumentParser
 
-from ..cli import run
-from ..hub import PublishError, card_for_folder, pipeline_files, publish_folder
+from ..cli import flag, run
+from ..hub import publish_folder, published_files, read_metrics
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
 class PublishArguments:
-    revision: str | None = field(default=None, metadata={"help": "Branch to publish to; created when missing."})
-    private: bool = field(default=False, metadata={"help": "Create the repository private."})
-    metrics: Path | None = field(default=None, metadata={"help": "Measured results (default: FOLDER/metrics.json)."})
-    description: str | None = field(default=None, metadata={"help": "Text for the card; it may state no results."})
-    license: str = field(default="apache-2.0", metadata={"help": "Of the weights, as the Hub spells it."})
-    license_name: str | None = field(default=None, metadata={"help": "With --license other."})
-    license_link: str | None = field(default=None, metadata={"help": "With --license other."})
-    dry_run: bool = field(default=False, metadata={"help": "Show what would be published and stop."})
+    revision: str | None = flag(None, "Branch to publish to; created when missing.")
+    private: bool = flag(False, "Create the repository private.")
+    metrics: Path | None = flag(
+        None,
+        "Metrics file, or the sweep.json of a sweep for its best cell. Default: metrics.json of the folder, or the "
+        "published one if it was measured with the same weights.",
+    )
+    description: str | None = flag(None, "Text for the card; it may not state results.")
+    license: str | None = flag(None, "Licence of the weights, as the Hub spells it. Default: none is stated.")
+    license_name: str | None = flag(None, "Name of the licence, with --license other.")
+    license_link: str | None = flag(None, "Link to the licence, with --license other.")
+    dataset: str | None = flag(None, "Name or Hub id of the training data, if the run read a local folder.")
+    teacher: str | None = flag(None, "Name or Hub id of the teacher, if the run read a local folder.")
+    base_model: str | None = flag(None, "Name or Hub id of the fine-tuned pipeline, if the run read a local folder.")
+    dry_run: bool = flag(False, "Show the card and the files, and send nothing.")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = HfArgumentParser(PublishArguments, description=__doc__.partition("\n")[0])
-    parser.add_argument("folder", type=Path, help="A folder written by save_pretrained.")
-    parser.add_argument("repo_id", help="user/name, or name for your own.")
+    parser = HfArgumentParser(PublishArguments, description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("folder", type=Path, help="Folder written by save_pretrained.")
+    parser.add_argument("repo_id", help="user/name, or name for your own user.")
     args, positional = parser.parse_args_into_dataclasses(arguments)
-    options = {**asdict(args), "private": args.private or None}  # None: what the user's or organisation's default is
-    if options.pop("dry_run"):
-        del options["private"]
-        files = pipeline_files(positional.folder)  # what is wrong with the folder shows first
-        print(card_for_folder(positional.folder, positional.repo_id, **options))
-        print("Files:", *files, sep="\n  ")
+    folder, repo_id = positional.folder, positional.repo_id
+    options = asdict(args)
+    dry_run, private, metrics = options.pop("dry_run"), options.pop("private"), options.pop("metrics")
+
+    files = published_files(folder, repo_id, read_metrics(folder, metrics), **options)
+    card = files["README.md"]
+    if isinstance(card, Path):
+        logger.info(f"Publishing {card} as the card, unchanged.")
+    else:
+        card = card.decode()
+        clues = {
+            "--license": "No licence is stated" in card,
+            "--dataset": "| data set |" not in card,
+            "--teacher": "frozen teacher (an image encoder)" in card,
+        }
+        if unstated := [name for name, is_unstated in clues.items() if is_unstated]:
+            logger.warning(f"The card does not name everything. To name it: {', '.join(unstated)}.")
+    if dry_run:
+        print(card, "Files:", *sorted(files), sep="\n  ")
         return
-    try:
-        print(publish_folder(positional.folder, positional.repo_id, **options).commit_url)
-    except PublishError as error:
-        raise SystemExit(str(error)) from None
+    # None leaves the visibility to the default of the user or organisation.
+    print(publish_folder(folder, repo_id, metrics=metrics, private=private or None, **options).commit_url)
 
 
 def cli() -> None:

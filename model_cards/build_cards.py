@@ -1,7 +1,7 @@
-"""Writes the cards of the released variants beside this file: `python model_cards/build_cards.py`.
+"""Write the cards of the released variants: `python model_cards/build_cards.py`.
 
-A variant's measured results and training facts come from NAME.metrics.json and NAME.training_arguments.json in this
-folder, where they are there. Without them its card says that nothing has been measured or recorded.
+Measured results and training arguments of a variant come from NAME.metrics.json and NAME.training_arguments.json in this
+folder. Without them the card says that nothing was measured or recorded.
 """
 
 import json
@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from pixelrepa_diffusers import JiTTransformer2DModel, get_preset
-from pixelrepa_diffusers.hub import build_card, imagenet_id2label
+from pixelrepa_diffusers.hub import build_card
+from pixelrepa_diffusers.presets import imagenet_id2label
 
 
 CARDS = Path(__file__).parent
@@ -20,21 +21,21 @@ PUBLISHED = {
     "teacher": "facebook/dinov2-base",
     "dataset": "ILSVRC/imagenet-1k",
     "origin": (
-        "The weights are those the authors of PixelREPA published for ImageNet-1k, converted by "
-        "`pipelines/convert_checkpoint.py`. The paper and its code tell how they were trained; no record of the run is "
-        "part of this repository."
+        "The weights were published by the authors of PixelREPA for ImageNet-1k and converted with `pixelrepa-convert`. "
+        "The paper and its code describe the training; no record of the run is part of this repository."
     ),
     "license": "other",
     "license_name": "original-repository",
     "license_link": "https://github.com/kaist-cvml/PixelREPA",
 }
 DIGITS = {
-    "objective": "pixelrepa",
+    "dataset": "scanned digits of scikit-learn (UCI Optical Recognition of Handwritten Digits)",
+    "teacher": "a small DINOv2 trained on the same digits",
     "description": (
-        "A demonstration, trained by `make demo` on the scanned digits of scikit-learn, enlarged from 8 × 8 to 16 × 16 "
-        "pixels. It shows that the method and its tools work from end to end, and is of no other use."
+        "Demo only: trained by `make demo` on digits enlarged from 8 × 8 to 16 × 16 pixels, to show that the method and its "
+        "tools work from end to end."
     ),
-    "origin": "`make demo` trains these weights and records its arguments; a card published from its folder shows them.",
+    "license": "apache-2.0",
 }
 RELEASES = {
     "pixelrepa-b-16": ("JiT-B/16", imagenet_id2label(), PUBLISHED),
@@ -45,8 +46,8 @@ RELEASES = {
 
 
 def build(name: str) -> str:
-    """The text of one card."""
-    preset_name, id2label, facts = RELEASES[name]
+    """Build the text of one card."""
+    preset_name, id2label, options = RELEASES[name]
     preset = get_preset(preset_name)
     with torch.device("meta"):
         transformer = JiTTransformer2DModel(**preset.transformer_config())
@@ -65,7 +66,7 @@ def build(name: str) -> str:
         metrics=records["metrics"],
         training=records["training_arguments"],
         num_parameters=transformer.num_parameters(),
-        **facts,
+        **options,
     )
     return str(card)
 

@@ -67,7 +67,9 @@ PAPER_RESULTS: dict[str, dict[str, tuple[float, float]]] = {
     "JiT-H/16": {"FID ↓": (1.86, 1.81), "Inception Score ↑": (303.4, 317.2)},
 }
 
-_FIGURE = re.compile(r"(?i)\b(s?fid|is|kid|fd[- _]?dino\w*|inception score|precision|recall|images?(/| per )s)\b")
+_FIGURE = re.compile(
+    r"\bIS\b|\b(?i:s?fid|kid|fd[- _]?dino|inception score|(?<!mixed )precision|recall|images?(/| per )s)"
+)
 _SECRET = re.compile(r'\bhf_[A-Za-z0-9]{16,}|"[\w-]*(token|secret|password|api_key)"\s*:\s*"[^"]+"', re.IGNORECASE)
 _LOCAL_PATH = re.compile(r"(?<!\S)([~.]{0,2}/[^,]*|(?!\w+://)[^\s,]+/[^\s,]+)")
 
@@ -142,7 +144,7 @@ def build_card(
     title = repo_id.rpartition("/")[2]
     conditioning = "Class-conditional" if num_classes > 1 else "Unconditional"
     example = "207" if num_classes == 1000 else "0"
-    labels = [id2label[example].partition(",")[0] if id2label else 0, num_classes - 1]
+    labels = [id2label[example].partition(",")[0] if example in id2label else 0, num_classes - 1]
     measured = _rounded(metrics) if metrics else {}
     data = ModelCardData(
         library_name="diffusers",
@@ -316,27 +318,22 @@ def pipeline_files(folder: str | Path) -> list[str]:
     List the files of a saved pipeline that are published: the pipeline with the code that loads it, its training
     arguments, its samples and its README.md. Checkpoints, logs and other files are not.
 
-    Args:
-        folder (`str` or `Path`): Saved pipeline.
-
-    Returns:
-        `list[str]`: Paths relative to the folder, with forward slashes.
-
     Raises:
         FileNotFoundError: If a part of the pipeline is missing.
         ValueError: If the folder holds no PixelREPA pipeline, or a link that leads out of it.
     """
     folder = Path(folder)
     if not (folder / "model_index.json").is_file():
-        raise FileNotFoundError(f"{folder} is not a saved pipeline: it has no model_index.json.")
+        raise FileNotFoundError(
+            f"{folder} is not a saved pipeline: it has no model_index.json. A training run saves one in pipeline/."
+        )
     if _read_json(folder / "model_index.json").get("_class_name") != ["pipeline_pixelrepa", "PixelREPAPipeline"]:
         raise ValueError(f"{folder} was not saved by PixelREPAPipeline.save_pretrained: the Hub could not load it.")
     needed = {"pipeline_pixelrepa.py", "transformer/config.json", "transformer/transformer_jit.py"}
     for index in folder.glob("transformer/*.index*.json"):
         needed |= {f"transformer/{Path(shard).name}" for shard in _read_json(index)["weight_map"].values()}
-    missing = sorted(name for name in needed if not (folder / name).is_file())
-    if missing or not _weight_files(folder / "transformer"):
-        raise FileNotFoundError(f"{folder} is incomplete: it lacks {', '.join(missing) or 'safetensors weights'}.")
+    if missing := sorted(name for name in needed if not (folder / name).is_file()):
+        raise FileNotFoundError(f"{folder} is incomplete: it lacks {', '.join(missing)}.")
 
     files = {"model_index.json", "training_arguments.json", "samples.png", "README.md", *needed}
     for component in ("transformer", "scheduler", "adapter"):
@@ -355,16 +352,9 @@ def published_files(
     folder: str | Path, repo_id: str, metrics: Mapping[str, Any] | None = None, **card_options
 ) -> dict[str, Path | bytes]:
     """
-    Collect what a repository will hold: the pipeline, its metrics and its card.
+    Collect the files of a repository, by their paths in it: the pipeline, its metrics and its card.
 
-    Args:
-        folder (`str` or `Path`): Saved pipeline. A README.md in it that this package did not write is used as the card.
-        repo_id (`str`): Repository that the card's usage example loads.
-        metrics (`dict`, *optional*): Result of [`read_metrics`].
-        card_options: Further arguments of [`build_card`].
-
-    Returns:
-        `dict[str, Path | bytes]`: Source of each file, by its path in the repository.
+    The card is built by [`card_for_folder`], unless the folder holds a README.md that this package did not write.
     """
     folder = Path(folder)
     files: dict[str, Path | bytes] = {name: folder / name for name in pipeline_files(folder)}
@@ -445,7 +435,7 @@ def create_repository(repo_id: str, private: bool | None = None, token: str | No
     Create a model repository unless it exists, and check that the token may write there.
 
     Returns:
-        `str`: Its full id, "user/name".
+        `str`: Full id of the repository, "user/name".
 
     Raises:
         PublishError: If the token may not write there, or the Hub does not answer.
@@ -456,7 +446,7 @@ def create_repository(repo_id: str, private: bool | None = None, token: str | No
         api.auth_check(full_id, write=True)  # `exist_ok` also accepts a repository that only others may write to
         return full_id
     except (HfHubHTTPError, TransportError) as error:
-        raise PublishError(f"The repository {repo_id} could not be created: {error}\n{_advice(error)}") from None
+        raise PublishError(f"The Hub gives no access to {repo_id}: {error}\n{_advice(error)}") from None
 
 
 def publish_command(folder: str | Path, repo_id: str, **options: str | None) -> str:
@@ -484,7 +474,7 @@ def _commit(
         if published.get("weights_sha256") == weights_sha256(folder / "transformer"):
             metrics = published
         else:
-            logger.warning(f"The metrics.json in {repo_id} was measured with other weights: removing it.")
+            logger.warning(f"The metrics.json in {repo_id} does not name these weights: removing it.")
 
     files = published_files(folder, repo_id, metrics, revision=revision, **card_options)
     replaced = {_unsharded(name) for name in files} | {"metrics.json"}
@@ -505,8 +495,8 @@ class BackgroundPusher:
     """
     Publish folders from a background thread, for a training run that must neither wait nor fail.
 
-    A push that fails for good is logged with the command that finishes the job. Leaving the context manager waits for
-    what is queued, but not when the run has failed.
+    A push that fails for good is logged with the command that repeats it. Leaving the context manager waits for queued
+    pushes, but not when the run has failed.
 
     Args:
         repo_id (`str`): Repository; created at once, so that a missing login shows before training.
@@ -613,7 +603,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("[!.]*.safetensors"))
+    files = sorted(folder.glob("[!.]*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{folder} holds no safetensors weights.")
+    return files
 
 
 def _count_parameters(folder: Path) -> int:
@@ -639,4 +632,4 @@ def _advice(error: Exception) -> str:
         return "Log in with `hf auth login`, or set HF_TOKEN to a token with write permission for this repository."
     if status == 403:
         return "The token has no write permission for this repository: use one that has, or another name."
-    return "See the Hub's message above."
+    return "See the message above."

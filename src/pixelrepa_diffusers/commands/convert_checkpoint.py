@@ -21,8 +21,7 @@ from ..adapter import MaskedTransformerAdapter
 from ..cli import flag, parse, run
 from ..conversion import load_original_checkpoint, read_original_checkpoint, save_original_checkpoint
 from ..files import only_writer, write_folder
-from ..hub import imagenet_id2label
-from ..presets import matching_presets
+from ..presets import imagenet_id2label, matching_presets
 
 
 @dataclass

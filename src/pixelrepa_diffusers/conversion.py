@@ -22,7 +22,7 @@ import torch
 from diffusers.utils import logging
 
 from .adapter import MaskedTransformerAdapter
-from .presets import PRESETS, matching_presets
+from .presets import PRESETS, Preset, matching_presets
 from .transformer_jit import JiTPositionTables, JiTTransformer2DModel
 
 

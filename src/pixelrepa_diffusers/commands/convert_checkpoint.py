@@ -34,8 +34,8 @@ from ..conversion import (
     save_original_checkpoint,
 )
 from ..files import only_writer
-from ..hub import imagenet_id2label
 from ..presets import matching_presets
+from ..hub import imagenet_id2label
 
 
 @dataclass

@@ -63,7 +63,7 @@ def find_checkpoint(output_dir: Path, resume: str | None) -> Path | None:
     if resume is None:
         if existing:
             raise FileExistsError(
-                f"{output_dir} already contains {existing[-1].name}. Continue with --resume_from_checkpoint latest, or "
+                f"{output_dir} already holds {existing[-1].name}. Continue with --resume_from_checkpoint latest, or "
                 "choose another --output_dir."
             )
         return None
@@ -81,7 +81,7 @@ def find_checkpoint(output_dir: Path, resume: str | None) -> Path | None:
     later = [path for path in existing if checkpoint_step(path) >= step and not path.samefile(folder)]
     if later := list(filter(_is_intact, later)):
         raise FileExistsError(
-            f"{output_dir} already contains {later[-1].name}, which is not older than {folder}. Move "
+            f"{output_dir} already holds {later[-1].name}, which is not older than {folder}. Move "
             f"{', '.join(path.name for path in later)} away, or choose another --output_dir."
         )
     return folder

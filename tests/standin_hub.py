@@ -14,7 +14,9 @@ import hashlib
 import json
 import re
 import socket
+import tempfile
 import threading
+import uuid
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
@@ -71,7 +73,7 @@ class Repository:
     branches: dict[str, str] = field(default_factory=dict)
 
     def commit(self, branch: str, files: dict[str, File]) -> str:
-        oid = hashlib.sha1(f"{id(self)} {len(self.commits)}".encode()).hexdigest()
+        oid = hashlib.sha1(uuid.uuid4().bytes).hexdigest()
         self.commits[oid] = files
         self.branches[branch] = oid
         return oid
@@ -295,6 +297,7 @@ class StandInHub:
         self.lfs: dict[str, bytes] = {}
         self.lock = threading.RLock()
         self.reset()
+        self.cache = tempfile.TemporaryDirectory(prefix="hub-cache")
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
         self.server.hub = self
@@ -307,6 +310,7 @@ class StandInHub:
     def __exit__(self, *_) -> None:
         self.server.shutdown()
         self.server.server_close()
+        self.cache.cleanup()
 
     def reset(self) -> None:
         """End all faults and forget the log; repositories stay."""
@@ -343,10 +347,11 @@ class StandInHub:
 
 
 def log_in(hub: StandInHub, monkeypatch) -> None:
-    """Make `hub` the Hub of the client in this process, which has read its environment already."""
+    """Make `hub` the Hub of the client in this process, which has read its environment already; its cache is empty."""
     template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.endpoint)
     monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", hub.cache.name)
     monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.endpoint)
     monkeypatch.setenv("HF_TOKEN", hub.token)

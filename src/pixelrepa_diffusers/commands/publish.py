@@ -61,7 +61,8 @@ def main(arguments: list[str] | None = None) -> None:
         if unstated := [name for name, is_unstated in clues.items() if is_unstated]:
             logger.warning(f"The card does not name everything. To name it: {', '.join(unstated)}.")
     if dry_run:
-        print(card, "Files:", *sorted(files), sep="\n  ")
+        print(card)
+        print("Files:", *sorted(files), sep="\n  ")
         return
     # None leaves the visibility to the default of the user or organisation.
     print(publish_folder(folder, repo_id, metrics=metrics, private=private or None, **options).commit_url)

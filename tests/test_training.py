@@ -25,11 +25,11 @@ from pixelrepa_diffusers import JiTTransformer2DModel, PixelREPAPipeline
 from pixelrepa_diffusers.adapter import MaskedTransformerAdapter
 from pixelrepa_diffusers.commands import prepare_dataset
 from pixelrepa_diffusers.commands.prepare_dataset import PrepareArguments
-from pixelrepa_diffusers.evaluation import evaluate_pipeline, list_images, open_spaces, read_image
+from pixelrepa_diffusers.evaluation import evaluate_pipeline, open_spaces
 from pixelrepa_diffusers.hub import card_for_folder
+from pixelrepa_diffusers.images import list_images, read_image
 from pixelrepa_diffusers.teacher import SemanticTeacher
 from pixelrepa_diffusers.training.arguments import parse_arguments
-from pixelrepa_diffusers.training.data import DataArguments
 from pixelrepa_diffusers.training.reporting import MetricLogger, NonFiniteLossError
 
 
@@ -112,8 +112,9 @@ def test_non_finite_metrics_are_logged_as_null(tmp_path):
 
 
 def test_prepared_images_train_the_same_weights(train, image_folder, tmp_path):
-    data, settings = DataArguments(train_data_dir=str(image_folder)), {"max_train_steps": 3, "lr_warmup_steps": 0}
-    prepare_dataset.main(data, PrepareArguments(output_dir=str(tmp_path / "prepared"), resolution=16, num_threads=1))
+    settings = {"max_train_steps": 3, "lr_warmup_steps": 0}
+    prepared = {"output_dir": str(tmp_path / "prepared"), "resolution": 16, "num_threads": 1}
+    prepare_dataset.main(PrepareArguments(train_data_dir=str(image_folder), **prepared))
     train(tmp_path / "raw", **settings)
     train(tmp_path / "run", tmp_path / "prepared", **settings)
     assert_equal(weights(tmp_path / "raw/checkpoint-3"), weights(tmp_path / "run/checkpoint-3"))

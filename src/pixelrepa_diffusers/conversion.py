@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from diffusers.utils import logging
 
-from .adapter import MaskedTransformerAdapter
-from .presets import PRESETS, Preset, matching_presets
+from .adapter import MaskedTransformerAdapter, check_projector_fits
+from .files import write_atomically
+from .presets import PRESETS, matching_presets
 from .transformer_jit import JiTPositionTables, JiTTransformer2DModel
 
 

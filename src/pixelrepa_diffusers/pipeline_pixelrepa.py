@@ -56,6 +56,7 @@ class PixelREPAPipeline(DiffusionPipeline):
         guidance_interval: tuple | list = (0.1, 1.0),
     ):
         super().__init__()
+        _check_guidance(guidance_scale, guidance_interval)
         self.register_modules(transformer=transformer, scheduler=scheduler)
         self._ids_by_name = _index_names(id2label or {}, transformer.config.num_classes)
         # JSON keys are strings; with string keys here, a saved and reloaded pipeline has the same configuration.
@@ -149,12 +150,7 @@ class PixelREPAPipeline(DiffusionPipeline):
         callback_on_step_end_tensor_inputs: list[str],
     ) -> None:
         batch_size = len(self.get_label_ids(class_labels))
-        if not 0 <= guidance_scale < float("inf"):
-            raise ValueError(f"`guidance_scale` must be at least 0 (1 disables guidance), got {guidance_scale}.")
-        if len(guidance_interval) != 2 or not 0 <= guidance_interval[0] < guidance_interval[1] <= 1:
-            raise ValueError(
-                f"`guidance_interval` must satisfy 0 ≤ low < high ≤ 1 (0 is noise), got {guidance_interval}."
-            )
+        _check_guidance(guidance_scale, guidance_interval)
         if num_inference_steps < 1:
             raise ValueError(f"`num_inference_steps` must be at least 1, got {num_inference_steps}.")
         if isinstance(generator, list) and len(generator) != batch_size:
@@ -394,6 +390,13 @@ class PixelREPAPipeline(DiffusionPipeline):
         types = super()._get_signature_types()
         models = [model for model in ModelMixin.__subclasses__() if model.__name__ == "JiTTransformer2DModel"]
         return {**types, "transformer": (*types["transformer"], *models)}
+
+
+def _check_guidance(scale: float, interval: tuple[float, float]) -> None:
+    if not 0 <= scale < float("inf"):
+        raise ValueError(f"`guidance_scale` must be at least 0 (1 disables guidance), got {scale}.")
+    if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
+        raise ValueError(f"`guidance_interval` must satisfy 0 ≤ low < high ≤ 1 (0 is noise), got {interval}.")
 
 
 def _inside(time: float, interval: tuple[float, float]) -> bool:

@@ -18,15 +18,10 @@ import torch
 
 from .. import JiTFlowMatchScheduler, PixelREPAPipeline
 from ..adapter import MaskedTransformerAdapter
-from ..cli import parse, run
-from ..conversion import (
-    load_original_checkpoint,
-    read_original_checkpoint,
-    save_original_checkpoint,
-)
-from ..files import only_writer
-from ..presets import matching_presets
-from ..hub import imagenet_id2label
+from ..cli import flag, parse, run
+from ..conversion import load_original_checkpoint, read_original_checkpoint, save_original_checkpoint
+from ..files import only_writer, write_folder
+from ..presets import imagenet_id2label, matching_presets
 
 
 @dataclass

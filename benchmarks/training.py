@@ -61,7 +61,6 @@ from pixelrepa_diffusers.ema import ConstantDecayEMA
 from pixelrepa_diffusers.teacher import SemanticTeacher
 from pixelrepa_diffusers.training.arguments import TrainingArguments
 from pixelrepa_diffusers.training.builders import (
-    apply_switches,
     build_objective,
     build_optimizer,
     build_projector,
@@ -91,7 +90,6 @@ class BenchmarkArguments:
         ["no"], "Compile blocks and teacher: of both arithmetics (yes), or only ours.", choices=["no", "yes", "ours"]
     )
     attention_backends: list[str] = flag(["native"], "diffusers' attention backends, for our arithmetic.")
-    gradient_checkpointing: list[str] = flag(["no"], "Recompute activations.", choices=["no", "yes"])
     teacher: str = flag("random", "random (DINOv2-base's size), none (features are given), or a folder or Hub id.")
     train_data_dirs: list[str] = flag([], "Folders whose reading is timed, such as raw and prepared images.")
     data_sizes: list[int] = flag([], "Sizes of synthetic data sets whose reading is timed.", ge=1)
@@ -112,7 +110,6 @@ class Setting:
     mixed_precision: str
     compile: str
     attention_backend: str
-    gradient_checkpointing: str
 
 
 class RepeatedBatch:
@@ -146,7 +143,6 @@ class Bench:
             objective=setting.objective,
             train_batch_size=setting.batch_size,
             mixed_precision=setting.mixed_precision,
-            gradient_checkpointing=setting.gradient_checkpointing == "yes",
             seed=args.seed,
         )
         torch.manual_seed(args.seed)
@@ -159,7 +155,6 @@ class Bench:
         self.objective = build_objective(self.training_args, transformer, projector)
         fill_zeros(self.objective)
         self.objective.to(DEVICE).train()
-        apply_switches(self.training_args, self.objective)
         self.loader = RepeatedBatch(setting.batch_size, config.sample_size, setting.num_classes, args.seed)
         # Stand in for the teacher's features where it is left out.
         self.features = None
@@ -358,7 +353,7 @@ def measure_all(args: BenchmarkArguments) -> list[dict]:
     rows = []
     settings = itertools.product(
         *([preset for preset in args.presets if preset != "no"], args.objectives, args.batch_sizes, args.num_classes),
-        *(args.mixed_precision, args.compile, args.attention_backends, args.gradient_checkpointing),
+        *(args.mixed_precision, args.compile, args.attention_backends),
     )
     for setting in itertools.starmap(Setting, settings):
         try:

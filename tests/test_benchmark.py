@@ -76,7 +76,7 @@ def test_training_rows_split_the_step_and_compare_the_arithmetics(tmp_path):
 
 def test_measuring_leaves_the_weights_and_fuses_only_our_optimizer():
     args = training.BenchmarkArguments(teacher="none")
-    bench = training.Bench(args, training.Setting("JiT-Digits/4", "pixelrepa", 2, 10, "no", "no", "native", "no"))
+    bench = training.Bench(args, training.Setting("JiT-Digits/4", "pixelrepa", 2, 10, "no", "no", "native"))
     before = [parameter.clone() for parameter in bench.objective.parameters()]
     for arithmetic in ("ours", "published"):
         trainee = training.Trainee(bench, arithmetic)

@@ -146,10 +146,10 @@ def test_wrong_arguments_are_refused_before_any_model_evaluation(make_pipeline, 
 
 
 def test_numpy_numbers_are_accepted_and_saved(make_pipeline):
-    pipeline = make_pipeline(guidance_scale=np.float32(2.0), guidance_interval=(np.float64(0.1), np.float32(1.0)))
+    settings = {"guidance_scale": np.float32(2.0), "guidance_interval": (np.float64(0.1), np.float32(1.0))}
+    pipeline = make_pipeline(**settings)
     json.loads(pipeline.to_json_string())
-    arguments = {"steps": np.int64(4), "guidance_scale": np.float64(2.0), "guidance_interval": [np.float32(0.1), 1]}
-    assert torch.equal(sample(pipeline), sample(make_pipeline(), **arguments))
+    assert torch.equal(sample(pipeline), sample(make_pipeline(), steps=np.int64(4), **settings))
 
 
 # Results
@@ -447,24 +447,18 @@ def test_another_scheduler_is_saved_and_loaded(make_pipeline, tmp_path, schedule
     assert_close(sample(loaded), sample(pipeline))
 
 
-def test_components_and_settings_can_be_given_when_loading(make_pipeline, tmp_path):
-    pipeline, euler = make_pipeline(id2label=NAMES), JiTFlowMatchScheduler(solver="euler")
+def test_components_and_settings_can_be_given_to_from_pretrained_and_from_pipe(make_pipeline, tmp_path):
+    pipeline, scheduler = make_pipeline(id2label=NAMES, guidance_scale=2.5), FlowMatchEulerDiscreteScheduler()
     pipeline.save_pretrained(tmp_path)
-    loaded = load(tmp_path, transformer=pipeline.transformer, scheduler=euler, guidance_scale=4.0)
-    assert loaded.transformer is pipeline.transformer
-    assert loaded.scheduler is euler
-    assert loaded.config.guidance_scale == 4.0
-
-
-def test_from_pipe_shares_components_and_keeps_the_settings(make_pipeline):
-    pipeline = make_pipeline(id2label=NAMES, guidance_scale=2.5)
-    other = PixelREPAPipeline.from_pipe(pipeline)
-    assert other.transformer is pipeline.transformer
-    assert other.get_label_ids("goldfish") == [1]
-    assert other.config.guidance_scale == 2.5
-    changed = PixelREPAPipeline.from_pipe(pipeline, scheduler=FlowMatchEulerDiscreteScheduler(), guidance_scale=1.0)
-    assert isinstance(changed.scheduler, FlowMatchEulerDiscreteScheduler)
-    assert changed.config.guidance_scale == 1.0
+    same = PixelREPAPipeline.from_pipe(pipeline)
+    assert same.transformer is pipeline.transformer
+    assert same.get_label_ids("goldfish") == [1] and same.config.guidance_scale == 2.5
+    for changed in (
+        load(tmp_path, transformer=pipeline.transformer, scheduler=scheduler, guidance_scale=4.0),
+        PixelREPAPipeline.from_pipe(pipeline, scheduler=scheduler, guidance_scale=4.0),
+    ):
+        assert changed.transformer is pipeline.transformer and changed.scheduler is scheduler
+        assert changed.get_label_ids("goldfish") == [1] and changed.config.guidance_scale == 4.0
 
 
 def test_a_pipeline_with_a_compiled_transformer_can_be_saved(make_pipeline, tmp_path):
@@ -477,16 +471,13 @@ def test_a_pipeline_with_a_compiled_transformer_can_be_saved(make_pipeline, tmp_
 # Caches
 
 
+EXACT = {"taylor_factors_dtype": torch.float32}
+WHOLE_MODEL = {"cache_identifiers": ["final_layer"], "skip_predict_identifiers": [r".*_blocks\.\d+"]}
 CACHES = {
     "first block": lambda pipeline: FirstBlockCacheConfig(threshold=0.1),
     "MagCache": lambda pipeline: MagCacheConfig(mag_ratios=torch.ones(39), num_inference_steps=39, threshold=0.5),
-    "TaylorSeer": lambda pipeline: TaylorSeerCacheConfig(cache_interval=3, taylor_factors_dtype=torch.float32),
-    "TaylorSeer, whole model": lambda pipeline: TaylorSeerCacheConfig(
-        cache_interval=2,
-        taylor_factors_dtype=torch.float32,
-        cache_identifiers=["final_layer"],
-        skip_predict_identifiers=[r".*_blocks\.\d+"],
-    ),
+    "TaylorSeer": lambda pipeline: TaylorSeerCacheConfig(cache_interval=3, **EXACT),
+    "TaylorSeer, whole model": lambda pipeline: TaylorSeerCacheConfig(cache_interval=2, **EXACT, **WHOLE_MODEL),
     "pyramid attention broadcast": lambda pipeline: PyramidAttentionBroadcastConfig(
         spatial_attention_block_skip_range=2, current_timestep_callback=lambda: pipeline.current_timestep.item()
     ),

@@ -95,6 +95,11 @@ def test_fully_masked_and_unmasked_rows_are_finite_and_independent(adapter):
     torch.testing.assert_close(output[:1], adapter(torch.full((1, 16, WIDTH), 1e30), time[:1], labels[:1], keep[:1]))
 
 
+@pytest.mark.parametrize("ratio, kept", [(0.0, True), (1.0, False)])
+def test_mask_ratios_zero_and_one_keep_all_and_no_tokens(ratio, kept):
+    assert (draw_keep_mask(64, 256, torch.Generator().manual_seed(0), ratio) == kept).all()
+
+
 @pytest.mark.parametrize("size", [0.0, 1e-30, 1e-12, 1e18])
 @pytest.mark.parametrize("kind", ["pixelrepa", "repa", "irepa"])
 def test_teacher_features_of_any_norm_give_a_finite_loss(make_transformer, adapter, images, kind, size):

@@ -121,16 +121,10 @@ def remote(saved, tmp_path_factory):
     return load_file(folder / "images.safetensors"), folder, run.stderr
 
 
-@pytest.mark.parametrize("name", ["plain", "again", "from_pipe"])
+@pytest.mark.parametrize("name", ["plain", "again", "from_pipe", "sharded variant"])
 def test_remote_code_samples_the_same_bits(pipeline, remote, name):
     images, _, _ = remote
     assert torch.equal(images[name], sample(pipeline))
-
-
-def test_remote_code_loads_a_sharded_variant(saved, remote):
-    images, _, _ = remote
-    sharded = PixelREPAPipeline.from_pretrained(saved / "sharded_fp16", variant="fp16")
-    assert torch.equal(images["sharded variant"], sample(sharded))
 
 
 def test_remote_code_saves_and_loads_another_scheduler(make_pipeline, pipeline, remote):
@@ -165,25 +159,18 @@ def test_remote_code_loads_without_warnings(remote):
 def test_a_folder_saved_by_remote_code_is_identical_and_loads_with_the_package(pipeline, saved, remote, name):
     _, folder, _ = remote
 
-    def files(place):
-        return {path.relative_to(place).as_posix() for path in place.rglob("*") if path.is_file()}
-
-    assert files(folder / name) == files(saved / "plain")
-    for file in files(folder / name):
-        assert (folder / name / file).read_bytes() == (saved / "plain" / file).read_bytes(), file
+    written, expected = (
+        {path.relative_to(place).as_posix(): path.read_bytes() for path in place.rglob("*") if path.is_file()}
+        for place in (folder / name, saved / "plain")
+    )
+    assert written == expected  # in particular, no path of this machine
     loaded = PixelREPAPipeline.from_pretrained(folder / name)
-    assert type(loaded) is PixelREPAPipeline
-    assert isinstance(loaded.transformer, JiTTransformer2DModel)
-    assert isinstance(loaded.scheduler, JiTFlowMatchScheduler)
+    types = PixelREPAPipeline, JiTTransformer2DModel, JiTFlowMatchScheduler
+    assert (type(loaded), type(loaded.transformer), type(loaded.scheduler)) == types
     assert torch.equal(sample(loaded), sample(pipeline))
 
 
 def test_the_package_loads_without_trust(pipeline, saved):
-    loaded = PixelREPAPipeline.from_pretrained(saved / "plain")
-    assert type(loaded) is PixelREPAPipeline
-    assert type(loaded.transformer) is JiTTransformer2DModel
-    assert type(loaded.scheduler) is JiTFlowMatchScheduler
-    assert torch.equal(sample(loaded), sample(pipeline))
     transformer = JiTTransformer2DModel.from_pretrained(saved / "plain", subfolder="transformer")
     assert torch.equal(predict(transformer), predict(pipeline.transformer))
     scheduler = JiTFlowMatchScheduler.from_pretrained(saved / "plain", subfolder="scheduler")
@@ -206,9 +193,3 @@ def test_remote_code_and_the_package_work_in_one_process(pipeline, saved, tmp_pa
     # Remote components fit into the package's pipeline and the reverse.
     assert torch.equal(sample(PixelREPAPipeline.from_pipe(trusted)), sample(pipeline))
     assert torch.equal(sample(type(trusted).from_pipe(pipeline)), sample(pipeline))
-
-
-def test_saved_folders_contain_no_local_paths(saved, tmp_path):
-    PixelREPAPipeline.from_pretrained(saved / "plain").save_pretrained(tmp_path)
-    for file in tmp_path.rglob("*.json"):
-        assert str(saved) not in file.read_text(), file

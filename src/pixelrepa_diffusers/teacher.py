@@ -58,12 +58,8 @@ def read_normalization(
 
 
 def _resample_patch_kernel(kernel: torch.Tensor, patch_size: int) -> torch.Tensor:
-    """
-    Resize a patch kernel (F, 3, p, p) to (F, 3, patch_size, patch_size) as in FlexiViT (arXiv 2212.08013, section 3.4).
-
-    With R the antialiased bicubic resize of a patch, the new kernel is pinv(Rᵀ)·kernel: its products with resized patches
-    are closest to those of the old kernel with the original patches. R is separable, and so is its pseudo-inverse.
-    """
+    """Resize a patch kernel (F, 3, p, p) to another side p, as in FlexiViT (arXiv 2212.08013, section 3.4)."""
+    # The new kernel is pinv(Rᵀ)·kernel with R the antialiased bicubic resize, which is separable.
     identity = torch.eye(kernel.shape[-1], dtype=torch.float64)[None, None]
     resize = F.interpolate(identity, (patch_size, kernel.shape[-1]), mode="bicubic", antialias=True)[0, 0]
     pseudo_inverse = torch.linalg.pinv(resize.T)  # (new p, old p)
@@ -74,8 +70,7 @@ def _resample_patch_kernel(kernel: torch.Tensor, patch_size: int) -> torch.Tenso
 def _resample_positions(table: torch.Tensor, num_prefix: int, grid_size: int) -> torch.Tensor:
     """Resize a position table (P + g², F) to (P + G², F) by antialiased bicubic interpolation; prefix rows are kept."""
     prefix, grid = table[:num_prefix], table[num_prefix:].float()
-    native_grid = math.isqrt(len(grid))
-    grid = grid.T.unflatten(1, (native_grid, native_grid))[None]  # (1, F, g, g)
+    grid = grid.T.unflatten(1, (math.isqrt(len(grid)), -1))[None]  # (1, F, g, g)
     grid = F.interpolate(grid, (grid_size, grid_size), mode="bicubic", antialias=True)  # (1, F, G, G)
     return torch.cat([prefix, grid[0].flatten(1).T.to(table)])
 
@@ -126,11 +121,9 @@ def _adapt_weights(
         elif tensor.ndim > 3 or num_prefix < 0 or num_tokens != num_prefix + grid_size**2:
             raise _unsupported(model.config)
         elif mode == "resample":
-            table = _resample_positions(tensor.flatten(0, -2), num_prefix, grid_size)
-            state_dict[name] = table.view(expected.shape)
+            state_dict[name] = _resample_positions(tensor.flatten(0, -2), num_prefix, grid_size).view(expected.shape)
         else:
-            table = _interpolate_positions_natively(model, num_tokens, input_size)
-            state_dict[name] = table.view(expected.shape)
+            state_dict[name] = _interpolate_positions_natively(model, num_tokens, input_size).view(expected.shape)
     return state_dict
 
 
@@ -146,8 +139,8 @@ class SemanticTeacher(nn.Module):
     - `"resize"`, as in REPA: images are resized (bicubic) to the teacher's patch size × `grid_size` pixels; kernel and
       position handling are the teacher's own.
 
-    The encoder is deliberately not a registered submodule: a parent module cannot train it, unfreeze it, pass it to an
-    optimizer or DDP, or save it. `.to()` still moves it. It computes in its own `dtype`, also under autocast.
+    The encoder is deliberately not a registered submodule: a parent module cannot train, unfreeze or save it, but `.to()`
+    moves it. It computes in its own `dtype`, also under autocast.
 
     Args:
         model (`PreTrainedModel`): The vision encoder; the teacher keeps an adapted copy.
@@ -156,11 +149,6 @@ class SemanticTeacher(nn.Module):
         image_mean, image_std (`Sequence[float]` of length 3): Normalization of images in [0, 1].
         mode (`str`, *optional*, defaults to `"resample"`): `"resample"` or `"resize"`.
         dtype (`torch.dtype`, *optional*, defaults to the model's): Compute dtype. Resampling precedes the cast.
-
-    Attributes:
-        model (`PreTrainedModel`): The adapted encoder.
-        feature_dim (`int`): Feature width F.
-        grid_size (`int`): Side G of the token grid.
 
     Raises:
         `ValueError`: If the encoder is not supported, or cannot be adapted to the grid.
@@ -227,7 +215,7 @@ class SemanticTeacher(nn.Module):
         Args:
             name_or_path (`str`): For example `"facebook/dinov2-base"`.
             grid_size, image_size, mode, dtype: See [`SemanticTeacher`].
-            trust_remote_code (`bool`, *optional*, defaults to `False`): Allow an encoder to run its own code.
+            trust_remote_code (`bool`, *optional*, defaults to `False`): Allow the encoder to run its own code.
             hub_kwargs: `revision`, `cache_dir`, `token`, `local_files_only`, `subfolder`.
 
         Raises:
@@ -244,8 +232,7 @@ class SemanticTeacher(nn.Module):
             name_or_path, config=config, dtype="auto", output_loading_info=True, **hub_kwargs
         )
         # Pooling heads come after the tokens and are absent from some checkpoints; anything else would be random.
-        missing = sorted(key for key in loading_info["missing_keys"] if "pooler" not in key)
-        if missing:
+        if missing := sorted(key for key in loading_info["missing_keys"] if "pooler" not in key):
             raise ValueError(f"{name_or_path} lacks weights of {type(model).__name__}, among them {missing[:3]}.")
         return cls(model, grid_size, image_size, image_mean, image_std, mode=mode, dtype=dtype)
 

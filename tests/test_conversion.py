@@ -15,7 +15,6 @@ from pixelrepa_diffusers import PRESETS, JiTTransformer2DModel
 from pixelrepa_diffusers.adapter import MaskedTransformerAdapter
 from pixelrepa_diffusers.conversion import (
     adapter_state_from_original,
-    adapter_state_to_original,
     load_original_checkpoint,
     read_original_checkpoint,
     save_original_checkpoint,
@@ -64,26 +63,6 @@ def tiny(**changes):
 def tiny_adapter(num_classes=3):
     """As wide as its teacher: without projection."""
     return MaskedTransformerAdapter(16, 2, 16, num_layers=1, grid_size=4, in_context_len=2, num_classes=num_classes)
-
-
-# Names
-
-
-def test_renaming_the_net_there_and_back_changes_no_name_bit_or_order():
-    state = read_original_checkpoint(PUBLISHED)["model_ema1"]
-    ours = transformer_state_from_original(state, START)
-    back = transformer_state_to_original(ours, grid_size=4, mask_token=state["mask_token"])
-    assert list(back) == list(state)
-    table = read_original_checkpoint(PUBLISHED)["model"]["net.pos_embed"]
-    assert equal(back, {**state, "pos_embed": table})
-    assert equal(transformer_state_from_original(back, START), ours)
-
-
-def test_renaming_the_adapter_there_and_back_changes_no_name_or_bit():
-    state = load_file(REFERENCE / "adapter.safetensors")
-    ours = adapter_state_from_original(state, mask_token=torch.ones(1, 1, 32))
-    assert ours["mask_token"].eq(1).all()
-    assert equal(adapter_state_to_original(ours), state)
 
 
 # Reading
@@ -155,7 +134,7 @@ def test_plain_jit_has_no_adapter(tmp_path):
         assert adapter is None and equal(transformer.state_dict(), same.state_dict())
 
 
-def test_half_precision_is_widened_exactly(tmp_path):
+def test_half_precision_is_widened_exactly_and_its_rounded_position_table_is_accepted(tmp_path):
     def edit(checkpoint):
         checkpoint["model_ema1"] = {key: value.bfloat16() for key, value in checkpoint["model_ema1"].items()}
 
@@ -163,14 +142,6 @@ def test_half_precision_is_widened_exactly(tmp_path):
     full, _ = load_original_checkpoint(PUBLISHED, in_context_start=START)
     for key, value in full.state_dict().items():
         assert torch.equal(transformer.state_dict()[key], value.bfloat16().float())
-
-
-def test_drift_of_the_averaged_position_table_is_accepted(tmp_path):
-    # With decay 0.9999 for 750,000 steps in float32, the constant table drifts by up to 1.6e-4.
-    def edit(checkpoint):
-        checkpoint["model_ema1"]["pos_embed"] += 2e-4
-
-    load_original_checkpoint(changed(tmp_path / "a.pth", edit), in_context_start=START)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the process's memory map")
@@ -200,31 +171,27 @@ def drop(entry, key):
     return lambda checkpoint: checkpoint[entry].pop(key)
 
 
-def poison(entry, key, value):
-    def edit(checkpoint):
-        checkpoint[entry][key].detach().view(-1)[1] = value
-
-    return edit
-
-
 @pytest.mark.parametrize(
     "edit, named",
     [
         (drop("model_ema1", "blocks.1.attn.qkv.bias"), 'Missing.*"encoder_blocks.1.attn.to_q.bias"'),
         (drop("model_ema1", "pos_embed"), "missing or unexpected tensor 'pos_embed'"),
-        (drop("model_ema1", "mask_token"), "missing or unexpected tensor 'mask_token'"),
         (drop("model", ADAPTER + "blocks.1.mlp.w3.bias"), 'Missing.*"blocks.1.ff.linear_out.bias"'),
         (drop("model", ADAPTER + "projection_layer.mlp.3.weight"), 'Unexpected.*"projection.0.weight"'),
         (put("model_ema1", "blocks.0.extra", torch.zeros(1)), "unexpected tensor 'blocks.0.extra'"),
         (put("model", "surprise.weight", torch.zeros(1)), "unexpected tensors in 'model': surprise.weight"),
-        (put("model", ADAPTER + "more", torch.zeros(1)), "unexpected tensor 'more'"),
         (put("model_ema1", "blocks.3.mlp.w3.weight", torch.zeros(32, 86)), r"linear_out.weight.*\[32, 86\]"),
-        (put("model", ADAPTER + "blocks.0.attn.qkv.weight", torch.zeros(9, 32)), r"to_q.weight.*\[3, 32\]"),
         (put("model_ema1", "x_embedder.proj1.weight", torch.zeros(8)), "'model_ema1' cannot be converted"),
         (put("model_ema1", "blocks.0.norm1.weight", [1.0]), "'model_ema1' cannot be converted"),
         (put("model_ema1", "pos_embed", torch.zeros(1, 16, 32)), "not the sin-cos table"),
-        (poison("model_ema1", "blocks.2.norm2.weight", float("nan")), "NaN or infinity in transformer_blocks.0.norm2"),
-        (poison("model", ADAPTER + "blocks.0.norm1.weight", float("inf")), "NaN or infinity in blocks.0.norm1.weight"),
+        (
+            put("model_ema1", "blocks.2.norm2.weight", torch.full((32,), torch.nan)),
+            "NaN or infinity in transformer_blocks.0.norm2",
+        ),
+        (
+            put("model", ADAPTER + "blocks.0.norm1.weight", torch.full((32,), torch.inf)),
+            "NaN or infinity in blocks.0.norm1.weight",
+        ),
         (lambda checkpoint: checkpoint.update(model_ema1=[1]), "'model_ema1' cannot be converted"),
         (lambda checkpoint: checkpoint.pop("model_ema1"), "no weights 'ema1'; it has .'ema2', 'model'."),
     ],
@@ -294,13 +261,6 @@ def test_load_save_load_is_bit_exact_in_the_published_layout(tmp_path):
     assert {"img_size", "class_num", "proj_dropout", "t_eps", "noise_scale", "cfg"} < own.keys()
     again = load_original_checkpoint(path, "model")
     assert same_models(again[0], transformer) and same_models(again[1], adapter)
-
-
-def test_one_set_of_weights_survives_the_round_trip_with_its_mask_token(tmp_path):
-    save_original_checkpoint(tmp_path / "back.pth", *load_original_checkpoint(PUBLISHED, "ema1", START))
-    written, published = read_original_checkpoint(tmp_path / "back.pth"), read_original_checkpoint(PUBLISHED)
-    table = published["model"]["net.pos_embed"]
-    assert equal(written["model_ema1"], {**published["model_ema1"], "pos_embed": table})
 
 
 @pytest.mark.parametrize("adapted", [True, False])

@@ -112,8 +112,6 @@ def test_empty_folders_are_filled_and_nothing_is_overwritten(tmp_path):
     with pytest.raises(FileExistsError, match="is not empty"):
         convert(tmp_path)
     assert sorted(tmp_path.rglob("*")) == before
-    with pytest.raises(FileExistsError, match="exists"):
-        main(arguments("--to_original", "--pipeline", tmp_path, "--output_path", PUBLISHED))
 
 
 @pytest.mark.parametrize(

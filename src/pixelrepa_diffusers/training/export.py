@@ -152,7 +152,7 @@ class Exporter:
         self.save_pipeline(folder, step)
         if self.pusher is not None:
             for old in folder.parent.iterdir():
-                if old != folder and old not in self.pusher.pending | self.pusher.failed:
+                if old != folder and old not in self.pusher.unpublished:
                     shutil.rmtree(old)
             self.pusher.push(folder, revision=folder.name)
 

@@ -197,7 +197,7 @@ def test_a_training_checkpoint_is_measured_like_its_pipeline(folder, reference, 
         (("--images", "here"), "either --pipeline or --images"),
         (("--guidance_intervals", "0.5"), "LOW:HIGH"),
         (("--guidance_intervals", "0.9:0.1"), "guidance_interval"),
-        (("--guidance_scales", 2, "2.0"), "more than once"),
+        (("--guidance_scales", 2, "2.0"), "same name"),
         (("--transformers", "nowhere"), "--transformers"),
     ],
 )

@@ -194,7 +194,7 @@ def test_a_wrong_path_is_answered_with_the_right_one(checkpoint, pipeline, tmp_p
     (tmp_path / "model.pth").touch()
     with pytest.raises(FileNotFoundError, match="pixelrepa-convert"):
         describe_pipeline(tmp_path / "model.pth")
-    with pytest.raises(OSError, match="neither a folder on this machine nor"):
+    with pytest.raises(OSError, match="neither a folder with a pipeline nor"):
         describe_pipeline("outputs/mistyped")
 
 

@@ -9,7 +9,7 @@ distance to the nearest training digit reveal copies (high precision at a small 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,7 +38,7 @@ class ScoreArguments:
     dtype: str = flag("float32", "Data type of the network; part of the file names.", choices=DTYPES)
 
 
-def to_vectors(images: Sequence[Image.Image]) -> np.ndarray:
+def to_vectors(images: Iterable[Image.Image]) -> np.ndarray:
     """Grey values in [0, 1], (n, pixels)."""
     return np.stack([np.asarray(image.convert("L")).reshape(-1) / 255 for image in images])
 
@@ -46,7 +46,7 @@ def to_vectors(images: Sequence[Image.Image]) -> np.ndarray:
 def read_digits(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """Pixels (n, 256) in [0, 1] and classes of an image folder."""
     paths = list_images(folder)
-    return to_vectors([Image.open(path) for path in paths]), np.array([int(path.parent.name) for path in paths])
+    return to_vectors(Image.open(path) for path in paths), np.array([int(path.parent.name) for path in paths])
 
 
 def generate(pipeline: DiffusionPipeline, args: ScoreArguments, guidance_scale: float) -> list[Image.Image]:

@@ -155,7 +155,7 @@ def main(args: GenerateArguments) -> list[Path]:
                 write_atomically(path, lambda file, image=image, info=info: image.save(file, "PNG", pnginfo=info))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process and len(images) <= args.max_grid_images:
-            pictures = [Image.open(path) for path in images]
+            pictures = [Image.open(path).convert("RGB") for path in images]  # which closes the file
             captions = [f"{names[label].split(',')[0]} · {seed}" for label, seed in images.values()]
             grid = make_grid(pictures, captions, columns=len(seeds) if 1 < len(seeds) <= 16 else None)
             write_atomically(grid_path, lambda file: grid.save(file, "PNG"))

@@ -151,7 +151,6 @@ CALLS = {
     "scheduler": (lambda pipe: with_scheduler(pipe, DDIMScheduler())(0), "flow matching"),
     "projector": (lambda pipe: package.PixelREPAObjective(pipe.transformer, adapter(hidden_size=32)), "hidden_size"),
     "teacher grid": (lambda pipe: package.SemanticTeacher.from_pretrained(TEACHER, grid_size=5, image_size=16), "grid_size"),
-    "decay": (lambda pipe: package.ConstantDecayEMA(pipe.transformer, decays=(1.0,)), r"\[0, 1\)"),
     "weights": (lambda pipe: package.load_original_checkpoint(TEACHER.parent / "checkpoint-last.pth", "ema3"), "ema1"),
 }  # fmt: skip
 

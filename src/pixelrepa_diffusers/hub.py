@@ -305,7 +305,7 @@ def published_files(
 
     Raises:
         FileNotFoundError: If a part of the pipeline is missing.
-        ValueError: If a file contains an access token.
+        ValueError: If a file contains an access token, or is a link out of the folder.
     """
     folder = Path(folder)
     if missing := [pattern for pattern in REQUIRED_FILES if not any(folder.glob(pattern))]:
@@ -314,6 +314,10 @@ def published_files(
             "pipeline/."
         )
     paths = [path for pattern in PUBLISHED_FILES for path in folder.glob(pattern)]
+    places = (folder.resolve(), (folder / "../../blobs").resolve())  # a snapshot in the Hub's cache links to its blobs
+    for path in paths:
+        if not any(path.resolve().is_relative_to(place) for place in places):
+            raise ValueError(f"{path} is a link out of the folder: replace it by a copy.")
     files: dict[str, Path | bytes] = {path.relative_to(folder).as_posix(): path for path in paths}
     if metrics:
         files["metrics.json"] = (json.dumps(metrics, indent=1, ensure_ascii=False) + "\n").encode()

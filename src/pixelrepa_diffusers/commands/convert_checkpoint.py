@@ -55,6 +55,7 @@ class ConvertArguments:
         None, "Standard deviation of the training noise, if the checkpoint does not record it.", gt=0
     )
     dtype: str = flag("float32", "Dtype of the saved weights.", choices=DTYPES)
+    max_shard_size: str = flag("10GB", "Maximum size of a weight file; larger weights are split.")
 
     pipeline: Path | None = flag(None, "With --to_original: the folder of the pipeline.")
     output_path: Path | None = flag(None, "With --to_original: the new .pth file.")
@@ -103,9 +104,9 @@ def from_original(args: ConvertArguments) -> None:
                 parameter.data = parameter.data.to(getattr(torch, args.dtype))
 
     def save(folder: Path) -> None:
-        pipe.save_pretrained(folder)
+        pipe.save_pretrained(folder, max_shard_size=args.max_shard_size)
         if adapter is not None:
-            adapter.save_pretrained(folder / "adapter")
+            adapter.save_pretrained(folder / "adapter", max_shard_size=args.max_shard_size)
 
     write_folder(args.output_dir.resolve(), save)
 

@@ -191,6 +191,9 @@ def open_source(args: DataArguments) -> ImageSource | StreamSource:
         raise ValueError("Give exactly one source of images: --train_data_dir FOLDER or --dataset_name NAME.")
     if args.dataset_name is not None:
         return open_data_set_source(args)
+    for name in ("dataset_config_name", "dataset_split", "data_files", "image_column", "label_column", "streaming"):
+        if getattr(args, name) != DataArguments.__dataclass_fields__[name].default:
+            raise ValueError(f"--{name} belongs to --dataset_name; --train_data_dir is read as it is.")
 
     folder, resolution, num_classes = Path(args.train_data_dir), None, args.num_classes
     if (folder / MANIFEST).exists():

@@ -52,7 +52,11 @@ def test_command_line_overrides_file_and_file_overrides_base(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("lerning_rate: 1", "unrecognized arguments: --lerning_rate"), ("- a", "`name: value`"), ("seed: x", "invalid int")],
+    [
+        ("lerning_rate: 1", "unrecognized arguments: --lerning_rate"),
+        ("- a", "`name: value`"),
+        ("seed: x", "invalid int"),
+    ],
 )
 def test_wrong_config_file_is_refused(tmp_path, text, message, capsys):
     (tmp_path / "config.yaml").write_text(text)

@@ -48,10 +48,6 @@ def find_checkpoint(output_dir: Path, resume: str | None) -> Path | None:
         output_dir (`Path`): Folder of the run.
         resume (`str`, *optional*): "latest", the newest intact checkpoint of `output_dir`; or the path of a checkpoint,
             or its name in `output_dir`.
-
-    Raises:
-        DamagedFolderError: If the given checkpoint, or each that "latest" finds, is damaged.
-        FileExistsError: If the run would overwrite checkpoints.
     """
     existing = list_checkpoints(output_dir)
     if resume is None and not existing:
@@ -169,9 +165,6 @@ class Checkpointer:
         The checksums detect damage, not intent, so no content of a checkpoint is executed: weights are safetensors, and
         accelerate unpickles the rest with `weights_only=True`. (Sharded checkpoints go through
         torch.distributed.checkpoint, which does not: resume only your own.)
-
-        Raises:
-            ValueError: If the checkpoint belongs to a run with another model or optimizer; names the changed arguments.
         """
         progress = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
         changes = ", ".join(

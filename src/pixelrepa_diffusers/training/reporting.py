@@ -27,15 +27,11 @@ EVALUATION_METRICS = ("fid", "fd_", "inception_score", "precision", "recall")
 
 
 class NonFiniteLossError(FloatingPointError):
-    """The loss became NaN or infinite; the message names the step, the images and the last checkpoint."""
+    """The loss became NaN or infinite."""
 
 
 class MetricLogger:
-    """
-    Log metrics to metrics.jsonl and the trackers, and plot them.
-
-    Rows after `step`, from which the run starts, were written before an interruption and are dropped.
-    """
+    """Log metrics to metrics.jsonl, where rows after the `step` of a resume are dropped, and the trackers; plot them."""
 
     def __init__(self, accelerator: Accelerator, output_dir: Path, step: int):
         self.accelerator, self.path = accelerator, output_dir / "metrics.jsonl"
@@ -81,7 +77,6 @@ class MetricLogger:
 class StepMonitor:
     """
     Collect the results of optimizer steps and report their means; only reports and checks synchronize the device.
-
     Without a terminal, log lines replace the progress bar.
     """
 
@@ -111,12 +106,7 @@ class StepMonitor:
             self.pending.append((step, result))
 
     def check_losses(self, last_checkpoint: Path | None) -> torch.Tensor:
-        """
-        Return the losses since the last report, of shape `(processes, steps, 3)`, on the CPU.
-
-        Raises:
-            NonFiniteLossError: If one of them is NaN or infinite.
-        """
+        """Return the losses since the last report, of shape `(processes, steps, 3)`, if all are finite."""
         losses = torch.stack([result.losses for _, result in self.pending])
         losses = self.accelerator.gather(losses[None]).cpu()
         bad = (~losses.isfinite().all(dim=(0, 2))).nonzero()

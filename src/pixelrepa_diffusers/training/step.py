@@ -67,15 +67,8 @@ def prepared_batches(
     Yield (inputs of the objective on the device, metadata) for every micro-step, endlessly.
 
     On a GPU, copies, draws and the teacher run one batch ahead on a side stream, in parallel with the student. The
-    teacher is frozen, so this changes no result.
-
-    Args:
-        args (`TrainingArguments`): Arguments of the run.
-        loader (`ImageLoader`): Source of the batches.
-        teach (`Callable`, *optional*): Maps pixel values and their batch to teacher features; None for plain JiT.
-        step (`int`): Number of completed optimizer steps.
-        num_tokens, num_classes (`int`): Patch tokens per image, and classes.
-        device (`torch.device`): Device of the student.
+    teacher is frozen, so this changes no result. `teach` maps pixel values and their batch to teacher features, and `step`
+    is the number of completed optimizer steps.
     """
 
     def prepare(batch: dict, step: int) -> tuple[dict, dict]:

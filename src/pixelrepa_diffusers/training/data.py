@@ -36,7 +36,7 @@ MANIFEST = "prepared.json"
 
 @dataclass
 class DataArguments:
-    """Which images to train on. Give exactly one of `train_data_dir` and `dataset_name`."""
+    """Data (changes results). Give exactly one of `train_data_dir` and `dataset_name`."""
 
     train_data_dir: str | None = flag(
         None,

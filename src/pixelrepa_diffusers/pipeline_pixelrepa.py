@@ -66,7 +66,7 @@ class PixelREPAPipeline(DiffusionPipeline):
             guidance_interval=[float(bound) for bound in guidance_interval],
         )
         self._guidance_scale = self.config.guidance_scale
-        self._current_timestep = None
+        self._current_timestep, self._num_timesteps, self._interrupt = None, 0, False
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
 
     @property

@@ -1,4 +1,4 @@
-"""What the sampling commands share: solvers by name, pipelines from folders, checkpoints and the Hub, seeded noise."""
+"""Helpers shared by the sampling commands: solvers by name, pipelines from folders, checkpoints and the Hub, seeded noise."""
 
 import json
 import os

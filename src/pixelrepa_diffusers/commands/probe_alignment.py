@@ -185,7 +185,7 @@ def main(args: ProbeArguments) -> dict[str, Any]:
         raise FileExistsError(f"{args.output_dir} has a probe: choose another --output_dir, or pass --overwrite.")
     accelerator.wait_for_everyone()  # every process looks before any writes
 
-    with accelerator.local_main_process_first():  # which downloads
+    with accelerator.local_main_process_first():  # the main process downloads, the others read the cache
         folders = [fetch_pipeline(name)[0] for name in args.pipelines]
         teacher = network = VisionEncoderNetwork.from_pretrained(args.teacher, args.image_size, args.pooling)
         if args.network == "inception":

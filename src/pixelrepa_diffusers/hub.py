@@ -308,6 +308,8 @@ def published_files(
         ValueError: If a file contains an access token, or is a link out of the folder.
     """
     folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no folder {folder}.")
     if missing := [pattern for pattern in REQUIRED_FILES if not any(folder.glob(pattern))]:
         raise FileNotFoundError(
             f"{folder} is not a complete saved pipeline: it has no {', '.join(missing)}. A training run saves one in "

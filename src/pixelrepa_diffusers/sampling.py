@@ -49,6 +49,8 @@ def describe_pipeline(name_or_path: str, revision: str | None = None) -> PixelRE
     folder = Path(name_or_path)
     if _is_checkpoint(folder):
         settings, config = _read_settings(folder), JiTTransformer2DModel.load_config(transformer_folder(folder))
+    elif str(name_or_path).startswith((".", "/", "~")) and not folder.exists():
+        raise FileNotFoundError(f"There is no folder {folder}.")
     elif folder.exists() and not (folder / "model_index.json").is_file():
         raise FileNotFoundError(f"{folder} is not a saved pipeline: it has no model_index.json.{_suggestion(folder)}")
     else:

@@ -176,7 +176,7 @@ def main(args: ProbeArguments) -> dict[str, Any]:
     check_launch(accelerator.num_processes)
     steps = args.time * args.num_inference_steps
     if abs(steps - round(steps)) > 1e-6:
-        raise ValueError(f"--time {args.time} must lie on the grid of {args.num_inference_steps} steps.")
+        raise ValueError(f"--time {args.time} must be a step of --num_inference_steps {args.num_inference_steps}.")
     names = args.names or args.pipelines
     if len(names) != len(args.pipelines) or len(set(names)) < len(names):
         raise ValueError(f"--names: give one name per pipeline, all different; got {names}.")

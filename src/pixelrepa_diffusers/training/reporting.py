@@ -59,15 +59,20 @@ class MetricLogger:
         from matplotlib.figure import Figure  # slow to import
 
         measured = {name for row in self.rows for name in row if name.startswith(EVALUATION_METRICS)}
+        logged = {name for row in self.rows for name, value in row.items() if value is not None}
         panels = ["denoising_loss", "alignment_cosine", "grad_norm", "learning_rate", *sorted(measured)]
+        panels = [name for name in panels if name in logged]
         num_rows = math.ceil(len(panels) / 2)
         figure = Figure(figsize=(10, 3 * num_rows), layout="constrained")
-        axes = figure.subplots(num_rows, 2, sharex=True)
+        axes = figure.subplots(num_rows, 2, sharex=True, squeeze=False)
         for axis, name in zip(axes.flat, panels, strict=False):
             points = [(row["step"], row[name]) for row in self.rows if row.get(name) is not None]
-            axis.plot(*zip(*points, strict=True), linewidth=1, marker="." if name in measured else None)
+            marker = "." if name in measured or len(points) == 1 else None
+            axis.plot(*zip(*points, strict=True), linewidth=1, marker=marker)
             axis.set_title(name.replace("_", " "))
             axis.grid(alpha=0.3, which="both")
+        for axis in axes.flat[len(panels) :]:
+            axis.set_axis_off()
         axes[0, 0].set_yscale("log")
         figure.supxlabel("optimizer step")
         path = self.path.with_name("curves.png")

@@ -60,7 +60,6 @@ GENERATE = "generate --pipeline {pipeline} --class_labels 0 --num_inference_step
 EVALUATE = "evaluate --pipeline {pipeline} --num_inference_steps 1 --output_dir {root}/evaluated"
 COMMANDS = [
     ("generate --pipeline {root}/missing --class_labels 0", "There is no folder"),
-    ("generate --pipeline me/missing --class_labels 0", "neither a folder"),
     ("generate --pipeline {run} --class_labels 0", "pipeline"),
     (GENERATE + " --class_label 1", "unrecognized arguments"),
     (GENERATE + " --class_labels taby", "'tabby'"),

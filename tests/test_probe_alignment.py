@@ -137,7 +137,7 @@ def test_table_and_plot_are_written_and_an_earlier_probe_is_kept(folders, data, 
     ("options", "message"),
     [
         (("--images_per_class", PER_CLASS // 2 + 1), "images overlap"),
-        (("--time", 0.3), "grid of 5 steps"),
+        (("--time", 0.3), "must be a step of"),
         (("--names", "same", "same"), "all different"),
         (("--pipelines", "ten", "ten"), "the 3 classes"),
     ],

@@ -336,7 +336,7 @@ def pipeline_files(folder: str | Path) -> list[str]:
         raise FileNotFoundError(f"{folder} is incomplete: it lacks {', '.join(missing)}.")
 
     files = {"model_index.json", "training_arguments.json", "samples.png", "README.md", *needed}
-    for component in ("transformer", "scheduler", "adapter"):
+    for component in ("transformer", "scheduler", "adapter", "guidance_head", "guidance_transformer"):
         for suffix in ("json", "py", "safetensors"):
             files |= {f"{component}/{path.name}" for path in folder.glob(f"{component}/[!.]*.{suffix}")}
     files = sorted(name for name in files if (folder / name).is_file())

@@ -17,6 +17,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
+from .guidance_jit import JiTGuidanceHead
 from .pipeline_pixelrepa import PixelREPAPipeline
 from .scheduling_jit import JiTFlowMatchScheduler
 from .transformer_jit import JiTTransformer2DModel
@@ -31,12 +32,25 @@ SCHEDULERS = {
     "dpmpp_2m": lambda: DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
 }
 
+# Optional components of a pipeline, in folders of these names.
+GUIDANCE_PARTS = {"guidance_head": JiTGuidanceHead, "guidance_transformer": JiTTransformer2DModel}
+
 DTYPES = ["float32", "bfloat16", "float16"]
 
-_SETTINGS = ("id2label", "guidance_scale", "guidance_interval")
+_SETTINGS = (
+    "id2label",
+    "guidance_scale",
+    "guidance_interval",
+    "self_guidance_scale",
+    "self_guidance_interval",
+    "autoguidance_scale",
+    "autoguidance_interval",
+)
 
 
-def describe_pipeline(name_or_path: str, revision: str | None = None) -> PixelREPAPipeline:
+def describe_pipeline(
+    name_or_path: str, revision: str | None = None, guidance_transformer: str | None = None
+) -> PixelREPAPipeline:
     """
     Build a pipeline without its weights (on the meta device, with the method's own scheduler), to check labels and
     settings before anything large is downloaded or read.
@@ -44,6 +58,7 @@ def describe_pipeline(name_or_path: str, revision: str | None = None) -> PixelRE
     Args:
         name_or_path (`str`): Folder of a saved pipeline or a training checkpoint, or a Hub id.
         revision (`str`, *optional*): Branch, tag or commit of a Hub id.
+        guidance_transformer (`str`, *optional*): Folder of a second transformer, for autoguidance.
 
     Raises:
         `OSError`: If there is no pipeline under this name; a training run's folder is answered with what to pass instead.
@@ -51,22 +66,29 @@ def describe_pipeline(name_or_path: str, revision: str | None = None) -> PixelRE
     folder = Path(name_or_path)
     if folder.exists() and not _is_checkpoint(folder) and not (folder / "model_index.json").is_file():
         raise FileNotFoundError(f"{folder} is not a saved pipeline: it has no model_index.json.{_suggestion(folder)}")
+    parts = {}
     try:
         if _is_checkpoint(folder):
             config, settings = JiTTransformer2DModel.load_config(transformer_folder(folder)), _read_settings(folder)
         else:
             settings = PixelREPAPipeline.load_config(name_or_path, revision=revision)
             config = JiTTransformer2DModel.load_config(name_or_path, subfolder="transformer", revision=revision)
+            for name, part in GUIDANCE_PARTS.items():
+                if name in settings:
+                    parts[name] = part, part.load_config(name_or_path, subfolder=name, revision=revision)
     except OSError as error:
         if folder.is_dir():
             raise
         raise OSError(
             f"{name_or_path!r} is neither a folder on this machine nor a pipeline that the Hub could deliver: {error}"
         ) from error
+    if guidance_transformer is not None:
+        parts["guidance_transformer"] = JiTTransformer2DModel, JiTTransformer2DModel.load_config(guidance_transformer)
     with torch.device("meta"):
         transformer = JiTTransformer2DModel.from_config(config)
+        parts = {name: part.from_config(part_config) for name, (part, part_config) in parts.items()}
     settings = {name: settings[name] for name in _SETTINGS if name in settings}
-    return PixelREPAPipeline(transformer, JiTFlowMatchScheduler(), **settings)
+    return PixelREPAPipeline(transformer, JiTFlowMatchScheduler(), **settings, **parts)
 
 
 def fetch_pipeline(name_or_path: str, revision: str | None = None) -> tuple[Path, str | None]:
@@ -77,12 +99,20 @@ def fetch_pipeline(name_or_path: str, revision: str | None = None) -> tuple[Path
     return folder, folder.name  # the snapshot's folder is named after the commit
 
 
-def load_pipeline(folder: Path, dtype: torch.dtype, transformer: Path | None = None) -> PixelREPAPipeline:
-    """Load a saved pipeline or a training checkpoint, optionally with the weights of another `transformer` folder."""
+def load_pipeline(
+    folder: Path, dtype: torch.dtype, transformer: Path | None = None, guidance_transformer: str | None = None
+) -> PixelREPAPipeline:
+    """
+    Load a saved pipeline or a training checkpoint, optionally with the weights of another `transformer` folder and with a
+    second transformer for autoguidance.
+    """
+    parts = {}
+    if guidance_transformer is not None:
+        parts["guidance_transformer"] = JiTTransformer2DModel.from_pretrained(guidance_transformer, dtype=dtype)
     transformer = JiTTransformer2DModel.from_pretrained(transformer or transformer_folder(folder), dtype=dtype)
     if _is_checkpoint(folder):
-        return PixelREPAPipeline(transformer, JiTFlowMatchScheduler(), **_read_settings(folder))
-    return PixelREPAPipeline.from_pretrained(folder, transformer=transformer)
+        return PixelREPAPipeline(transformer, JiTFlowMatchScheduler(), **_read_settings(folder), **parts)
+    return PixelREPAPipeline.from_pretrained(folder, transformer=transformer, dtype=dtype, **parts)
 
 
 def transformer_folder(folder: Path) -> Path:

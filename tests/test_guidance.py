@@ -1,0 +1,171 @@
+"""Self-guidance by a head and autoguidance by a second transformer: formulas, costs, saving, and settings that are refused."""
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+from diffusers import FirstBlockCacheConfig
+
+from pixelrepa_diffusers import JiTFlowMatchScheduler, JiTGuidanceHead, PixelREPAPipeline
+
+
+LABELS, STEPS = [1, 2], 4
+
+
+def sample(pipeline, **settings) -> torch.Tensor:
+    generator = [torch.Generator().manual_seed(seed) for seed in range(len(LABELS))]
+    settings = {"num_inference_steps": STEPS, "output_type": "latent", **settings}
+    return pipeline(LABELS, generator=generator, **settings).images
+
+
+@pytest.fixture(scope="module")
+def head(make_transformer) -> JiTGuidanceHead:
+    """A head at depth 3, with other weights than the transformer's."""
+    return JiTGuidanceHead.from_transformer(make_transformer(seed=1), depth=3).eval()
+
+
+@pytest.fixture(scope="module")
+def guided(make_pipeline, head) -> PixelREPAPipeline:
+    return make_pipeline(guidance_head=head, self_guidance_scale=0.5, guidance_scale=1.5)
+
+
+def test_head_at_the_last_block_repeats_the_transformer(make_transformer):
+    # Without class tokens the head's block sees what the transformer's last block sees.
+    transformer = make_transformer(in_context_len=0)
+    head = JiTGuidanceHead.from_transformer(transformer, depth=3)
+    noisy, time, labels = torch.randn(2, 3, 16, 16), torch.tensor([0.2, 0.9]), torch.tensor([3, 10])
+    output = transformer(noisy, time, labels, return_alignment_states=True, alignment_depth=3)
+    torch.testing.assert_close(head(output.alignment_states, time, labels), output.sample, atol=1e-5, rtol=1e-5)
+
+
+def test_scale_zero_gives_the_bits_of_a_pipeline_without_a_head(make_pipeline, guided):
+    assert torch.equal(
+        sample(guided, self_guidance_scale=0), sample(make_pipeline(guided.transformer, guidance_scale=1.5))
+    )
+    assert not torch.equal(sample(guided), sample(guided, self_guidance_scale=0))
+
+
+def test_self_guidance_and_autoguidance_act_on_both_halves_before_classifier_free_guidance(
+    make_pipeline, make_transformer, head
+):
+    transformer, weak = make_transformer(), make_transformer(seed=2, num_layers=3)
+    pipeline = make_pipeline(transformer, JiTFlowMatchScheduler(solver="euler"), guidance_head=head)
+    pipeline.register_modules(guidance_transformer=weak)
+    noise = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    result = pipeline(
+        3, guidance_scale=2, guidance_interval=(0, 1), self_guidance_scale=0.5, autoguidance_scale=3,
+        num_inference_steps=1, latents=noise, output_type="latent",
+    ).images  # fmt: skip
+
+    images = {}
+    for label in (3, 10):  # at t = 0 the velocity is x̂ − z
+        label, time = torch.tensor([label]), torch.zeros(1)
+        output = transformer(noise, time, label, return_alignment_states=True, alignment_depth=3)
+        strong, middle = output.sample, head(output.alignment_states, time, label)
+        images[label.item()] = strong + 0.5 * (strong - middle) + 2 * (strong - weak(noise, time, label).sample)
+    torch.testing.assert_close(result, images[10] + 2 * (images[3] - images[10]), atol=1e-4, rtol=1e-4)
+
+
+def test_one_euler_step_returns_the_prediction_at_t_0(make_pipeline):
+    pipeline = make_pipeline(scheduler=JiTFlowMatchScheduler(solver="euler"))
+    noise = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    image = pipeline([1, 2], num_inference_steps=1, latents=noise, output_type="latent").images
+    expected = pipeline.transformer(noise, 0.0, torch.tensor([1, 2])).sample
+    torch.testing.assert_close(image, expected, atol=1e-6, rtol=1e-6)  # z + (x̂ − z), rounded once
+
+
+def test_the_head_runs_only_inside_its_interval(guided, head):
+    calls = []
+    handle = head.register_forward_hook(lambda module, inputs, output: calls.append(inputs[1].item()))
+    sample(guided, self_guidance_interval=(0.3, 0.8))  # Heun on a grid of 1/4
+    handle.remove()
+    assert calls == [0.5, 0.5, 0.75, 0.75]
+
+
+def test_images_do_not_depend_on_the_batch(guided):
+    alone = guided(LABELS[1:], generator=torch.Generator().manual_seed(1), num_inference_steps=STEPS, output_type="np")
+    together = guided(
+        LABELS,
+        generator=[torch.Generator().manual_seed(seed) for seed in (0, 1)],
+        num_inference_steps=STEPS,
+        output_type="np",
+    )
+    assert abs(alone.images[0] - together.images[1]).max() < 1e-5
+
+
+def test_a_pipeline_with_head_and_second_transformer_survives_save_load_save(guided, make_transformer, tmp_path):
+    pipeline = PixelREPAPipeline(
+        **guided.components | {"guidance_transformer": make_transformer(seed=2)},
+        self_guidance_scale=0.25,
+        self_guidance_interval=(0.2, 0.9),
+        autoguidance_scale=1.5,
+    )
+    pipeline.save_pretrained(tmp_path / "one")
+    again = PixelREPAPipeline.from_pretrained(tmp_path / "one")
+    again.save_pretrained(tmp_path / "two")
+    files = [path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*") if path.is_file()]
+    assert {str(file.parent) for file in files} == {
+        ".", "guidance_head", "guidance_transformer", "scheduler", "transformer"
+    }  # fmt: skip
+    for file in files:
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes(), file
+    assert again.config.self_guidance_interval == [0.2, 0.9]
+    assert torch.equal(sample(again), sample(pipeline))
+    assert torch.equal(sample(PixelREPAPipeline.from_pipe(again)), sample(pipeline))
+
+
+def test_a_pipeline_with_a_head_loads_without_this_package(guided, tmp_path):
+    guided.save_pretrained(tmp_path / "pipeline")
+    code = """
+import sys
+sys.modules["pixelrepa_diffusers"] = None  # import now fails
+import torch
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained(sys.argv[1] + "/pipeline", trust_remote_code=True)
+assert type(pipe.guidance_head).__module__.startswith("diffusers_modules."), type(pipe.guidance_head)
+generator = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+images = pipe([1, 2], generator=generator, num_inference_steps=4, output_type="latent").images
+torch.save(images, sys.argv[1] + "/images.pt")
+pipe.save_pretrained(sys.argv[1] + "/again")
+"""
+    run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert torch.equal(torch.load(tmp_path / "images.pt"), sample(guided))
+    assert torch.equal(sample(PixelREPAPipeline.from_pretrained(tmp_path / "again")), sample(guided))
+
+
+def test_self_guidance_works_with_lora_compilation_and_bfloat16(guided):
+    from peft import LoraConfig
+
+    pipeline = copy.deepcopy(guided)
+    pipeline.transformer.add_adapter(LoraConfig(target_modules=["to_q"], init_lora_weights=False))
+    assert not torch.equal(sample(pipeline), sample(guided))
+    pipeline = copy.deepcopy(guided)
+    pipeline.guidance_head.compile(fullgraph=True, backend="eager")
+    pipeline.transformer.compile(fullgraph=True, backend="eager")
+    torch.testing.assert_close(sample(pipeline), sample(guided), atol=1e-4, rtol=1e-4)
+    half = copy.deepcopy(guided).to(torch.bfloat16)
+    assert 0 < (sample(half) - sample(guided)).abs().mean() < 0.2
+
+
+def test_bad_settings_are_refused(make_pipeline, make_transformer, guided, head):
+    with pytest.raises(ValueError, match="needs a guidance head"):
+        sample(make_pipeline(), self_guidance_scale=0.5)
+    with pytest.raises(ValueError, match="its num_classes is 10, the transformer's is 7"):
+        make_pipeline({"num_classes": 7}, guidance_head=head)
+    with pytest.raises(ValueError, match=r"after 3 blocks.*\[0, 2\]"):
+        make_pipeline({"num_layers": 3}, guidance_head=head)
+    with pytest.raises(ValueError, match="`self_guidance_scale` must be at least 0"):
+        sample(guided, self_guidance_scale=-1)
+    with pytest.raises(ValueError, match="`self_guidance_interval` must satisfy"):
+        sample(guided, self_guidance_interval=(0.5, 0.5))
+    with pytest.raises(ValueError, match="needs a second transformer"):
+        sample(guided, autoguidance_scale=2)
+    with pytest.raises(ValueError, match="guidance transformer has num_classes 7, the transformer 10"):
+        make_pipeline(guidance_transformer=make_transformer(num_classes=7))
+    pipeline = copy.deepcopy(guided)
+    pipeline.transformer.enable_cache(FirstBlockCacheConfig())
+    with pytest.raises(ValueError, match="disable_cache"):
+        sample(pipeline)

@@ -1,0 +1,111 @@
+"""Training a guidance head: the loss falls, the transformer stays, interrupted runs resume bit-exactly."""
+
+import json
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
+from training_runs import ROOT, launch_two, load_script, read_metrics
+
+from pixelrepa_diffusers import PixelREPAPipeline
+from pixelrepa_diffusers.cli import parse
+from pixelrepa_diffusers.training.guidance_head import GuidanceHeadArguments
+
+
+SCRIPT = "training/train_guidance_head.py"
+
+
+def words(source, output_dir, **overrides) -> list[str]:
+    values = {
+        "pipeline": source,
+        "output_dir": output_dir,
+        "num_generated_images": 30,
+        "generation_batch_size": 10,
+        "num_inference_steps": 2,
+        "train_batch_size": 4,
+        "max_train_steps": 6,
+        "learning_rate": 1e-2,
+        "lr_warmup_steps": 0,
+        "ema_decays": 0.5,
+        "checkpointing_steps": 3,
+        "validation_steps": 3,
+        "num_validation_images": 4,
+        "logging_steps": 2,
+        "dataloader_num_workers": 0,
+        **overrides,
+    }
+    return [word for name, value in values.items() for word in (f"--{name}", str(value))]
+
+
+def train_head(*args, **overrides):
+    return load_script(SCRIPT).main(parse(GuidanceHeadArguments, "", words(*args, **overrides)))
+
+
+@pytest.fixture(scope="module")
+def source(make_pipeline, tmp_path_factory):
+    """Folder of a pipeline without a head; read-only."""
+    folder = tmp_path_factory.mktemp("source") / "pipeline"
+    make_pipeline(guidance_scale=1.5).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(source, tmp_path_factory):
+    """Output folder of a finished run; read-only."""
+    folder = tmp_path_factory.mktemp("head") / "run"
+    train_head(source, folder)
+    return folder
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return {
+        f"{file.name}.{name}": weight
+        for file in sorted(folder.rglob("*.safetensors"))
+        for name, weight in load_file(file).items()
+    }
+
+
+def test_a_run_learns_and_writes_a_pipeline_with_the_same_transformer(source, finished):
+    folder = finished / "pipeline"
+    pipeline = PixelREPAPipeline.from_pretrained(folder)
+    assert pipeline.config.self_guidance_scale == 0.5 and pipeline.guidance_head.config.depth == 2
+    remote = DiffusionPipeline.from_pretrained(str(folder), trust_remote_code=True)
+    assert (remote([1], num_inference_steps=2, output_type="np").images >= 0).all()
+    before, after = (weights(place / "transformer") for place in (source, folder))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    losses = [row["denoising_loss"] for row in read_metrics(finished)]
+    assert losses[-1] < losses[0]
+    assert {path.name for path in finished.iterdir()} >= {"generated", "curves.png", "samples", "checkpoint-6"}
+    assert json.loads((folder / "guidance_head/training_arguments.json").read_text())["pipeline"] == "a local folder"
+
+
+def test_resume_is_bit_exact(source, finished, tmp_path):
+    train_head(source, tmp_path, max_train_steps=3)
+    images = {path: path.stat().st_mtime_ns for path in tmp_path.glob("generated/*/*.png")}
+    train_head(source, tmp_path, resume_from_checkpoint="latest")
+    assert len(images) == 30 and all(path.stat().st_mtime_ns == time for path, time in images.items())
+    straight, resumed = weights(finished / "checkpoint-6"), weights(tmp_path / "checkpoint-6")
+    assert straight.keys() == resumed.keys() and all(torch.equal(straight[name], resumed[name]) for name in straight)
+
+
+def test_two_processes_train_the_same_head_as_one(source, finished, tmp_path):
+    record = tmp_path / "pipeline/guidance_head/training_arguments.json"
+    launch_two(ROOT / SCRIPT, words(source, tmp_path, train_batch_size=2), record)
+    one, two = weights(finished / "generated"), weights(tmp_path / "generated")
+    for path in finished.glob("generated/*/*.png"):
+        assert path.read_bytes() == (tmp_path / path.relative_to(finished)).read_bytes()
+    one, two = weights(finished / "checkpoint-3"), weights(tmp_path / "checkpoint-3")
+    # Adam divides tiny gradients by themselves, so rounding moves single weights.
+    assert sum((one[name] - two[name]).abs().sum() for name in one) < 1e-2 * sum(w.abs().sum() for w in one.values())
+
+
+def test_wrong_settings_are_refused(source, image_folder, finished, tmp_path):
+    with pytest.raises(ValueError, match="has 3 classes, the transformer 10"):
+        train_head(source, tmp_path / "a", train_data_dir=image_folder)
+    with pytest.raises(ValueError, match=r"after 9 blocks.*\[0, 3\]"):
+        train_head(source, tmp_path / "b", depth=9)
+    with pytest.raises(ValueError, match="images of other settings .guidance_scale was 1.5"):
+        train_head(source, finished, guidance_scale=3, resume_from_checkpoint="latest")
+    with pytest.raises(FileExistsError, match="--resume_from_checkpoint latest"):
+        train_head(source, finished)

@@ -1,14 +1,22 @@
 """Self-guidance by a head and autoguidance by a second transformer: formulas, costs, saving, and settings that are refused."""
 
 import copy
+import shlex
 import subprocess
 import sys
 
 import pytest
 import torch
 from diffusers import FirstBlockCacheConfig
+from PIL import Image
+from tiny import TEACHER_IMAGE_SIZE, encoder, random_images, reference_of
+from training_runs import TEACHER
 
 from pixelrepa_diffusers import JiTFlowMatchScheduler, JiTGuidanceHead, PixelREPAPipeline
+from pixelrepa_diffusers.cli import parse
+from pixelrepa_diffusers.commands import evaluate, generate
+from pixelrepa_diffusers.commands.evaluate import EvaluateArguments
+from pixelrepa_diffusers.commands.generate import GenerateArguments
 
 
 LABELS, STEPS = [1, 2], 4
@@ -169,3 +177,35 @@ def test_bad_settings_are_refused(make_pipeline, make_transformer, guided, head)
     pipeline.transformer.enable_cache(FirstBlockCacheConfig())
     with pytest.raises(ValueError, match="disable_cache"):
         sample(pipeline)
+
+
+def test_generate_names_self_guidance_in_the_command_that_repeats_an_image(guided, tmp_path):
+    guided.save_pretrained(tmp_path / "pipeline")
+    words = ["--pipeline", str(tmp_path / "pipeline"), "--class_labels", "3", "--num_inference_steps", "2"]
+    words += ["--self_guidance_scale", "0.75", "--self_guidance_interval", "0", "0.9"]
+    (first,) = generate.main(parse(GenerateArguments, "", [*words, "--output_dir", str(tmp_path / "one")]))
+    command = shlex.split(Image.open(first).text["command"])[1:]
+    assert command[command.index("--self_guidance_scale") + 1] == "0.75"
+    (again,) = generate.main(parse(GenerateArguments, "", [*command[:-1], str(tmp_path / "two")]))
+    assert first.read_bytes() == again.read_bytes()
+    (plain,) = generate.main(
+        parse(GenerateArguments, "", [*words, "--self_guidance_scale", "0", "--output_dir", str(tmp_path / "three")])
+    )
+    assert first.read_bytes() != plain.read_bytes()
+
+
+def test_evaluate_sweeps_self_guidance_and_autoguidance(guided, make_transformer, tmp_path):
+    guided.save_pretrained(tmp_path / "pipeline")
+    make_transformer(seed=2).save_pretrained(tmp_path / "weak")
+    reference_of(encoder(), random_images(20)).save(tmp_path / "reference.npz")
+    words = {
+        "pipeline": tmp_path / "pipeline", "metrics": "fd_teacher", "teacher": TEACHER, "num_samples": 20,
+        "teacher_image_size": TEACHER_IMAGE_SIZE, "teacher_reference": tmp_path / "reference.npz",
+        "num_inference_steps": 2, "guidance_transformer": tmp_path / "weak", "output_dir": tmp_path / "out",
+    }  # fmt: skip
+    words = [word for name, value in words.items() for word in (f"--{name}", str(value))]
+    words += ["--self_guidance_scales", "0", "0.5", "--autoguidance_scales", "1", "2"]
+    records = evaluate.main(parse(EvaluateArguments, "", words))
+    assert [record.get("self_guidance_scale", 0) for record in records] == [0, 0, 0.5, 0.5]
+    assert len({record["metrics"]["fd_teacher"] for record in records}) == 4
+    assert (tmp_path / "out/self-0.5_auto-2/metrics.json").exists()

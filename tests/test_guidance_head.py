@@ -105,7 +105,7 @@ def test_wrong_settings_are_refused(source, image_folder, finished, tmp_path):
         train_head(source, tmp_path / "a", train_data_dir=image_folder)
     with pytest.raises(ValueError, match=r"after 9 blocks.*\[0, 3\]"):
         train_head(source, tmp_path / "b", depth=9)
-    with pytest.raises(ValueError, match="images of other settings .guidance_scale was 1.5"):
+    with pytest.raises(ValueError, match="images of other settings"):
         train_head(source, finished, guidance_scale=3, resume_from_checkpoint="latest")
     with pytest.raises(FileExistsError, match="--resume_from_checkpoint latest"):
         train_head(source, finished)

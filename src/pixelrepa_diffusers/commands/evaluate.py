@@ -30,6 +30,7 @@ from ..evaluation import (
     HIGHER_IS_BETTER,
     METRICS,
     InceptionNetwork,
+    MakeImages,
     VisionEncoderNetwork,
     accumulate,
     file_images,
@@ -82,6 +83,10 @@ class EvaluateArguments:
     num_inference_steps: list[int] | None = flag(None, "Sampling steps. Default: 50.", ge=1)
     guidance_scales: list[float] | None = flag(None, "Default: the saved scale.")
     guidance_intervals: list[str] | None = flag(None, "LOW:HIGH, guide where LOW < t < HIGH. Default: as saved.")
+    self_guidance_scales: list[float] | None = flag(None, "Scales of the guidance head. Default: the saved scale.")
+    self_guidance_intervals: list[str] | None = flag(None, "LOW:HIGH, likewise. Default: as saved.")
+    autoguidance_scales: list[float] | None = flag(None, "Scales of the second transformer. Default: the saved scale.")
+    guidance_transformer: str | None = flag(None, "Folder of a second transformer, for autoguidance.")
 
     dtype: str = flag("float32", "Data type of the transformer.", choices=DTYPES)
     compile: bool = flag(False, "Compile the transformer's blocks.")
@@ -91,9 +96,15 @@ class EvaluateArguments:
     overwrite: bool = flag(False, "Measure again what --output_dir already holds.")
 
 
-SAMPLING = ("transformers", "schedulers", "num_inference_steps", "guidance_scales", "guidance_intervals", "revision")
-AXES = ("transformer", "scheduler", "num_inference_steps", "guidance_interval", "guidance_scale")
-SHORT_NAMES = ("", "", "steps-", "interval-", "guidance-")
+SAMPLING = (
+    "transformers", "schedulers", "num_inference_steps", "guidance_scales", "guidance_intervals", "revision",
+    "self_guidance_scales", "self_guidance_intervals", "autoguidance_scales", "guidance_transformer",
+)  # fmt: skip
+AXES = (
+    "transformer", "scheduler", "num_inference_steps", "guidance_interval", "guidance_scale",
+    "self_guidance_interval", "self_guidance_scale", "autoguidance_scale",
+)  # fmt: skip
+SHORT_NAMES = ("", "", "steps-", "interval-", "guidance-", "self-interval-", "self-", "auto-")
 
 
 @dataclass(frozen=True)
@@ -105,17 +116,34 @@ class Cell:
     num_inference_steps: int
     guidance_interval: tuple[float, float]
     guidance_scale: float
+    self_guidance_interval: tuple[float, float] = (0.0, 1.0)
+    self_guidance_scale: float = 0.0
+    autoguidance_scale: float = 1.0
 
     def labels(self) -> dict[str, str]:
         """Position on each axis, as a text."""
-        low, high = self.guidance_interval
+        intervals = (self.guidance_interval, self.self_guidance_interval)
+        interval, self_interval = (f"{low:g}-{high:g}" for low, high in intervals)
         return {
             "transformer": "-".join(Path(self.transformer).resolve().parts[-2:]) if self.transformer else "own",
             "scheduler": self.scheduler or "own",
             "num_inference_steps": str(self.num_inference_steps),
-            "guidance_interval": f"{low:g}-{high:g}",
+            "guidance_interval": interval,
             "guidance_scale": f"{self.guidance_scale:g}",
+            "self_guidance_interval": self_interval,
+            "self_guidance_scale": f"{self.self_guidance_scale:g}",
+            "autoguidance_scale": f"{self.autoguidance_scale:g}",
         }
+
+    def model_guidance(self) -> dict[str, Any]:
+        """Settings of self-guidance and autoguidance where they apply; evaluations without them name none."""
+        settings = {}
+        if self.self_guidance_scale != 0:
+            settings["self_guidance_scale"] = float(self.self_guidance_scale)
+            settings["self_guidance_interval"] = list(self.self_guidance_interval)
+        if self.autoguidance_scale != 1:
+            settings["autoguidance_scale"] = float(self.autoguidance_scale)
+        return settings
 
     def name(self, axes: Sequence[str]) -> str:
         """Short name by the given axes, such as "heun_steps-50_guidance-1.5"."""
@@ -131,7 +159,7 @@ def main(args: EvaluateArguments) -> list[dict[str, Any]]:
         raise ValueError("Give either --pipeline or --images.")
     if args.pipeline is not None:
         num_samples = args.num_samples or 50_000
-        plan = describe_pipeline(args.pipeline, args.revision)
+        plan = describe_pipeline(args.pipeline, args.revision, args.guidance_transformer)
         cells = plan_cells(args, plan, num_samples)
     else:
         if given := [name for name in SAMPLING if getattr(args, name) is not None]:
@@ -159,24 +187,27 @@ def main(args: EvaluateArguments) -> list[dict[str, Any]]:
 
 def plan_cells(args: EvaluateArguments, plan: PixelREPAPipeline, num_samples: int) -> list[Cell]:
     """All combinations, each checked against the pipeline's description before any weights are read."""
-    intervals = [tuple(plan.config.guidance_interval)]
-    if args.guidance_intervals is not None:
-        intervals = [parse_interval(text) for text in args.guidance_intervals]
+
+    def intervals(name: str) -> list[tuple[float, float]]:
+        texts = getattr(args, f"{name}s")
+        return [tuple(plan.config[name])] if texts is None else [parse_interval(f"{name}s", text) for text in texts]
+
     combinations = itertools.product(
         args.transformers or [None],
         args.schedulers or [None],
         args.num_inference_steps or [50],
-        intervals,
+        intervals("guidance_interval"),
         args.guidance_scales or [plan.config.guidance_scale],
+        intervals("self_guidance_interval"),
+        args.self_guidance_scales or [plan.config.self_guidance_scale],
+        args.autoguidance_scales or [plan.config.autoguidance_scale],
     )
     cells = [Cell(*values) for values in combinations]
     names = [cell.name(AXES) for cell in cells]
     if repeated := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"The sweep has {repeated[0]} more than once: give each value once.")
     for cell in cells:
-        pipeline_images(
-            plan, num_samples, args.seed, cell.num_inference_steps, cell.guidance_scale, cell.guidance_interval
-        )
+        cell_images(plan, num_samples, args.seed, cell)
     own = plan.transformer.config
     for folder in args.transformers or []:
         if not Path(folder).is_dir():
@@ -190,11 +221,25 @@ def plan_cells(args: EvaluateArguments, plan: PixelREPAPipeline, num_samples: in
     return cells
 
 
-def parse_interval(text: str) -> tuple[float, float]:
+def cell_images(pipe: PixelREPAPipeline, num_samples: int, seed: int, cell: Cell) -> MakeImages:
+    return pipeline_images(
+        pipe,
+        num_samples,
+        seed,
+        cell.num_inference_steps,
+        cell.guidance_scale,
+        cell.guidance_interval,
+        self_guidance_scale=cell.self_guidance_scale,
+        self_guidance_interval=cell.self_guidance_interval,
+        autoguidance_scale=cell.autoguidance_scale,
+    )
+
+
+def parse_interval(name: str, text: str) -> tuple[float, float]:
     try:
         low, high = map(float, text.split(":"))
     except ValueError:
-        raise ValueError(f"--guidance_intervals: {text!r} is not LOW:HIGH, such as 0.1:1.0.") from None
+        raise ValueError(f"--{name}: {text!r} is not LOW:HIGH, such as 0.1:1.0.") from None
     return low, high
 
 
@@ -296,7 +341,8 @@ def measure_cells(
     records, is_sweep = [], len(cells) > 1
     for transformer, group in itertools.groupby(cells, key=lambda cell: cell.transformer):
         source = transformer_folder(folder) if transformer is None else Path(transformer)
-        pipe = load_pipeline(folder, getattr(torch, args.dtype), source).to(accelerator.device)
+        pipe = load_pipeline(folder, getattr(torch, args.dtype), source, args.guidance_transformer)
+        pipe.to(accelerator.device)
         # None disables the bar outside a terminal: nested bars would write a line per refresh into a log.
         pipe.set_progress_bar_config(
             leave=False, position=1, desc="steps", disable=not accelerator.is_local_main_process or None
@@ -315,17 +361,11 @@ def measure_cells(
                 "num_inference_steps": cell.num_inference_steps,
                 "guidance_scale": float(cell.guidance_scale),
                 "guidance_interval": list(cell.guidance_interval),
+                **cell.model_guidance(),
                 "seeds": f"{args.seed}-{args.seed + evaluator.num_samples - 1}",
                 "dtype": args.dtype,
             }
-            make_images = pipeline_images(
-                pipe,
-                evaluator.num_samples,
-                args.seed,
-                cell.num_inference_steps,
-                cell.guidance_scale,
-                cell.guidance_interval,
-            )
+            make_images = cell_images(pipe, evaluator.num_samples, args.seed, cell)
             target = args.output_dir / cell.name(varying_axes(cells)) if is_sweep else args.output_dir
             records.append(evaluator.measure(target, make_images, settings, labels))
             if is_sweep and accelerator.is_main_process:

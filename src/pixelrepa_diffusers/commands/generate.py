@@ -54,6 +54,15 @@ class GenerateArguments:
     guidance_interval: list[float] | None = flag(
         None, "LOW HIGH: guide where LOW < t < HIGH. Default: as saved.", ge=0, le=1
     )
+    self_guidance_scale: float | None = flag(
+        None, "Scale of the guidance head; 0 turns it off. Default: as saved.", ge=0, lt=float("inf")
+    )
+    self_guidance_interval: list[float] | None = flag(None, "LOW HIGH, likewise. Default: as saved.", ge=0, le=1)
+    autoguidance_scale: float | None = flag(
+        None, "Scale of the second transformer; 1 turns it off. Default: as saved.", ge=0, lt=float("inf")
+    )
+    autoguidance_interval: list[float] | None = flag(None, "LOW HIGH, likewise. Default: as saved.", ge=0, le=1)
+    guidance_transformer: str | None = flag(None, "Folder of a second transformer, for autoguidance.")
 
     dtype: str = flag("float32", "Data type of the network.", choices=DTYPES)
     compile: bool = flag(False, "Compile the transformer's blocks: slow start, then faster.")
@@ -61,6 +70,13 @@ class GenerateArguments:
     batch_size: int = flag(8, "Images per batch and process.", ge=1)
     max_grid_images: int = flag(256, "No grid.png for more images than this.", ge=0)
     overwrite: bool = flag(False, "Replace files of an earlier run in --output_dir.")
+
+
+INTERVALS = ("guidance_interval", "self_guidance_interval", "autoguidance_interval")
+CALL_SETTINGS = (
+    "num_inference_steps", "guidance_scale", "guidance_interval",
+    "self_guidance_scale", "self_guidance_interval", "autoguidance_scale", "autoguidance_interval",
+)  # fmt: skip
 
 
 def parse_numbers(texts: list[str], name: str) -> list[int]:
@@ -94,23 +110,23 @@ def main(args: GenerateArguments) -> list[Path]:
     accelerator = Accelerator()
     check_launch(accelerator.num_processes)
     check_cuda_graphs(args.cuda_graphs, accelerator.device)
-    plan = describe_pipeline(args.pipeline, args.revision)
+    plan = describe_pipeline(args.pipeline, args.revision, args.guidance_transformer)
     names = plan.config.id2label or {}
     if args.list_classes:
         for label in range(plan.transformer.config.num_classes):
             accelerator.print(label, names.get(str(label), ""))
         return []
 
-    interval = args.guidance_interval
-    if interval is not None and not (len(interval) == 2 and interval[0] < interval[1]):
-        raise ValueError(f"--guidance_interval takes LOW HIGH with LOW < HIGH, got {interval}.")
+    for name in INTERVALS:
+        interval = getattr(args, name)
+        if interval is not None and not (len(interval) == 2 and interval[0] < interval[1]):
+            raise ValueError(f"--{name} takes LOW HIGH with LOW < HIGH, got {interval}.")
     seeds = parse_numbers(args.seeds, "seeds")
     labels = select_classes(args.class_labels, plan)
-    settings = {
-        "num_inference_steps": args.num_inference_steps,
-        "guidance_scale": plan.config.guidance_scale if args.guidance_scale is None else args.guidance_scale,
-        "guidance_interval": list(interval or plan.config.guidance_interval),
-    }
+    settings = guidance_settings(args, plan)
+    plan.check_inputs(
+        labels, **settings, generator=None, latents=None, output_type="pil", callback_on_step_end_tensor_inputs=[]
+    )
     images = {args.output_dir / f"{label:04d}_{seed:06d}.png": (label, seed) for label in labels for seed in seeds}
     grid_path = args.output_dir / "grid.png" if len(images) <= args.max_grid_images else None
     record_path = args.output_dir / "arguments.json"
@@ -130,6 +146,8 @@ def main(args: GenerateArguments) -> list[Path]:
             "scheduler": {"_class_name": type(pipe.scheduler).__name__, **pipe.scheduler.config},
             "dtype": args.dtype,
         }
+        if args.guidance_transformer is not None:
+            settings["guidance_transformer"] = args.guidance_transformer
         if accelerator.is_main_process:
             record = {
                 **asdict(args),
@@ -151,11 +169,24 @@ def main(args: GenerateArguments) -> list[Path]:
     return list(images)
 
 
+def guidance_settings(args: GenerateArguments, plan: PixelREPAPipeline) -> dict[str, Any]:
+    """Arguments of the pipeline call: those given, else those saved; guidance that the pipeline lacks is left out."""
+    names = ["guidance_scale", "guidance_interval"]
+    for part, prefix in (("guidance_head", "self_guidance"), ("guidance_transformer", "autoguidance")):
+        own = [f"{prefix}_scale", f"{prefix}_interval"]
+        if getattr(plan, part) is not None or any(getattr(args, name) is not None for name in own):
+            names += own
+    given = {name: plan.config[name] if getattr(args, name) is None else getattr(args, name) for name in names}
+    settings = {name: list(value) if name in INTERVALS else value for name, value in given.items()}
+    return {"num_inference_steps": args.num_inference_steps, **settings}
+
+
 def open_pipeline(args: GenerateArguments, accelerator: Accelerator) -> tuple[PixelREPAPipeline, str | None]:
     """The pipeline on this process's device, as --dtype, --scheduler and --compile say, and its commit on the Hub."""
     with accelerator.local_main_process_first():
         folder, revision = fetch_pipeline(args.pipeline, args.revision)
-    pipe = load_pipeline(folder, getattr(torch, args.dtype)).to(accelerator.device)
+    pipe = load_pipeline(folder, getattr(torch, args.dtype), guidance_transformer=args.guidance_transformer)
+    pipe.to(accelerator.device)
     if args.scheduler:
         pipe.scheduler = SCHEDULERS[args.scheduler]()
     if args.compile or args.cuda_graphs:
@@ -185,9 +216,7 @@ def write_images(
         for batch in mine:
             made = pipe(
                 [label for _, (label, _) in batch],
-                guidance_scale=settings["guidance_scale"],
-                guidance_interval=settings["guidance_interval"],
-                num_inference_steps=settings["num_inference_steps"],
+                **{name: settings[name] for name in CALL_SETTINGS if name in settings},
                 generator=seeded(seed for _, (_, seed) in batch),
             ).images
             for (path, (label, seed)), image in zip(batch, made, strict=True):
@@ -205,6 +234,11 @@ def png_info(facts: dict[str, Any], scheduler: str | None) -> PngImagePlugin.Png
         "--num_inference_steps", str(facts["num_inference_steps"]), "--guidance_scale", repr(facts["guidance_scale"]),
         "--guidance_interval", *map(repr, facts["guidance_interval"]), "--dtype", facts["dtype"],
     ]  # fmt: skip
+    for name in CALL_SETTINGS[3:]:
+        if name in facts:
+            value = facts[name]
+            command += [f"--{name}", *map(repr, value if isinstance(value, list) else [value])]
+    command += ["--guidance_transformer", facts["guidance_transformer"]] if "guidance_transformer" in facts else []
     command += ["--revision", facts["revision"]] if facts["revision"] else []
     command += ["--scheduler", scheduler] if scheduler else []
     command += ["--output_dir", "again"]

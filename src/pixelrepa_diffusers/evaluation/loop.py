@@ -302,6 +302,7 @@ def pipeline_images(
     num_inference_steps: int = 50,
     guidance_scale: float | None = None,
     guidance_interval: Sequence[float] | None = None,
+    **model_guidance,
 ) -> MakeImages:
     """
     Generated images by number, equally many of each class, rounded to 8 bits like saved files.
@@ -313,6 +314,7 @@ def pipeline_images(
         num_inference_steps (`int`, *optional*, defaults to 50): Sampling steps.
         guidance_scale (`float`, *optional*): Defaults to the value saved with the pipeline.
         guidance_interval (`Sequence[float]`, *optional*): Defaults to the value saved with the pipeline.
+        model_guidance: Arguments of self-guidance and autoguidance, with the same defaults.
 
     Raises:
         ValueError: If the pipeline or the settings cannot be evaluated; raised before an image is made.
@@ -327,10 +329,13 @@ def pipeline_images(
             f"nearest is {nearest}."
         )
     saved = pipeline.config
+    names = ("self_guidance_scale", "self_guidance_interval", "autoguidance_scale", "autoguidance_interval")
     settings = {
         "guidance_scale": saved.guidance_scale if guidance_scale is None else guidance_scale,
         "guidance_interval": tuple(saved.guidance_interval if guidance_interval is None else guidance_interval),
         "num_inference_steps": num_inference_steps,
+        **{name: saved[name] for name in names},
+        **model_guidance,
     }
     pipeline.check_inputs(
         0, **settings, generator=None, latents=None, output_type="pt", callback_on_step_end_tensor_inputs=[]

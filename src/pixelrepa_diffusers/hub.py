@@ -187,6 +187,8 @@ def build_card(
         labels=json.dumps(labels, ensure_ascii=False) if num_classes > 1 else None,
         guidance_scale=pipeline_config["guidance_scale"],
         guidance_interval=pipeline_config["guidance_interval"],
+        self_guidance_scale=pipeline_config.get("self_guidance_scale"),
+        autoguidance_scale=pipeline_config.get("autoguidance_scale"),
         has_samples=has_samples,
         config=transformer_config,
         preset=preset,

@@ -10,6 +10,7 @@ import torch
 from diffusers import FirstBlockCacheConfig
 from PIL import Image
 from tiny import TEACHER_IMAGE_SIZE, encoder, random_images, reference_of
+from torch.utils.flop_counter import FlopCounterMode
 from training_runs import TEACHER
 
 from pixelrepa_diffusers import JiTFlowMatchScheduler, JiTGuidanceHead, PixelREPAPipeline
@@ -209,3 +210,16 @@ def test_evaluate_sweeps_self_guidance_and_autoguidance(guided, make_transformer
     assert [record.get("self_guidance_scale", 0) for record in records] == [0, 0, 0.5, 0.5]
     assert len({record["metrics"]["fd_teacher"] for record in records}) == 4
     assert (tmp_path / "out/self-0.5_auto-2/metrics.json").exists()
+
+
+def test_the_head_costs_at_most_a_block_and_the_final_layer(make_transformer):
+    transformer = make_transformer(num_layers=6, num_attention_heads=4, attention_head_dim=32, in_context_len=0)
+    head = JiTGuidanceHead.from_transformer(transformer)
+    noisy, time, labels = torch.randn(8, 3, 16, 16), torch.full((8,), 0.5), torch.zeros(8, dtype=torch.long)
+    with FlopCounterMode(display=False) as whole:
+        states = transformer(noisy, time, labels, return_alignment_states=True, alignment_depth=3).alignment_states
+    with FlopCounterMode(display=False) as added:
+        head(states, time, labels)
+    counts = {name.partition(".")[2]: sum(ops.values()) for name, ops in whole.get_flop_counts().items()}
+    allowed = counts["transformer_blocks.0"] + counts["final_layer"] + counts["conditioning"]
+    assert 0 < added.get_total_flops() <= allowed < 0.25 * whole.get_total_flops()

@@ -4,8 +4,8 @@ The head is a weaker version of the transformer it was trained on. Sampling move
 
     v = v_final + w·(v_final − v_head)
 
-Letters in the shape comments: B batch, C image channels, S image side, p patch side, N = (S/p)² patch tokens, D width,
-H heads, d head width.
+Letters in the shape comments: B batch, C image channels, S image side, p patch side, N = (S/p)² patch tokens, L in-context
+class tokens, T = L + N tokens, D width, H heads, d head width.
 
 The file is published beside the weights as remote code and imports only torch and diffusers. It does not import the
 transformer's file, which would load a second copy of its classes: the layers here repeat those of a JiT block, with the same
@@ -35,7 +35,7 @@ class JiTGuidanceRMSNorm(nn.RMSNorm):
 
 
 class JiTGuidanceConditioning(nn.Module):
-    """Sum of the embeddings of time and class."""
+    """Embedding of the time plus class embedding with a null row, as in the transformer."""
 
     def __init__(self, num_classes: int, dim: int):
         super().__init__()
@@ -43,10 +43,11 @@ class JiTGuidanceConditioning(nn.Module):
         self.time_embedding = TimestepEmbedding(256, dim)
         self.class_embedding = nn.Embedding(num_classes + 1, dim)
 
-    def forward(self, timestep: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
+    def forward(self, timestep: torch.Tensor, class_labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """timestep (B,), class_labels (B,) → (t_emb + y_emb, y_emb), each (B, D)."""
         class_states = self.class_embedding(class_labels)
         frequencies = self.time_proj(timestep).to(get_parameter_dtype(self.time_embedding))  # (B, 256)
-        return self.time_embedding(frequencies).to(class_states.dtype) + class_states  # (B, D)
+        return self.time_embedding(frequencies).to(class_states.dtype) + class_states, class_states
 
 
 class JiTGuidanceAttention(nn.Module):
@@ -64,12 +65,12 @@ class JiTGuidanceAttention(nn.Module):
         self, hidden_states: torch.Tensor, image_rotary_emb: tuple[torch.Tensor, torch.Tensor]
     ) -> torch.Tensor:
         query, key, value = (
-            projection(hidden_states).unflatten(-1, (-1, self.head_dim))  # (B, N, H, d)
+            projection(hidden_states).unflatten(-1, (-1, self.head_dim))  # (B, T, H, d)
             for projection in (self.to_q, self.to_k, self.to_v)
         )
         query = apply_rotary_emb(self.norm_q(query), image_rotary_emb, sequence_dim=1)
         key = apply_rotary_emb(self.norm_k(key), image_rotary_emb, sequence_dim=1)
-        return self.to_out[0](dispatch_attention_fn(query, key, value).flatten(2, 3))  # (B, N, D)
+        return self.to_out[0](dispatch_attention_fn(query, key, value).flatten(2, 3))  # (B, T, D)
 
 
 class JiTGuidanceFeedForward(nn.Module):
@@ -87,7 +88,7 @@ class JiTGuidanceFeedForward(nn.Module):
 
 
 class JiTGuidanceBlock(nn.Module):
-    """A JiT block with adaLN-zero, on the patch tokens alone; the class enters by the modulation."""
+    """A JiT block with adaLN-zero."""
 
     def __init__(self, dim: int, head_dim: int, mlp_ratio: float, norm_eps: float):
         super().__init__()
@@ -134,8 +135,8 @@ class JiTGuidanceHead(ModelMixin, ConfigMixin):
 
     Args:
         depth (`int`): Number of transformer blocks that the tokens have passed.
-        sample_size, patch_size, in_channels, num_attention_heads, attention_head_dim, mlp_ratio, num_classes, norm_eps:
-            As in the transformer.
+        sample_size, patch_size, in_channels, num_attention_heads, attention_head_dim, mlp_ratio, in_context_len,
+        num_classes, norm_eps: As in the transformer.
     """
 
     _no_split_modules = ["JiTGuidanceConditioning", "JiTGuidanceBlock", "JiTGuidanceFinalLayer"]
@@ -153,6 +154,7 @@ class JiTGuidanceHead(ModelMixin, ConfigMixin):
         "num_attention_heads",
         "attention_head_dim",
         "mlp_ratio",
+        "in_context_len",
         "num_classes",
         "norm_eps",
     )
@@ -167,19 +169,22 @@ class JiTGuidanceHead(ModelMixin, ConfigMixin):
         num_attention_heads: int = 12,
         attention_head_dim: int = 64,
         mlp_ratio: float = 4.0,
+        in_context_len: int = 32,
         num_classes: int = 1000,
         norm_eps: float = 1e-6,
     ):
         super().__init__()
         dim = num_attention_heads * attention_head_dim
         self.conditioning = JiTGuidanceConditioning(num_classes, dim)
+        if in_context_len:
+            self.in_context_positions = nn.Parameter(torch.zeros(1, in_context_len, dim))
         self.block = JiTGuidanceBlock(dim, attention_head_dim, mlp_ratio, norm_eps)
         self.final_layer = JiTGuidanceFinalLayer(dim, patch_size * patch_size * in_channels, norm_eps)
 
     @classmethod
     def from_transformer(cls, transformer: ModelMixin, depth: int | None = None) -> "JiTGuidanceHead":
         """
-        Build a head with a copy of the transformer's last block, final layer and conditioning.
+        Build a head with a copy of the transformer's last block, final layer, conditioning and class-token positions.
 
         Args:
             transformer ([`JiTTransformer2DModel`]): The model to guide.
@@ -202,6 +207,8 @@ class JiTGuidanceHead(ModelMixin, ConfigMixin):
         }
         for name, part in parts.items():
             getattr(head, name).load_state_dict(part.state_dict())
+        if config.in_context_len:
+            head.in_context_positions.data.copy_(transformer.in_context_positions)
         return head.to(transformer.device)
 
     def check_fits(self, transformer: ModelMixin) -> None:
@@ -256,7 +263,8 @@ class JiTGuidanceHead(ModelMixin, ConfigMixin):
         config, batch_size = self.config, len(hidden_states)
         grid_size, patch_size = config.sample_size // config.patch_size, config.patch_size
         timestep = torch.as_tensor(timestep, dtype=torch.float32, device=hidden_states.device).expand(batch_size)
-        conditioning = F.silu(self.conditioning(timestep, class_labels))  # (B, D)
+        conditioning, class_states = self.conditioning(timestep, class_labels)  # (B, D) each
+        conditioning = F.silu(conditioning)
 
         # The transformer's rotary tables: the first half of a head's channels encodes the row, the second the column.
         index = torch.arange(grid_size, device=hidden_states.device)
@@ -264,9 +272,17 @@ class JiTGuidanceHead(ModelMixin, ConfigMixin):
             get_1d_rotary_pos_embed(config.attention_head_dim // 2, position, use_real=True)
             for position in (index.repeat_interleave(grid_size), index.repeat(grid_size))
         )
-        image_rotary_emb = tuple(torch.cat(axes, dim=-1) for axes in zip(row, column, strict=True))  # (N, d) each
+        cos, sin = (torch.cat(axes, dim=-1) for axes in zip(row, column, strict=True))  # (N, d) each
 
-        hidden_states = self.block(hidden_states, conditioning, image_rotary_emb)  # (B, N, D)
+        if config.in_context_len:
+            # The alignment states have no class tokens. Without any, the head would know the class less well than the
+            # image, and guidance by it would act like more classifier-free guidance.
+            class_tokens = class_states.unsqueeze(1) + self.in_context_positions.to(class_states)
+            hidden_states = torch.cat([class_tokens.to(hidden_states.dtype), hidden_states], dim=1)  # (B, T, D)
+            cos = F.pad(cos, (0, 0, config.in_context_len, 0), value=1.0)  # (T, d): class tokens are not rotated
+            sin = F.pad(sin, (0, 0, config.in_context_len, 0), value=0.0)
+        hidden_states = self.block(hidden_states, conditioning, (cos, sin))
+        hidden_states = hidden_states[:, config.in_context_len :]  # (B, N, D)
         hidden_states = self.final_layer(hidden_states, conditioning)  # (B, N, p·p·C)
         sample = hidden_states.unflatten(2, (patch_size, patch_size, -1)).unflatten(1, (grid_size, grid_size))
         return sample.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (B, C, S, S)

@@ -18,6 +18,7 @@ from pixelrepa_diffusers.cli import parse
 from pixelrepa_diffusers.commands import evaluate, generate
 from pixelrepa_diffusers.commands.evaluate import EvaluateArguments
 from pixelrepa_diffusers.commands.generate import GenerateArguments
+from pixelrepa_diffusers.hub import published_files
 
 
 LABELS, STEPS = [1, 2], 4
@@ -178,6 +179,19 @@ def test_bad_settings_are_refused(make_pipeline, make_transformer, guided, head)
     pipeline.transformer.enable_cache(FirstBlockCacheConfig())
     with pytest.raises(ValueError, match="disable_cache"):
         sample(pipeline)
+
+
+def test_a_pipeline_with_a_head_is_published_whole(guided, tmp_path):
+    guided.save_pretrained(tmp_path)
+    files = published_files(tmp_path, "me/digits")
+    head = {
+        f"guidance_head/{name}" for name in ("config.json", "guidance_jit.py", "diffusion_pytorch_model.safetensors")
+    }
+    assert head < files.keys()
+    assert "self-guidance (arXiv 2607.29122) of the scale\n0.5" in files["README.md"].decode()
+    (tmp_path / "guidance_head/guidance_jit.py").unlink()
+    with pytest.raises(FileNotFoundError, match="it lacks guidance_head"):
+        published_files(tmp_path, "me/digits")
 
 
 def test_generate_names_self_guidance_in_the_command_that_repeats_an_image(guided, tmp_path):

@@ -332,6 +332,9 @@ def pipeline_files(folder: str | Path) -> list[str]:
     if _read_json(folder / "model_index.json").get("_class_name") != ["pipeline_pixelrepa", "PixelREPAPipeline"]:
         raise ValueError(f"{folder} was not saved by PixelREPAPipeline.save_pretrained: the Hub could not load it.")
     needed = {"pipeline_pixelrepa.py", "transformer/config.json", "transformer/transformer_jit.py"}
+    for part, module in (("guidance_head", "guidance_jit"), ("guidance_transformer", "transformer_jit")):
+        if part in _read_json(folder / "model_index.json"):
+            needed |= {f"{part}/config.json", f"{part}/{module}.py"}
     for index in folder.glob("transformer/*.index*.json"):
         needed |= {f"transformer/{Path(shard).name}" for shard in _read_json(index)["weight_map"].values()}
     if missing := sorted(name for name in needed if not (folder / name).is_file()):

@@ -1,7 +1,4 @@
-"""Shared by the benchmarks: FLOP counts, peak FLOP/s, timers, and the published code's arithmetic on our weights.
-
-Letters: N patch tokens, L in-context tokens, T = N or L + N, D width, F feed-forward width, p patch side, C channels.
-"""
+"""Shared by the benchmarks: FLOP counts, peak FLOP/s, timers, reports, and the published code's arithmetic on our weights."""
 
 from __future__ import annotations
 
@@ -11,131 +8,17 @@ import statistics
 import time
 import types
 from collections.abc import Callable
+from dataclasses import asdict
 
+import pandas as pd
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
-from pixelrepa_diffusers import JiTTransformer2DModel
-from pixelrepa_diffusers.adapter import MaskedTransformerAdapter
+from pixelrepa_diffusers.files import write_json
 from pixelrepa_diffusers.sampling import device_name, versions
 from pixelrepa_diffusers.transformer_jit import JiTAttention, JiTRMSNorm
-
-
-# ------------------------------------------------------------------------------------------------------------- FLOPs
-
-
-def block_flops(num_tokens: int, dim: int, mlp_ratio: float) -> int:
-    """One JiT block: 2·T·(4D² + 3DF) for the linear layers, 4T²D for attention, 12D² for modulation."""
-    hidden_dim = int(int(dim * mlp_ratio) * 2 / 3)
-    return 2 * num_tokens * (4 * dim**2 + 3 * dim * hidden_dim) + 4 * num_tokens**2 * dim + 12 * dim**2
-
-
-def timestep_flops(dim: int) -> int:
-    return 2 * (256 * dim + dim**2)
-
-
-def transformer_flops(transformer: JiTTransformer2DModel) -> int:
-    """
-    FLOPs of the forward pass of one image, a multiply-add counted as two; a training step costs three times as many.
-    Matrix products only: norms, rotations and activations are bound by memory.
-
-        patches 2N(p²C·b + bD) + timestep 2(256D + D²) + Σ blocks [2T(4D² + 3DF) + 4T²D + 12D²] + head 4D² + 2N·D·p²C
-
-    with T = N before `in_context_start` and L + N from there on, and b the bottleneck of the patch embedding.
-    """
-    config = transformer.config
-    dim = config.num_attention_heads * config.attention_head_dim
-    num_patches = (config.sample_size // config.patch_size) ** 2
-    patch_dim = config.patch_size**2 * config.in_channels
-    extended = num_patches + config.in_context_len
-    return (
-        2 * num_patches * (patch_dim * config.bottleneck_dim + config.bottleneck_dim * dim)
-        + timestep_flops(dim)
-        + config.in_context_start * block_flops(num_patches, dim, config.mlp_ratio)
-        + (config.num_layers - config.in_context_start) * block_flops(extended, dim, config.mlp_ratio)
-        + 4 * dim**2
-        + 2 * num_patches * dim * patch_dim
-    )
-
-
-def adapter_flops(adapter: MaskedTransformerAdapter) -> int:
-    """FLOPs of the adapter, counted like [`transformer_flops`]: 2(256D + D²) + blocks + 2N(D² + D·teacher_dim)."""
-    config = adapter.config
-    dim, num_patches = config.hidden_size, config.grid_size**2
-    projection = 0 if adapter.projection is None else 2 * num_patches * (dim**2 + dim * config.teacher_dim)
-    blocks = config.num_layers * block_flops(num_patches + config.in_context_len, dim, config.mlp_ratio)
-    return timestep_flops(dim) + blocks + projection
-
-
-def measure_peak_flops(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> float:
-    """Measured peak FLOP/s: the best of `repeats` large square matrix products. MFU is relative to it."""
-    size = 8192 if device.type == "cuda" else 2048
-    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    seconds = time_interleaved({"matmul": lambda: left @ right}, device, repeats)["matmul"]
-    return 2 * size**3 / min(seconds)
-
-
-# ------------------------------------------------------------------------------------------------------------ timing
-
-
-class StepClock:
-    """Time between named marks of a step without a device sync: CUDA events on a GPU, `perf_counter` on a CPU."""
-
-    def __init__(self, device: torch.device):
-        self.on_gpu = device.type == "cuda"
-        self.marks: list[tuple[str | None, torch.cuda.Event | float]] = []
-
-    def mark(self, name: str | None) -> None:
-        """End the part called `name`, which began at the previous mark; None begins a step."""
-        if self.on_gpu:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self.marks.append((name, event))
-        else:
-            self.marks.append((name, time.perf_counter()))
-
-    def medians(self) -> dict[str, float]:
-        """Median seconds of each part over the steps. Synchronizes the device."""
-        if self.on_gpu:
-            torch.cuda.synchronize()
-        parts: dict[str, list[float]] = {}
-        for (_, begin), (name, end) in zip(self.marks, self.marks[1:], strict=False):
-            if name is not None:
-                seconds = begin.elapsed_time(end) / 1000 if self.on_gpu else end - begin
-                parts.setdefault(name, []).append(seconds)
-        return {name: statistics.median(values) for name, values in parts.items()}
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def time_interleaved(
-    functions: dict[str, Callable[[], object]], device: torch.device, repeats: int, warmup: int = 1
-) -> dict[str, list[float]]:
-    """
-    Seconds of every call of each function, `repeats` of them, after `warmup` calls.
-
-    The functions take turns, so that a change of the machine's load affects all of them alike: ratios within a turn are
-    steadier than the times.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for turn in range(warmup + repeats):
-        for name, function in functions.items():
-            synchronize(device)
-            begin = time.perf_counter()
-            function()
-            synchronize(device)
-            if turn >= warmup:
-                seconds[name].append(time.perf_counter() - begin)
-    return seconds
-
-
-def median_ratio(seconds: list[float], reference: list[float]) -> float:
-    """Median over the turns of [`time_interleaved`] of the ratio of two functions' times."""
-    return statistics.median(own / other for own, other in zip(seconds, reference, strict=True))
 
 
 # ------------------------------------------------------------------------------------------- the published arithmetic
@@ -190,28 +73,108 @@ def fill_zeros(module: nn.Module) -> None:
             nn.init.normal_(parameter, std=0.02)
 
 
+# ------------------------------------------------------------------------------------------------------------- FLOPs
+
+
+def count_flops(module: nn.Module, *inputs: torch.Tensor | None) -> int:
+    """
+    FLOPs of the matrix products of a forward pass, a multiply-add counted as two.
+
+    torch does not count the CPU's fused attention; in a module of JiT blocks, attention is written out first.
+    """
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with_published_arithmetic(module)(*inputs)
+    return counter.get_total_flops()
+
+
+def measure_peak_flops(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> float:
+    """Measured peak FLOP/s: the best of `repeats` large square matrix products. MFU is relative to it."""
+    size = 8192 if device.type == "cuda" else 2048
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    seconds = time_interleaved({"matmul": lambda: left @ right}, device, repeats)["matmul"]
+    return 2 * size**3 / min(seconds)
+
+
+# ------------------------------------------------------------------------------------------------------------ timing
+
+
+class StepClock:
+    """Time between named marks of a step without a device sync: CUDA events on a GPU, `perf_counter` on a CPU."""
+
+    def __init__(self, device: torch.device):
+        self.on_gpu = device.type == "cuda"
+        self.marks: list[tuple[str | None, torch.cuda.Event | float]] = []
+
+    def mark(self, name: str | None) -> None:
+        """End the part called `name`, which began at the previous mark; None begins a step."""
+        moment = torch.cuda.Event(enable_timing=True) if self.on_gpu else time.perf_counter()
+        if self.on_gpu:
+            moment.record()
+        self.marks.append((name, moment))
+
+    def medians(self) -> dict[str, float]:
+        """Median seconds of each part over the steps, after a device sync."""
+        parts: dict[str, list[float]] = {}
+        for (_, begin), (name, end) in zip(self.marks, self.marks[1:], strict=False):
+            if name is not None:
+                seconds = begin.elapsed_time(end) / 1000 if self.on_gpu else end - begin
+                parts.setdefault(name, []).append(seconds)
+        return {name: statistics.median(values) for name, values in parts.items()}
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def time_interleaved(
+    functions: dict[str, Callable[[], object]], device: torch.device, repeats: int, warmup: int = 1
+) -> dict[str, list[float]]:
+    """
+    Seconds of every call of each function, `repeats` of them, after `warmup` calls.
+
+    The functions take turns, so that a change of the machine's load affects all of them alike: ratios within a turn are
+    steadier than the times.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for turn in range(warmup + repeats):
+        for name, function in functions.items():
+            synchronize(device)
+            begin = time.perf_counter()
+            function()
+            synchronize(device)
+            if turn >= warmup:
+                seconds[name].append(time.perf_counter() - begin)
+    return seconds
+
+
+def median_ratio(seconds: list[float], reference: list[float]) -> float:
+    """Median over the turns of [`time_interleaved`] of the ratio of two functions' times."""
+    return statistics.median(own / other for own, other in zip(seconds, reference, strict=True))
+
+
 # ----------------------------------------------------------------------------------------------------------- reports
 
 
-def describe_machine(device: torch.device) -> dict:
-    """Device, threads, load (above the number of cores, the machine was busy) and versions."""
-    return {
+def write_report(args, device: torch.device, tables: dict[str, list[dict]]) -> dict:
+    """Print the machine and the tables (wide ones transposed), write them with the arguments, and return all."""
+    report = {
+        "arguments": {**asdict(args), "output_dir": str(args.output_dir)},
         "device": device_name(device),
         "threads": torch.get_num_threads(),
-        "load_average": os.getloadavg()[0],
+        "load_average": os.getloadavg()[0],  # above the number of cores, the machine was busy
         "versions": versions(),
+        **tables,
     }
-
-
-def format_table(rows: list[dict[str, object]]) -> str:
-    """Rows with equal keys as aligned text; floats with four digits, None as "not measured"."""
-
-    def show(value: object) -> str:
-        if value is None:
-            return "not measured"
-        return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-    lines = [list(rows[0]), *([show(value) for value in row.values()] for row in rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    padded = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
-    return "\n".join(line.rstrip() for line in padded)
+    print(f"{report['device']}, {report['threads']} CPU threads, load average {report['load_average']:.1f}")
+    for name, rows in tables.items():
+        if rows:
+            table = pd.DataFrame(rows, dtype=object).dropna(axis="columns", how="all")
+            table, is_wide = table.where(table.notna(), "-"), len(table.columns) > len(table)
+            text = (table.T if is_wide else table).to_string(
+                index=is_wide, header=not is_wide, float_format="{:.4g}".format
+            )
+            print(f"\n{name}\n{text}")
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    write_json(args.output_dir / "benchmark.json", report)
+    return report

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -32,20 +32,18 @@ from diffusers import (
     TaylorSeerCacheConfig,
 )
 from published import (
-    describe_machine,
+    count_flops,
     fill_zeros,
-    format_table,
     measure_peak_flops,
     median_ratio,
     synchronize,
     time_interleaved,
-    transformer_flops,
     with_published_arithmetic,
+    write_report,
 )
 
 from pixelrepa_diffusers import PRESETS, JiTFlowMatchScheduler, JiTTransformer2DModel, PixelREPAPipeline, get_preset
 from pixelrepa_diffusers.cli import flag, parse, run
-from pixelrepa_diffusers.files import write_json
 from pixelrepa_diffusers.sampling import (
     SCHEDULERS,
     cast_transformer,
@@ -81,29 +79,24 @@ class BenchmarkArguments:
 
 # Built from a pipeline and its NFE. MagCache's ratios are calibrated per model; ones make it skip by count alone.
 CACHES: dict[str, Callable[[PixelREPAPipeline, int], object]] = {
-    **{
-        f"first block, {threshold}": lambda pipe, nfe, threshold=threshold: FirstBlockCacheConfig(threshold=threshold)
-        for threshold in (0.05, 0.1, 0.2)
-    },
+    "first block, 0.05": lambda pipe, nfe: FirstBlockCacheConfig(threshold=0.05),
+    "first block, 0.1": lambda pipe, nfe: FirstBlockCacheConfig(threshold=0.1),
+    "first block, 0.2": lambda pipe, nfe: FirstBlockCacheConfig(threshold=0.2),
     "MagCache, uncalibrated": lambda pipe, nfe: MagCacheConfig(mag_ratios=torch.ones(nfe), num_inference_steps=nfe),
-    **{
-        f"TaylorSeer, every {interval}": lambda pipe, nfe, interval=interval: TaylorSeerCacheConfig(
-            cache_interval=interval, taylor_factors_dtype=torch.float32
-        )
-        for interval in (2, 3)
-    },
+    "TaylorSeer, every 2": lambda pipe, nfe: TaylorSeerCacheConfig(2, taylor_factors_dtype=torch.float32),
+    "TaylorSeer, every 3": lambda pipe, nfe: TaylorSeerCacheConfig(3, taylor_factors_dtype=torch.float32),
     "pyramid attention, every 2": lambda pipe, nfe: PyramidAttentionBroadcastConfig(
         spatial_attention_block_skip_range=2,
         spatial_attention_block_identifiers=("transformer_blocks",),
         current_timestep_callback=lambda: pipe.current_timestep,
     ),
-    **{
-        f"SeaCache, {threshold}": lambda pipe, nfe, threshold=threshold: SeaCacheConfig(
-            threshold=threshold, raw_vision_callback=lambda module, args, kwargs: list(args[0].unsqueeze(2))
-        )
-        for threshold in (0.1, 0.25)
-    },
+    "SeaCache, 0.1": lambda pipe, nfe: SeaCacheConfig(0.1, raw_vision_callback=noisy_images),
+    "SeaCache, 0.25": lambda pipe, nfe: SeaCacheConfig(0.25, raw_vision_callback=noisy_images),
 }
+
+
+def noisy_images(module, args, kwargs) -> list[torch.Tensor]:
+    return list(args[0].unsqueeze(2))
 
 
 def build_pipeline(args: BenchmarkArguments) -> PixelREPAPipeline:
@@ -131,11 +124,9 @@ class Sampler:
         self.labels = [index * num_classes // args.batch_size % num_classes for index in range(args.batch_size)]
 
     def ours(self, num_inference_steps: int) -> torch.Tensor:
+        generator = seeded(self.seeds)
         return self.pipe(
-            self.labels,
-            num_inference_steps=num_inference_steps,
-            generator=seeded(self.seeds),
-            output_type="latent",
+            self.labels, num_inference_steps=num_inference_steps, generator=generator, output_type="latent"
         ).images
 
     @torch.no_grad()
@@ -170,32 +161,33 @@ def rmse(images: torch.Tensor, reference: torch.Tensor) -> float:
 def measure_speed(args: BenchmarkArguments, pipe: PixelREPAPipeline) -> list[dict]:
     """One row for the pipeline and one for the published way, at the same NFE."""
     device, steps, sampler = pipe.device, args.num_inference_steps, Sampler(args, pipe)
+    pipe.scheduler = JiTFlowMatchScheduler()
     twin = with_published_arithmetic(pipe.transformer)
+    label, time = torch.zeros(1, dtype=torch.int64, device=device), torch.zeros(1, device=device)
+    flops = count_flops(twin, pipe.prepare_latents(1, device, None, None), time, label)
     if args.attention_backend is not None:
         pipe.transformer.set_attention_backend(args.attention_backend)
     if args.compile != "no" or args.cuda_graphs:
         compile_transformer(pipe.transformer, args.cuda_graphs)
     if args.compile == "yes":
         compile_transformer(twin)
-    pipe.scheduler = JiTFlowMatchScheduler()
     functions = {"ours": lambda: sampler.ours(steps), "published": lambda: sampler.published(twin, steps)}
     difference = rmse(functions["ours"](), functions["published"]())  # also warms up
     seconds = time_interleaved(functions, device, args.num_rounds, warmup=0)
-    nfe = pipe.num_timesteps
-    times = torch.tensor(pipe.prepare_timesteps(steps, device)[1], dtype=torch.float32)
+    nfe, times = pipe.num_timesteps, torch.tensor(pipe.prepare_timesteps(steps, device)[1], dtype=torch.float32)
     guided = is_guided(pipe, times).sum().item() if pipe.config.guidance_scale != 1 else 0
     passes = {"ours": nfe + guided, "published": 2 * nfe}
-    peak, flops = measure_peak_flops(device, getattr(torch, args.dtype)), transformer_flops(pipe.transformer)
+    peak = measure_peak_flops(device, getattr(torch, args.dtype))
     rows = []
     for name in functions:
-        median = statistics.median(seconds[name])
-        rate = flops * args.batch_size * passes[name] / median
+        per_image = statistics.median(seconds[name]) / args.batch_size
+        rate = flops * passes[name] / per_image
         rows.append(
             {
                 "arithmetic": name,
                 "NFE": nfe,
                 "passes per image": passes[name],
-                "s/image": median / args.batch_size,
+                "s/image": per_image,
                 "best s/image": min(seconds[name]) / args.batch_size,
                 "TFLOP/s": rate / 1e12,
                 "MFU": rate / peak,
@@ -247,32 +239,21 @@ def measure_caches(args: BenchmarkArguments, pipe: PixelREPAPipeline) -> list[di
 
 
 def main(args: BenchmarkArguments) -> dict:
-    """Print the tables, write benchmark.json, and return its content."""
     if (args.pipeline is None) == (args.preset is None):
         raise ValueError("Give exactly one of --pipeline and --preset.")
     if args.preset is not None and (args.solvers or args.caches):
         raise ValueError(
-            "--solvers and --caches measure errors, which mean nothing for random weights: give --pipeline."
+            "--solvers and --caches mean nothing for random weights: give --pipeline instead of --preset."
         )
     pipe = build_pipeline(args)
     check_cuda_graphs(args.cuda_graphs, pipe.device)
     # Errors before speed, which may compile the model.
-    solvers = measure_solvers(args, pipe) if args.solvers else []
-    caches = measure_caches(args, pipe) if args.caches else []
-    report = {
-        "arguments": {**asdict(args), "output_dir": str(args.output_dir)},
-        **describe_machine(pipe.device),
+    tables = {
+        "solvers": measure_solvers(args, pipe) if args.solvers else [],
+        "caches": measure_caches(args, pipe) if args.caches else [],
         "speed": measure_speed(args, pipe),
-        "solvers": solvers,
-        "caches": caches,
     }
-    print(f"{report['device']}, {report['threads']} CPU threads, load average {report['load_average']:.1f}")
-    for name in ("speed", "solvers", "caches"):
-        if report[name]:
-            print(f"\n{name}\n{format_table(report[name])}")
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    write_json(args.output_dir / "benchmark.json", report)
-    return report
+    return write_report(args, pipe.device, tables)
 
 
 if __name__ == "__main__":

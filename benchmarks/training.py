@@ -28,6 +28,7 @@ our time over the published arithmetic's.
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import itertools
 import multiprocessing
@@ -43,32 +44,27 @@ import torch
 from PIL import Image
 from published import (
     StepClock,
-    adapter_flops,
-    describe_machine,
+    count_flops,
     fill_zeros,
-    format_table,
     measure_peak_flops,
     median_ratio,
     synchronize,
     time_interleaved,
-    transformer_flops,
     with_published_arithmetic,
+    write_report,
 )
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import Dinov2Config, Dinov2Model
 
 from pixelrepa_diffusers import PRESETS
-from pixelrepa_diffusers.adapter import MaskedTransformerAdapter
 from pixelrepa_diffusers.cli import flag, parse, run
 from pixelrepa_diffusers.ema import ConstantDecayEMA
-from pixelrepa_diffusers.files import write_json
 from pixelrepa_diffusers.teacher import SemanticTeacher
 from pixelrepa_diffusers.training.arguments import TrainingArguments
 from pixelrepa_diffusers.training.builders import (
-    apply_switches,
     build_objective,
     build_optimizer,
     build_projector,
+    build_teacher,
     build_transformer,
     compile_blocks,
 )
@@ -77,6 +73,7 @@ from pixelrepa_diffusers.training.reporting import peak_memory
 from pixelrepa_diffusers.training.step import draw, prepared_batches
 
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PARTS = ("forward", "backward", "optimizer", "ema")
 
@@ -92,15 +89,12 @@ class BenchmarkArguments:
     compile: list[str] = flag(
         ["no"], "Compile blocks and teacher: of both arithmetics (yes), or only ours.", choices=["no", "yes", "ours"]
     )
-    attention_backends: list[str] = flag(["default"], "diffusers' attention backends, for our arithmetic.")
-    gradient_checkpointing: list[str] = flag(["no"], "Recompute activations.", choices=["no", "yes"])
+    attention_backends: list[str] = flag(["native"], "diffusers' attention backends, for our arithmetic.")
     teacher: str = flag("random", "random (DINOv2-base's size), none (features are given), or a folder or Hub id.")
     train_data_dirs: list[str] = flag([], "Folders whose reading is timed, such as raw and prepared images.")
     data_sizes: list[int] = flag([], "Sizes of synthetic data sets whose reading is timed.", ge=1)
     memory: str = flag("yes", "Measure peak memory, in fresh processes.", choices=["yes", "no"])
-    device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "Device.")
     num_rounds: int = flag(3, "Turns of each arithmetic.", ge=1)
-    steps_per_round: int | None = flag(None, "Default: 10 on a GPU, 1 on a CPU.", ge=1)
     output_dir: Path = flag(Path("outputs/benchmark/training"), "Receives benchmark.json.")
     seed: int = flag(0, "Seed of weights and inputs.", ge=0)
 
@@ -116,7 +110,6 @@ class Setting:
     mixed_precision: str
     compile: str
     attention_backend: str
-    gradient_checkpointing: str
 
 
 class RepeatedBatch:
@@ -126,7 +119,7 @@ class RepeatedBatch:
         generator = torch.Generator().manual_seed(seed)
         pixels = torch.randint(0, 256, (batch_size, 3, resolution, resolution), generator=generator, dtype=torch.uint8)
         self.batch = {
-            "pixel_values": pixels.pin_memory() if torch.cuda.is_available() else pixels,
+            "pixel_values": pixels.pin_memory() if DEVICE.type == "cuda" else pixels,
             "class_labels": torch.randint(0, num_classes, (batch_size,), generator=generator),
             "index": torch.arange(batch_size),
             "skipped": torch.zeros(batch_size, dtype=torch.int64),
@@ -143,13 +136,13 @@ class Bench:
     """Weights, inputs and teacher of one setting, shared by both arithmetics."""
 
     def __init__(self, args: BenchmarkArguments, setting: Setting):
-        self.setting, self.device = setting, torch.device(args.device)
+        self.setting = setting
+        self.dtype = torch.bfloat16 if setting.mixed_precision == "bf16" else torch.float32
         self.training_args = TrainingArguments(
             preset=setting.preset,
             objective=setting.objective,
             train_batch_size=setting.batch_size,
             mixed_precision=setting.mixed_precision,
-            gradient_checkpointing=setting.gradient_checkpointing == "yes",
             seed=args.seed,
         )
         torch.manual_seed(args.seed)
@@ -161,74 +154,61 @@ class Bench:
         projector = build_projector(self.training_args, config, teacher_dim)
         self.objective = build_objective(self.training_args, transformer, projector)
         fill_zeros(self.objective)
-        self.objective.to(self.device).train()
-        apply_switches(self.training_args, self.objective)
+        self.objective.to(DEVICE).train()
         self.loader = RepeatedBatch(setting.batch_size, config.sample_size, setting.num_classes, args.seed)
         # Stand in for the teacher's features where it is left out.
         self.features = None
-        if setting.objective != "none":
-            self.features = torch.randn(setting.batch_size, self.num_tokens, teacher_dim, device=self.device)
+        if projector is not None:
+            self.features = torch.randn(setting.batch_size, self.num_tokens, teacher_dim, device=DEVICE)
 
     def build_teacher(self, name: str, config) -> SemanticTeacher | None:
         if name == "none" or self.setting.objective == "none":
             return None
-        sizes = {
-            "grid_size": config.sample_size // config.patch_size,
-            "image_size": config.sample_size,
-            "dtype": torch.bfloat16 if self.setting.mixed_precision == "bf16" else torch.float32,
-        }
-        if name == "random":
-            model = Dinov2Model(Dinov2Config(image_size=518, patch_size=14))
-            teacher = SemanticTeacher(model, image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD, **sizes)
-        else:
-            teacher = SemanticTeacher.from_pretrained(name, **sizes)
-        return teacher.to(self.device)
-
-    def autocast(self):
-        enabled = self.setting.mixed_precision == "bf16"
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
+        if name != "random":
+            return build_teacher(
+                dataclasses.replace(self.training_args, teacher_model_name_or_path=name), config, DEVICE
+            )
+        return SemanticTeacher(
+            Dinov2Model(Dinov2Config(image_size=518, patch_size=14)),
+            grid_size=config.sample_size // config.patch_size,
+            image_size=config.sample_size,
+            image_mean=IMAGENET_MEAN,
+            image_std=IMAGENET_STD,
+            dtype=self.dtype,
+        ).to(DEVICE)
 
     def batches(self) -> Iterator:
         teach = None if self.teacher is None else lambda pixel_values, batch: self.teacher(pixel_values)
         classes = self.setting.num_classes
-        return prepared_batches(self.training_args, self.loader, teach, 0, self.num_tokens, classes, self.device)
+        return prepared_batches(self.training_args, self.loader, teach, 0, self.num_tokens, classes, DEVICE)
 
     def step_flops(self) -> int:
         """FLOPs of a training step: batch · (3 · (student + projector) + teacher)."""
-        projector = self.objective.projector
-        flops = 3 * transformer_flops(self.objective.transformer)
-        if isinstance(projector, MaskedTransformerAdapter):
-            flops += 3 * adapter_flops(projector)
-        elif projector is not None:
-            states = torch.zeros(1, self.num_tokens, projector.config.hidden_size)
-            flops += 3 * count_flops(projector, states, None, None)
+        config, projector = self.objective.transformer.config, self.objective.projector
+        image = torch.zeros(1, config.in_channels, config.sample_size, config.sample_size, device=DEVICE)
+        time, label = torch.zeros(1, device=DEVICE), torch.zeros(1, dtype=torch.int64, device=DEVICE)
+        flops = 3 * count_flops(self.objective.transformer, image, time, label)
+        if projector is not None:
+            states = torch.zeros(1, self.num_tokens, projector.config.hidden_size, device=DEVICE)
+            flops += 3 * count_flops(projector, states, time, label)
         if self.teacher is not None:
-            side = self.teacher.input_size
-            flops += count_flops(self.teacher.model, torch.zeros(1, 3, side, side, dtype=self.teacher.model.dtype))
+            flops += count_flops(self.teacher, image)
         return flops * self.setting.batch_size
 
     def time_alone(self, repeats: int) -> dict[str, float]:
         """Median seconds of the data preparation and of the teacher, each alone."""
         batch = self.loader.batch
-        pixel_values = to_float(batch["pixel_values"].to(self.device))
+        pixel_values = to_float(batch["pixel_values"].to(DEVICE))
 
         def prepare():
-            to_float(batch["pixel_values"].to(self.device, non_blocking=True))
-            draw(self.training_args, batch, 0, self.num_tokens, self.setting.num_classes, self.device)
+            to_float(batch["pixel_values"].to(DEVICE, non_blocking=True))
+            draw(self.training_args, batch, 0, self.num_tokens, self.setting.num_classes, DEVICE)
 
         functions = {"data": prepare}
         if self.teacher is not None:
             functions["teacher"] = lambda: self.teacher(pixel_values)
-        seconds = time_interleaved(functions, self.device, repeats)
+        seconds = time_interleaved(functions, DEVICE, repeats)
         return {"teacher": 0.0, **{name: statistics.median(values) for name, values in seconds.items()}}
-
-
-def count_flops(module: torch.nn.Module, *inputs) -> int:
-    """FLOPs of one forward pass by torch's counter, for modules without a formula here."""
-    device = next(module.parameters()).device
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        module(*(value if value is None else value.to(device) for value in inputs))
-    return counter.get_total_flops()
 
 
 class Trainee:
@@ -237,27 +217,21 @@ class Trainee:
     def __init__(self, bench: Bench, arithmetic: str):
         self.bench, self.published = bench, arithmetic == "published"
         self.objective = with_published_arithmetic(bench.objective) if self.published else bench.objective
-        setting = bench.setting
-        if setting.attention_backend != "default" and not self.published:
-            self.objective.transformer.set_attention_backend(setting.attention_backend)
-        if setting.compile == "yes" or (setting.compile == "ours" and not self.published):
+        if not self.published:
+            self.objective.transformer.set_attention_backend(bench.setting.attention_backend)
+        if bench.setting.compile == "yes" or (bench.setting.compile == "ours" and not self.published):
             compile_blocks(self.objective)
         # Learning rate 0: all the work, but the weights stay equal for the other arithmetic.
         self.optimizer = build_optimizer(bench.training_args, self.objective, learning_rate=0.0)
         if self.published:  # torch's default: foreach on a GPU, a loop on a CPU
-            groups = [{**group, "fused": None} for group in self.optimizer.param_groups]
-            self.optimizer = torch.optim.AdamW(groups)
+            self.optimizer = torch.optim.AdamW([{**group, "fused": None} for group in self.optimizer.param_groups])
         self.ema = ConstantDecayEMA(self.objective.transformer)
         self.batches = bench.batches()
-        self.clock = StepClock(bench.device)
+        self.clock = StepClock(DEVICE)
 
     def forward(self, inputs: dict) -> torch.Tensor:
-        with self.bench.autocast():
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=self.bench.dtype == torch.bfloat16):
             return self.objective(**inputs).loss
-
-    def update(self) -> None:
-        self.optimizer.step()
-        self.optimizer.zero_grad()
 
     def next_inputs(self) -> dict:
         inputs, _ = next(self.batches)
@@ -269,13 +243,14 @@ class Trainee:
         """One optimizer step like the trainer's, or like the published code's."""
         inputs = self.next_inputs()
         if self.published:
-            synchronize(self.bench.device)  # the teacher does not overlap with the student
+            synchronize(DEVICE)  # the teacher does not overlap with the student
         self.clock.mark(None)
         loss = self.forward(inputs)
         self.clock.mark("forward")
         loss.backward()
         self.clock.mark("backward")
-        self.update()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         self.clock.mark("optimizer")
         if self.published:
             loss.item()
@@ -297,21 +272,20 @@ class Trainee:
         loss = self.forward(inputs)
         loss.backward()
         gradients = [parameter.grad for parameter in self.objective.parameters() if parameter.grad is not None]
-        self.update()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         return loss.item(), gradients
 
 
 def relative_difference(ours: tuple[float, list[torch.Tensor]], published: tuple[float, list[torch.Tensor]]) -> dict:
     """|Δloss| / |loss|, and |Δgradient| / |gradient| over all parameters, of two warm-ups."""
-
-    def norm(tensors) -> float:
-        return sum(tensor.double().square().sum().item() for tensor in tensors) ** 0.5
-
     (loss, gradients), (reference, references) = ours, published
-    difference = norm(own - other for own, other in zip(gradients, references, strict=True))
+    differences = [own - other for own, other in zip(gradients, references, strict=True)]
     return {
         "loss_difference": abs(loss - reference) / abs(reference),
-        "gradient_difference": difference / norm(references),
+        "gradient_difference": (
+            torch.nn.utils.get_total_norm(differences) / torch.nn.utils.get_total_norm(references)
+        ).item(),
     }
 
 
@@ -320,8 +294,8 @@ def peak_of_two_steps(args: BenchmarkArguments, setting: Setting, arithmetic: st
     trainee = Trainee(Bench(args, setting), arithmetic)
     for _ in range(2):
         trainee.step()
-    synchronize(trainee.bench.device)
-    return peak_memory(trainee.bench.device)
+    synchronize(DEVICE)
+    return peak_memory(DEVICE)
 
 
 def measure(args: BenchmarkArguments, setting: Setting) -> list[dict]:
@@ -332,6 +306,7 @@ def measure(args: BenchmarkArguments, setting: Setting) -> list[dict]:
             with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
                 memory[arithmetic] = pool.submit(peak_of_two_steps, args, setting, arithmetic).result()
     bench = Bench(args, setting)
+    flops = bench.step_flops()
     if setting.compile != "no" and bench.teacher is not None:
         bench.teacher.compile()
     trainees = {arithmetic: Trainee(bench, arithmetic) for arithmetic in args.arithmetic}
@@ -339,16 +314,15 @@ def measure(args: BenchmarkArguments, setting: Setting) -> list[dict]:
     difference = relative_difference(**first) if len(first) == 2 else {}
     del first
 
-    steps = args.steps_per_round or (10 if bench.device.type == "cuda" else 1)
+    steps = 10 if DEVICE.type == "cuda" else 1
 
     def train(trainee: Trainee) -> None:
         for _ in range(steps):
             trainee.step()
 
     functions = {name: lambda trainee=trainee: train(trainee) for name, trainee in trainees.items()}
-    seconds = time_interleaved(functions, bench.device, args.num_rounds, warmup=0)
-    dtype = torch.bfloat16 if setting.mixed_precision == "bf16" else torch.float32
-    peak, flops, alone = measure_peak_flops(bench.device, dtype), bench.step_flops(), bench.time_alone(args.num_rounds)
+    seconds = time_interleaved(functions, DEVICE, args.num_rounds, warmup=0)
+    peak, alone = measure_peak_flops(DEVICE, bench.dtype), bench.time_alone(args.num_rounds)
     rows = []
     for name, trainee in trainees.items():
         step_seconds = statistics.median(seconds[name]) / steps
@@ -369,7 +343,6 @@ def measure(args: BenchmarkArguments, setting: Setting) -> list[dict]:
                 "peak_tflops": peak / 1e12,
                 "step_tflop": flops / 1e12,
                 **difference,
-                "reason": None,
             }
         )
     return rows
@@ -380,16 +353,16 @@ def measure_all(args: BenchmarkArguments) -> list[dict]:
     rows = []
     settings = itertools.product(
         *([preset for preset in args.presets if preset != "no"], args.objectives, args.batch_sizes, args.num_classes),
-        *(args.mixed_precision, args.compile, args.attention_backends, args.gradient_checkpointing),
+        *(args.mixed_precision, args.compile, args.attention_backends),
     )
     for setting in itertools.starmap(Setting, settings):
         try:
             rows += measure(args, setting)
-        except (ImportError, RuntimeError, AssertionError) as error:  # out of memory, no such backend, no CUDA
-            reason = str(error).splitlines()[0]
+        except (ImportError, RuntimeError, ValueError) as error:  # out of memory, no such backend
+            reason = f"not measured: {str(error).splitlines()[0]}"
             rows += [{**asdict(setting), "arithmetic": name, "reason": reason} for name in args.arithmetic]
         torch._dynamo.reset()  # all settings compile one function, whose cache is bounded
-        if torch.cuda.is_available():
+        if DEVICE.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
     return rows
@@ -414,40 +387,8 @@ def measure_data(args: BenchmarkArguments) -> list[dict]:
     return rows
 
 
-def print_steps(rows: list[dict]) -> None:
-    columns = ("images/s", "step s", "best s", "data", "teacher", *PARTS, "GiB", "TFLOP/s", "MFU", "ratio")
-    varied = [name for name in Setting.__dataclass_fields__ if len({row[name] for row in rows}) > 1]
-    print(format_table([{name: row.get(name) for name in (*varied, "arithmetic", *columns)} for row in rows]))
-    for row in rows:
-        if row["reason"] is not None:
-            print(f"not measured ({row['preset']}, {row['arithmetic']}): {row['reason']}")
-        elif row["ratio"] is not None:
-            print(
-                f"{row['preset']}, batch {row['batch_size']}: {row['ratio']:.3f} of the published arithmetic's time; "
-                f"relative difference of the loss {row['loss_difference']:.1e}, of the gradients "
-                f"{row['gradient_difference']:.1e}. Its matrix products alone take "
-                f"{row['step_tflop'] / row['peak_tflops']:.3g} s at the measured {row['peak_tflops']:.3g} TFLOP/s."
-            )
-
-
 def main(args: BenchmarkArguments) -> dict:
-    """Print the tables, write benchmark.json, and return its content."""
-    rows, data_rows = measure_all(args), measure_data(args)
-    device = torch.device(args.device if torch.cuda.is_available() else "cpu")
-    report = {
-        "arguments": {**asdict(args), "output_dir": str(args.output_dir)},
-        **describe_machine(device),
-        "steps": rows,
-        "data": data_rows,
-    }
-    print(f"{report['device']}, {report['threads']} CPU threads, load average {report['load_average']:.1f}")
-    if rows:
-        print_steps(rows)
-    if data_rows:
-        print(format_table(data_rows))
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    write_json(args.output_dir / "benchmark.json", report)
-    return report
+    return write_report(args, DEVICE, {"steps": measure_all(args), "data": measure_data(args)})
 
 
 if __name__ == "__main__":

@@ -7,9 +7,7 @@ folder. Without them the card says that nothing was measured or recorded.
 import json
 from pathlib import Path
 
-import torch
-
-from pixelrepa_diffusers import JiTTransformer2DModel, get_preset
+from pixelrepa_diffusers import get_preset
 from pixelrepa_diffusers.hub import build_card
 from pixelrepa_diffusers.presets import imagenet_id2label
 
@@ -49,15 +47,13 @@ def build(name: str) -> str:
     """Build the text of one card."""
     preset_name, id2label, options = RELEASES[name]
     preset = get_preset(preset_name)
-    with torch.device("meta"):
-        transformer = JiTTransformer2DModel(**preset.transformer_config())
     records = {}
     for record in ("metrics", "training_arguments"):
         path = CARDS / f"{name}.{record}.json"
         records[record] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
     card = build_card(
         f"your-name/{name}",
-        transformer.config,
+        preset.transformer_config(),
         {
             "id2label": {str(label): text for label, text in id2label.items()},
             "guidance_scale": preset.guidance_scale,
@@ -65,7 +61,6 @@ def build(name: str) -> str:
         },
         metrics=records["metrics"],
         training=records["training_arguments"],
-        num_parameters=transformer.num_parameters(),
         **options,
     )
     return str(card)

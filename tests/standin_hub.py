@@ -34,24 +34,25 @@ def card_errors(content: str) -> list[str]:
     """What the Hub's documentation rules out in the metadata of a model card."""
     match = re.match(r"---\n(.*?)\n---", content, re.DOTALL)
     card = yaml.safe_load(match[1]) if match else {}
-    errors = []
-    if card.get("license", "mit") not in LICENSES:
-        errors.append(f'"license" must be one of {sorted(LICENSES)}')
-    if card.get("license") == "other" and not (card.get("license_name") and card.get("license_link")):
-        errors.append('"license: other" needs "license_name" and "license_link"')
-    if card.get("pipeline_tag", TASKS[0]) not in TASKS:
-        errors.append(f'"pipeline_tag" must be one of {TASKS}')
-    for key in ("tags", "datasets", "metrics"):
-        if not all(isinstance(item, str) for item in card.get(key, [])):
-            errors.append(f'"{key}" must be a list of strings')
-    for model in card.get("model-index", []):
-        for result in model["results"]:
-            dataset, metrics = result["dataset"], result["metrics"]
-            if not (model.get("name") and result["task"].get("type") and dataset.get("type") and dataset.get("name")):
-                errors.append('"model-index" needs a name, task.type, dataset.type and dataset.name')
-            if not all(metric.get("type") and isinstance(metric.get("value"), int | float) for metric in metrics):
-                errors.append('"model-index" needs a type and a value for every metric')
-    return errors
+    results = [result for model in card.get("model-index", []) for result in model["results"]]
+    rules = {
+        f'"license" must be one of {sorted(LICENSES)}': card.get("license", "mit") in LICENSES,
+        '"license: other" needs "license_name" and "license_link"': card.get("license") != "other"
+        or {"license_name", "license_link"} <= card.keys(),
+        f'"pipeline_tag" must be one of {TASKS}': card.get("pipeline_tag", TASKS[0]) in TASKS,
+        '"model-index" needs names, types and values': all(
+            result["task"]["type"] and result["dataset"]["type"] and result["dataset"]["name"] for result in results
+        )
+        and all(
+            metric["type"] and isinstance(metric["value"], int | float)
+            for result in results
+            for metric in result["metrics"]
+        ),
+    } | {
+        f'"{key}" must be a list of strings': all(isinstance(item, str) for item in card.get(key, []))
+        for key in ("tags", "datasets", "metrics")
+    }
+    return [message for message, holds in rules.items() if not holds]
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class File:
 
 @dataclass
 class Repository:
+    id: str
     private: bool
     commits: dict[str, dict[str, File]] = field(default_factory=dict)  # oid to path to file, in order
     branches: dict[str, str] = field(default_factory=dict)
@@ -106,11 +108,13 @@ class Handler(BaseHTTPRequestHandler):
         path = urlsplit(self.path).path
         with self.hub.lock:
             status, content, headers = 404, {"error": f"no route for {self.command} {path}"}, {}
-            for methods, pattern, function in ROUTES:
+            for methods, pattern, writes, function in ROUTES:
                 if self.command in methods and (match := re.fullmatch(pattern, path)):
-                    status, content, headers = function(
-                        self, **{k: unquote(v) for k, v in match.groupdict("main").items()}
-                    )
+                    words = {name: unquote(word) for name, word in match.groupdict("main").items()}
+                    refusal = self.refusal(words.get("repo_id"), writes)
+                    if "repo_id" in words:
+                        words["repo"] = self.hub.repos.get(words.pop("repo_id"))
+                    status, content, headers = refusal or function(self, **words)
                     break
         self.hang_up() if fault == "lost" else self.answer(status, content, headers)
 
@@ -144,34 +148,29 @@ class Handler(BaseHTTPRequestHandler):
     def error(self, status: int, code: str, message: str):
         return status, {"error": message}, {"X-Error-Code": code, "X-Error-Message": message}
 
-    def refusal(self, repo_id: str | None = None, write: bool = False):
-        """Why this request may not read or write a repository; None if it may."""
+    def refusal(self, repo_id: str | None, writes: bool):
+        """Why this request may not read or write; None if it may."""
         repo = self.hub.repos.get(repo_id)
-        tokens = {f"Bearer {token}" for token in (self.hub.token, self.hub.read_token)}
-        is_logged_in = self.headers.get("Authorization") in tokens
+        authorization = self.headers.get("Authorization")
+        is_logged_in = authorization in (f"Bearer {self.hub.token}", f"Bearer {self.hub.read_token}")
         if repo_id and (repo is None or (repo.private and not is_logged_in)):
             return self.error(404 if is_logged_in else 401, "RepoNotFound", "Repository not found")
-        if write and not is_logged_in:
+        if writes and not is_logged_in:
             return self.error(401, "", "Invalid credentials in Authorization header")
-        if write and self.headers["Authorization"] != f"Bearer {self.hub.token}":
+        if writes and authorization != f"Bearer {self.hub.token}":
             return self.error(403, "", "Forbidden: this token has no write permission")
 
     def create(self):
-        if refusal := self.refusal(write=True):
-            return refusal
         request = json.loads(self.body)
         repo_id = f"{request.get('organization') or 'me'}/{request['name']}"
         content = {"url": f"{self.hub.endpoint}/{repo_id}", "name": repo_id, "id": repo_id}
         if repo_id in self.hub.repos:
             return 409, {"error": "You already created this model repo", **content}, {}
-        self.hub.repos[repo_id] = repo = Repository(request.get("visibility") == "private")
-        repo.commit("main", {})
+        self.hub.repos[repo_id] = Repository(repo_id, request.get("visibility") == "private")
+        self.hub.repos[repo_id].commit("main", {})
         return 200, content, {}
 
-    def branch(self, repo_id: str, name: str):
-        if refusal := self.refusal(repo_id, write=True):
-            return refusal
-        repo = self.hub.repos[repo_id]
+    def branch(self, repo: Repository, name: str):
         if name in repo.branches:
             return 409, {"error": "Reference already exists"}, {}
         repo.branches[name] = repo.branches["main"]
@@ -181,10 +180,7 @@ class Handler(BaseHTTPRequestHandler):
         errors = [{"message": message} for message in card_errors(json.loads(self.body)["content"])]
         return 400 if errors else 200, {"errors": errors, "warnings": []}, {}
 
-    def preupload(self, repo_id: str, revision: str):
-        if refusal := self.refusal(repo_id, write=True):
-            return refusal
-        repo = self.hub.repos[repo_id]
+    def preupload(self, repo: Repository, revision: str):
         files = repo.commits[repo.resolve(revision)]
         answers = [
             {
@@ -197,14 +193,11 @@ class Handler(BaseHTTPRequestHandler):
         ]
         return 200, {"files": answers}, {}
 
-    def lfs_batch(self, repo_id: str):
-        if refusal := self.refusal(repo_id, write=True):
-            return refusal
-        objects = [
-            {"oid": item["oid"], "size": item["size"]}
-            | ({} if item["oid"] in self.hub.lfs else {"actions": {"upload": {"href": f"{self.hub.endpoint}/lfs/{item['oid']}"}}})
-            for item in json.loads(self.body)["objects"]
-        ]  # fmt: skip
+    def lfs_batch(self, repo: Repository):
+        objects = [{"oid": item["oid"], "size": item["size"]} for item in json.loads(self.body)["objects"]]
+        for item in objects:
+            if item["oid"] not in self.hub.lfs:
+                item["actions"] = {"upload": {"href": f"{self.hub.endpoint}/lfs/{item['oid']}"}}
         return 200, {"transfer": "basic", "objects": objects}, {"Content-Type": "application/vnd.git-lfs+json"}
 
     def lfs_put(self, oid: str):
@@ -212,10 +205,7 @@ class Handler(BaseHTTPRequestHandler):
         self.hub.lfs[oid] = self.body
         return 200, {}, {"ETag": f'"{oid}"'}
 
-    def commit(self, repo_id: str, revision: str):
-        if refusal := self.refusal(repo_id, write=True):
-            return refusal
-        repo = self.hub.repos[repo_id]
+    def commit(self, repo: Repository, revision: str):
         head = repo.resolve(revision)
         files = dict(repo.commits[head])
         for line in filter(None, self.body.splitlines()):
@@ -229,61 +219,49 @@ class Handler(BaseHTTPRequestHandler):
             elif kind == "deletedFile":
                 del files[value["path"]]
         oid = repo.commit(revision, files)
-        return 200, {"success": True, "commitOid": oid, "commitUrl": f"{self.hub.endpoint}/{repo_id}/commit/{oid}"}, {}
+        return 200, {"success": True, "commitOid": oid, "commitUrl": f"{self.hub.endpoint}/{repo.id}/commit/{oid}"}, {}
 
-    def info(self, repo_id: str, revision: str):
-        if refusal := self.refusal(repo_id):
-            return refusal
-        repo = self.hub.repos[repo_id]
+    def info(self, repo: Repository, revision: str):
         oid = repo.resolve(revision)
         if oid is None:
             return self.error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         siblings = [{"rfilename": path, "size": len(file.data)} for path, file in repo.commits[oid].items()]
-        return 200, {"id": repo_id, "sha": oid, "private": repo.private, "tags": [], "siblings": siblings}, {}
+        return 200, {"id": repo.id, "sha": oid, "private": repo.private, "tags": [], "siblings": siblings}, {}
 
-    def tree(self, repo_id: str, revision: str):
-        if refusal := self.refusal(repo_id):
-            return refusal
+    def tree(self, repo: Repository, revision: str):
         entries = []
-        for path, file in self.hub.repos[repo_id].commits[revision].items():
+        for path, file in repo.commits[revision].items():
             entries.append({"type": "file", "path": path, "oid": file.oid, "size": len(file.data)})
             if file.is_lfs:
                 entries[-1]["lfs"] = {"oid": file.oid, "size": len(file.data), "pointerSize": 0}
         return 200, entries, {}
 
-    def auth_check(self, repo_id: str):
-        return self.refusal(repo_id, write=True) or (200, {}, {})
+    def auth_check(self, repo: Repository):
+        return 200, {}, {}
 
-    def resolve(self, repo_id: str, revision: str, path: str):
-        if refusal := self.refusal(repo_id):
-            return refusal
-        oid = self.hub.repos[repo_id].resolve(revision)
+    def resolve(self, repo: Repository, revision: str, path: str):
+        oid = repo.resolve(revision)
         if oid is None:
             return self.error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
-        file = self.hub.repos[repo_id].commits[oid].get(path)
-        if file is None:
+        if path not in repo.commits[oid]:
             status, content, headers = self.error(404, "EntryNotFound", "Entry not found")
             return status, content, {**headers, "X-Repo-Commit": oid}
-        headers = {"X-Repo-Commit": oid, "ETag": f'"{file.oid}"', "Accept-Ranges": "bytes"}
-        if part := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or ""):
-            start, end = int(part[1]), int(part[2] or len(file.data) - 1)
-            headers["Content-Range"] = f"bytes {start}-{end}/{len(file.data)}"
-            return 206, file.data[start : end + 1], headers
-        return 200, file.data, headers
+        file = repo.commits[oid][path]
+        return 200, file.data, {"X-Repo-Commit": oid, "ETag": f'"{file.oid}"'}
 
 
-ROUTES = [
-    ({"POST"}, r"/api/repos/create", Handler.create),
-    ({"POST"}, r"/api/validate-yaml", Handler.validate_yaml),
-    ({"POST"}, rf"/api/models/{REPOSITORY}/preupload/(?P<revision>[^/]+)", Handler.preupload),
-    ({"POST"}, rf"/api/models/{REPOSITORY}/commit/(?P<revision>[^/]+)", Handler.commit),
-    ({"POST"}, rf"/api/models/{REPOSITORY}/branch/(?P<name>.+)", Handler.branch),
-    ({"GET"}, rf"/api/models/{REPOSITORY}/auth-check/write", Handler.auth_check),
-    ({"GET"}, rf"/api/models/{REPOSITORY}/tree/(?P<revision>[^/]+)", Handler.tree),
-    ({"GET"}, rf"/api/models/{REPOSITORY}(?:/revision/(?P<revision>[^/]+))?", Handler.info),
-    ({"POST"}, rf"/{REPOSITORY}\.git/info/lfs/objects/batch", Handler.lfs_batch),
-    ({"PUT"}, r"/lfs/(?P<oid>[0-9a-f]{64})", Handler.lfs_put),
-    ({"GET", "HEAD"}, rf"/{REPOSITORY}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", Handler.resolve),
+ROUTES = [  # methods, path, whether the token must have write permission, answer
+    ({"POST"}, r"/api/repos/create", True, Handler.create),
+    ({"POST"}, r"/api/validate-yaml", False, Handler.validate_yaml),
+    ({"POST"}, rf"/api/models/{REPOSITORY}/preupload/(?P<revision>[^/]+)", True, Handler.preupload),
+    ({"POST"}, rf"/api/models/{REPOSITORY}/commit/(?P<revision>[^/]+)", True, Handler.commit),
+    ({"POST"}, rf"/api/models/{REPOSITORY}/branch/(?P<name>.+)", True, Handler.branch),
+    ({"GET"}, rf"/api/models/{REPOSITORY}/auth-check/write", True, Handler.auth_check),
+    ({"GET"}, rf"/api/models/{REPOSITORY}/tree/(?P<revision>[^/]+)", False, Handler.tree),
+    ({"GET"}, rf"/api/models/{REPOSITORY}(?:/revision/(?P<revision>[^/]+))?", False, Handler.info),
+    ({"POST"}, rf"/{REPOSITORY}\.git/info/lfs/objects/batch", True, Handler.lfs_batch),
+    ({"PUT"}, r"/lfs/(?P<oid>[0-9a-f]{64})", False, Handler.lfs_put),
+    ({"GET", "HEAD"}, rf"/{REPOSITORY}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", False, Handler.resolve),
 ]
 
 

@@ -52,7 +52,11 @@ def test_command_line_overrides_file_and_file_overrides_base(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("lerning_rate: 1", "unknown arguments: lerning_rate"), ("- a", "`name: value`"), ("seed: x", "invalid int")],
+    [
+        ("lerning_rate: 1", "unrecognized arguments: --lerning_rate"),
+        ("- a", "`name: value`"),
+        ("seed: x", "invalid int"),
+    ],
 )
 def test_wrong_config_file_is_refused(tmp_path, text, message, capsys):
     (tmp_path / "config.yaml").write_text(text)
@@ -67,7 +71,7 @@ EVALUATION = "--eval_steps 1 --eval_reference real.npz --eval_metrics"
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--lerning_rate 1", "unknown arguments: --lerning_rate"),
+        ("--lerning_rate 1", "unrecognized arguments: --lerning_rate"),
         ("--mask_ratio 1.5", "--mask_ratio must be at least 0 and at most 1"),
         ("--train_batch_size 0", "--train_batch_size must be at least 1"),
         ("--learning_rate nan", "--learning_rate must be greater than 0"),

@@ -31,7 +31,7 @@ def test_values_within_their_range_are_parsed():
         ("--ratio nan", "--ratio must be at least 0"),
         ("--sizes 1 0", "--sizes must be at least 1, got 0"),
         ("--limit 0", "--limit must be greater than 0"),
-        ("--rati 0", "unknown arguments: --rati 0"),
+        ("--rati 0", "unrecognized arguments: --rati 0"),
     ],
 )
 def test_value_outside_its_range_is_refused_by_name(words, message, capsys):

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import REFERENCE
 
 from pixelrepa_diffusers import PRESETS, JiTTransformer2DModel
 from pixelrepa_diffusers.adapter import MaskedTransformerAdapter
 from pixelrepa_diffusers.conversion import (
     adapter_state_from_original,
-    adapter_state_to_original,
     load_original_checkpoint,
     read_original_checkpoint,
     save_original_checkpoint,
@@ -24,7 +24,6 @@ from pixelrepa_diffusers.conversion import (
 from pixelrepa_diffusers.presets import matching_presets
 
 
-REFERENCE = Path(__file__).parent / "fixtures" / "reference_a"
 PUBLISHED = REFERENCE / "checkpoint-last.pth"
 START = 2  # the recorded model's in_context_start, which its weights do not show
 ADAPTER = "masked_transformer_adapter."
@@ -39,21 +38,16 @@ def changed(path, edit):
     return path
 
 
-def without_adapter(checkpoint):
-    """Keep what plain JiT's code saves."""
-    checkpoint["model"] = {
-        key: value for key, value in checkpoint["model"].items() if key.startswith("net.") and key != "net.mask_token"
-    }
-    for name in ("model_ema1", "model_ema2"):
-        checkpoint[name].pop("mask_token")
-
-
 def equal(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
-def settings(model):
-    return {name: value for name, value in model.config.items() if not name.startswith("_")}
+def same_models(one, other):
+    """Whether two models, or two Nones, agree in weights and settings."""
+    if one is None or other is None:
+        return one is other
+    settings = [{key: value for key, value in model.config.items() if key[0] != "_"} for model in (one, other)]
+    return equal(one.state_dict(), other.state_dict()) and settings[0] == settings[1]
 
 
 def tiny(**changes):
@@ -66,39 +60,9 @@ def tiny(**changes):
     return JiTTransformer2DModel(**{**config, **changes})
 
 
-def tiny_adapter(**changes):
-    config = {
-        "hidden_size": 16, "num_attention_heads": 2, "teacher_dim": 16, "num_layers": 1, "grid_size": 4,
-        "in_context_len": 2, "num_classes": 3,
-    }  # fmt: skip
-    return MaskedTransformerAdapter(**{**config, **changes})
-
-
-# Names
-
-
-def test_renaming_the_net_there_and_back_changes_no_name_bit_or_order():
-    state = read_original_checkpoint(PUBLISHED)["model_ema1"]
-    ours = transformer_state_from_original(state, START)
-    back = transformer_state_to_original(ours, grid_size=4, mask_token=state["mask_token"])
-    assert list(back) == list(state)
-    table = read_original_checkpoint(PUBLISHED)["model"]["net.pos_embed"]
-    assert equal(back, {**state, "pos_embed": table})
-    assert equal(transformer_state_from_original(back, START), ours)
-
-
-def test_renaming_the_adapter_there_and_back_changes_no_name_or_bit():
-    state = load_file(REFERENCE / "adapter.safetensors")
-    ours = adapter_state_from_original(state, mask_token=torch.ones(1, 1, 32))
-    assert ours["mask_token"].eq(1).all()
-    assert equal(adapter_state_to_original(ours), state)
-
-
-@pytest.mark.parametrize("key", ["blocks.0.attn.extra.weight", "blocks.9.norm1.weight", "pos_embedding"])
-def test_renaming_refuses_unknown_tensors(key):
-    state = {**load_file(REFERENCE / "jit.safetensors"), key: torch.zeros(1)}
-    with pytest.raises(KeyError, match=key):
-        transformer_state_from_original(state, START)
+def tiny_adapter(num_classes=3):
+    """As wide as its teacher: without projection."""
+    return MaskedTransformerAdapter(16, 2, 16, num_layers=1, grid_size=4, in_context_len=2, num_classes=num_classes)
 
 
 # Reading
@@ -131,7 +95,7 @@ def test_architecture_comes_from_shapes_and_args(tmp_path):
 
 def test_sizes_of_no_preset_need_in_context_start_and_noise_scale(tmp_path):
     path = changed(tmp_path / "a.pth", lambda checkpoint: checkpoint.pop("args"))
-    with pytest.raises(ValueError, match="Pass `in_context_start`, `noise_scale`"):
+    with pytest.raises(ValueError, match="Pass `in_context_start` and `noise_scale`"):
         load_original_checkpoint(path)
     with pytest.raises(ValueError, match="Pass `noise_scale`"):
         load_original_checkpoint(path, in_context_start=START)
@@ -157,14 +121,20 @@ def test_presets_are_told_apart_by_what_is_known():
 
 
 def test_plain_jit_has_no_adapter(tmp_path):
-    path = changed(tmp_path / "jit.pth", without_adapter)
+    def edit(checkpoint):  # keep what plain JiT's code saves
+        model = checkpoint["model"].items()
+        checkpoint["model"] = {key: value for key, value in model if key[:4] == "net." and "mask_token" not in key}
+        for name in ("model_ema1", "model_ema2"):
+            checkpoint[name].pop("mask_token")
+
+    path = changed(tmp_path / "jit.pth", edit)
     for weights in ("model", "ema1"):
         transformer, adapter = load_original_checkpoint(path, weights, in_context_start=START)
         same, _ = load_original_checkpoint(PUBLISHED, weights, in_context_start=START)
         assert adapter is None and equal(transformer.state_dict(), same.state_dict())
 
 
-def test_half_precision_is_widened_exactly(tmp_path):
+def test_half_precision_is_widened_exactly_and_its_rounded_position_table_is_accepted(tmp_path):
     def edit(checkpoint):
         checkpoint["model_ema1"] = {key: value.bfloat16() for key, value in checkpoint["model_ema1"].items()}
 
@@ -172,14 +142,6 @@ def test_half_precision_is_widened_exactly(tmp_path):
     full, _ = load_original_checkpoint(PUBLISHED, in_context_start=START)
     for key, value in full.state_dict().items():
         assert torch.equal(transformer.state_dict()[key], value.bfloat16().float())
-
-
-def test_drift_of_the_averaged_position_table_is_accepted(tmp_path):
-    # With decay 0.9999 for 750,000 steps in float32, the constant table drifts by up to 1.6e-4.
-    def edit(checkpoint):
-        checkpoint["model_ema1"]["pos_embed"] += 2e-4
-
-    load_original_checkpoint(changed(tmp_path / "a.pth", edit), in_context_start=START)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the process's memory map")
@@ -198,14 +160,6 @@ def test_tensors_are_mapped_until_used_and_share_no_memory_afterwards():
         assert len({storage.data_ptr() for storage in storages}) == len(storages)
 
 
-def test_files_without_zip_are_read_too(tmp_path):
-    checkpoint = read_original_checkpoint(PUBLISHED)
-    torch.save(checkpoint, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
-    old, _ = load_original_checkpoint(tmp_path / "old.pth", in_context_start=START)
-    new, _ = load_original_checkpoint(PUBLISHED, in_context_start=START)
-    assert equal(old.state_dict(), new.state_dict())
-
-
 # Refusing
 
 
@@ -217,35 +171,31 @@ def drop(entry, key):
     return lambda checkpoint: checkpoint[entry].pop(key)
 
 
-def poison(entry, key, value):
-    def edit(checkpoint):
-        checkpoint[entry][key].detach().view(-1)[1] = value
-
-    return edit
-
-
 @pytest.mark.parametrize(
     "edit, named",
     [
-        (drop("model_ema1", "blocks.1.attn.qkv.bias"), "'model_ema1': missing blocks.1.attn.qkv.bias"),
-        (drop("model_ema1", "pos_embed"), "'model_ema1': .*'pos_embed'"),
-        (drop("model_ema1", "mask_token"), "'model_ema1': missing mask_token"),
-        (drop("model", ADAPTER + "blocks.1.mlp.w3.bias"), f"{ADAPTER}' in 'model': missing blocks.1.mlp.w3.bias"),
-        (drop("model", ADAPTER + "projection_layer.mlp.3.weight"), "'projection_layer.mlp.3.weight'"),
-        (put("model_ema1", "blocks.0.extra", torch.zeros(1)), "unexpected blocks.0.extra"),
-        (put("model", "surprise.weight", torch.zeros(1)), "unexpected surprise.weight"),
-        (put("model", ADAPTER + "more", torch.zeros(1)), "unexpected more"),
-        (put("model_ema1", "blocks.3.mlp.w3.weight", torch.zeros(32, 86)), r"blocks.3.mlp.w3.weight \(32, 86\)"),
-        (put("model", ADAPTER + "blocks.0.attn.qkv.weight", torch.zeros(9, 32)), r"blocks.0.attn.qkv.weight \(9, 32\)"),
-        (put("model_ema1", "x_embedder.proj1.weight", torch.zeros(8)), "'model_ema1': not the layout"),
-        (poison("model_ema1", "blocks.2.norm2.weight", float("nan")), "NaN or infinity in blocks.2.norm2.weight"),
-        (poison("model", ADAPTER + "blocks.0.norm1.weight", float("inf")), "NaN or infinity in blocks.0.norm1.weight"),
+        (drop("model_ema1", "blocks.1.attn.qkv.bias"), 'Missing.*"encoder_blocks.1.attn.to_q.bias"'),
+        (drop("model_ema1", "pos_embed"), "missing or unexpected tensor 'pos_embed'"),
+        (drop("model", ADAPTER + "blocks.1.mlp.w3.bias"), 'Missing.*"blocks.1.ff.linear_out.bias"'),
+        (drop("model", ADAPTER + "projection_layer.mlp.3.weight"), 'Unexpected.*"projection.0.weight"'),
+        (put("model_ema1", "blocks.0.extra", torch.zeros(1)), "unexpected tensor 'blocks.0.extra'"),
+        (put("model", "surprise.weight", torch.zeros(1)), "unexpected tensors in 'model': surprise.weight"),
+        (put("model_ema1", "blocks.3.mlp.w3.weight", torch.zeros(32, 86)), r"linear_out.weight.*\[32, 86\]"),
+        (put("model_ema1", "x_embedder.proj1.weight", torch.zeros(8)), "'model_ema1' cannot be converted"),
+        (put("model_ema1", "blocks.0.norm1.weight", [1.0]), "'model_ema1' cannot be converted"),
         (put("model_ema1", "pos_embed", torch.zeros(1, 16, 32)), "not the sin-cos table"),
-        (put("model_ema1", "blocks.0.norm1.weight", [1.0]), "blocks.0.norm1.weight"),
-        (lambda checkpoint: checkpoint.update(model_ema1=[1]), "'model_ema1': not the layout"),
-        (lambda checkpoint: checkpoint.pop("model_ema1"), "no 'model_ema1'; it has ema2, model"),
+        (
+            put("model_ema1", "blocks.2.norm2.weight", torch.full((32,), torch.nan)),
+            "NaN or infinity in transformer_blocks.0.norm2",
+        ),
+        (
+            put("model", ADAPTER + "blocks.0.norm1.weight", torch.full((32,), torch.inf)),
+            "NaN or infinity in blocks.0.norm1.weight",
+        ),
+        (lambda checkpoint: checkpoint.update(model_ema1=[1]), "'model_ema1' cannot be converted"),
+        (lambda checkpoint: checkpoint.pop("model_ema1"), "no weights 'ema1'; it has .'ema2', 'model'."),
     ],
-)  # fmt: skip
+)
 def test_damaged_and_foreign_checkpoints_are_refused_by_name(tmp_path, edit, named):
     path = changed(tmp_path / "bad.pth", edit)
     with pytest.raises(ValueError, match=f"(?s)bad.pth.*{named}"):
@@ -268,7 +218,8 @@ def test_hostile_pickles_are_refused_and_not_run(tmp_path, zipped, place):
     target["net.evil"] = Hostile(marker)
     path = tmp_path / "hostile.pth"
     torch.save(checkpoint, path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(ValueError, match=rf"hostile.pth is refused.*`{os.mkdir.__module__}\.mkdir`"):
+    reason = rf"its pickle needs `{os.mkdir.__module__}\.mkdir`" if zipped else ""
+    with pytest.raises(ValueError, match=f"hostile.pth cannot be read.*{reason}"):
         load_original_checkpoint(path, in_context_start=START)
     assert not marker.exists()
     assert argparse.Namespace not in torch.serialization.get_safe_globals()
@@ -276,26 +227,13 @@ def test_hostile_pickles_are_refused_and_not_run(tmp_path, zipped, place):
     assert marker.exists(), "the pickle was harmless, so the test showed nothing"
 
 
-@pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("kept", [0, 3, 5000, 0.5, -1])
-def test_truncated_files_are_refused(tmp_path, kept, zipped):
-    torch.save(read_original_checkpoint(PUBLISHED), tmp_path / "whole.pth", _use_new_zipfile_serialization=zipped)
-    whole = (tmp_path / "whole.pth").read_bytes()
-    path = tmp_path / "cut.pth"
+def test_truncated_files_are_refused_without_recommending_unsafe_loading(tmp_path, kept):
+    whole, path = PUBLISHED.read_bytes(), tmp_path / "cut.pth"
     path.write_bytes(whole[: int(kept * len(whole)) if isinstance(kept, float) else kept])
-    with pytest.raises(ValueError, match=r"cut\.pth cannot be read as a PyTorch checkpoint.*cut short"):
+    with pytest.raises(ValueError, match=r"cut\.pth cannot be read as a PyTorch checkpoint") as error:
         load_original_checkpoint(path, in_context_start=START)
-
-
-def test_other_files_are_refused_without_recommending_unsafe_loading(tmp_path):
-    (tmp_path / "notes.pth").write_text("not a checkpoint")
-    for path in (tmp_path / "notes.pth", REFERENCE / "config.json"):
-        with pytest.raises(ValueError, match="another kind of file") as error:
-            load_original_checkpoint(path)
-        assert "weights_only" not in str(error.value)
-    torch.save([torch.zeros(1)], tmp_path / "list.pth")
-    with pytest.raises(ValueError, match="holds a list"):
-        load_original_checkpoint(tmp_path / "list.pth")
+    assert "weights_only" not in str(error.value)
 
 
 # Writing
@@ -321,30 +259,18 @@ def test_load_save_load_is_bit_exact_in_the_published_layout(tmp_path):
     recorded, own = vars(published["args"]), vars(written["args"])
     assert own.pop("in_context_start") == START and own == {name: recorded[name] for name in own}
     assert {"img_size", "class_num", "proj_dropout", "t_eps", "noise_scale", "cfg"} < own.keys()
-    again, adapter_again = load_original_checkpoint(path, "model")
-    assert equal(again.state_dict(), transformer.state_dict()) and settings(again) == settings(transformer)
-    assert equal(adapter_again.state_dict(), adapter.state_dict()) and settings(adapter_again) == settings(adapter)
-
-
-def test_one_set_of_weights_survives_the_round_trip_with_its_mask_token(tmp_path):
-    save_original_checkpoint(tmp_path / "back.pth", *load_original_checkpoint(PUBLISHED, "ema1", START))
-    written, published = read_original_checkpoint(tmp_path / "back.pth"), read_original_checkpoint(PUBLISHED)
-    table = published["model"]["net.pos_embed"]
-    assert equal(written["model_ema1"], {**published["model_ema1"], "pos_embed": table})
+    again = load_original_checkpoint(path, "model")
+    assert same_models(again[0], transformer) and same_models(again[1], adapter)
 
 
 @pytest.mark.parametrize("adapted", [True, False])
 def test_architectures_of_no_preset_survive_the_round_trip(tmp_path, adapted):
-    transformer, adapter = tiny(), tiny_adapter() if adapted else None  # as wide as its teacher: without projection
-    save_original_checkpoint(tmp_path / "a.pth", transformer, adapter)
+    models = tiny(), tiny_adapter() if adapted else None
+    save_original_checkpoint(tmp_path / "a.pth", *models)
     assert ("mask_token" in read_original_checkpoint(tmp_path / "a.pth")["model_ema1"]) == adapted
     for weights in ("model", "ema1", "ema2"):
-        again, adapter_again = load_original_checkpoint(tmp_path / "a.pth", weights)
-        assert equal(again.state_dict(), transformer.state_dict()) and settings(again) == settings(transformer)
-        assert (adapter_again is not None) == adapted
-        if adapted:
-            assert equal(adapter_again.state_dict(), adapter.state_dict())
-            assert settings(adapter_again) == settings(adapter)
+        again = load_original_checkpoint(tmp_path / "a.pth", weights)
+        assert all(same_models(*pair) for pair in zip(again, models, strict=True))
 
 
 def test_missing_ema_weights_are_written_as_the_transformer(tmp_path):
@@ -356,12 +282,6 @@ def test_missing_ema_weights_are_written_as_the_transformer(tmp_path):
         assert equal(load_original_checkpoint(tmp_path / "a.pth", weights)[0].state_dict(), expected)
     written, key = read_original_checkpoint(tmp_path / "a.pth"), "final_layer.linear.weight"
     assert written["model_ema2"][key].data_ptr() == written["model"]["net." + key].data_ptr(), "stored twice"
-
-
-def test_presets_are_named_in_the_args(tmp_path):
-    transformer = JiTTransformer2DModel(**PRESETS["JiT-Digits/4"].transformer_config())
-    save_original_checkpoint(tmp_path / "a.pth", transformer)
-    assert read_original_checkpoint(tmp_path / "a.pth")["args"].model == "JiT-Digits/4"
 
 
 def test_half_precision_is_written_as_float32(tmp_path):
@@ -387,14 +307,13 @@ def fused():
 @pytest.mark.parametrize(
     "arguments, named",
     [
-        (lambda: {"transformer": with_nan()}, "transformer: NaN or infinity in final_layer.linear.bias"),
+        (lambda: {"transformer": with_nan()}, "NaN or infinity in final_layer.linear.bias"),
         (lambda: {"transformer": fused()}, "encoder_blocks.0.attn.to_qkv.bias.* fused projections"),
-        (lambda: {"transformer": tiny(mlp_ratio=3.0)}, "'mlp_ratio': 3.0"),
-        (lambda: {"transformer": tiny(in_context_len=0)}, "'in_context_len': 0"),
+        (lambda: {"transformer": tiny(mlp_ratio=3.0)}, "`mlp_ratio` 4.0"),
+        (lambda: {"transformer": tiny(in_context_len=0)}, "in-context tokens"),
         (lambda: {"adapter": tiny_adapter(num_classes=4)}, "`num_classes` is 4"),
-        (lambda: {"ema": {"0.9999": tiny().state_dict()}}, "'ema1' and 'ema2'"),
-        (lambda: {"ema": {"ema1": tiny(num_layers=2).state_dict()}}, "ema1: missing blocks.2"),
-        (lambda: {"ema": {"ema2": tiny(num_classes=4).state_dict()}}, r"ema2: wrong shape y_embedder.*\(5, 16\)"),
+        (lambda: {"ema": {"ema1": tiny(num_layers=2).state_dict()}}, r"`ema\['ema1'\]`"),
+        (lambda: {"ema": {"ema2": tiny(num_classes=4).state_dict()}}, r"`ema\['ema2'\]`"),
     ],
 )
 def test_models_without_published_counterpart_are_not_written(tmp_path, arguments, named):

@@ -13,44 +13,20 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from pictures import encoded, make_image, write_photos
 from PIL import Image
 
 from pixelrepa_diffusers.images import BadImageError, read_image
-from pixelrepa_diffusers.training.data import (
-    DataArguments,
-    ImageLoader,
-    draws,
-    open_source,
-    to_float,
-)
+from pixelrepa_diffusers.training.data import DataArguments, ImageLoader, draws, open_source, to_float
 
 
 SIZE = 8
 FORK = multiprocessing.get_context("fork")  # a fresh interpreter would spend seconds on imports
 
 
-def make_image(number: int, width: int = 20, height: int = 12) -> Image.Image:
-    """Smooth, distinct, and changed by a flip."""
-    y, x = np.mgrid[:height, :width]
-    pixels = np.stack([x * 12 + number, y * 20 + 2 * number, x * y + 5 * number], axis=-1) % 256
-    return Image.fromarray(pixels.astype(np.uint8))
-
-
-def encoded(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """22 images of two classes, some nested, PNG and JPEG."""
-    for number in range(22):
-        suffix = ".png" if number % 3 else ".JPG"
-        path = tmp_path / "photos" / ("cat" if number % 2 else "ant/sub") / f"{number:02d}{suffix}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        make_image(number, 20 + number, 12 + number % 5).save(path)
-    return tmp_path / "photos"
+    return write_photos(tmp_path / "photos")
 
 
 def write_shards(folder: Path, images: list[bytes]) -> str:
@@ -109,20 +85,15 @@ def assert_equal(left: list[dict], right: list[dict]) -> None:
 # ---------------------------------------------------------------------------------------------------------- the order
 
 
-def test_a_batch_holds_uint8_images_labels_and_indices(source):
-    (batch,) = batches(source, 1)
-    assert batch["pixel_values"].shape == (4, 3, SIZE, SIZE) and batch["pixel_values"].dtype == torch.uint8
-    assert batch["class_labels"].dtype == batch["index"].dtype == torch.int64
-    assert batch["flipped"].dtype == torch.bool and batch["skipped"].sum() == 0
-
-
 def test_an_epoch_has_every_image_once_and_an_order_of_its_own(source):
-    seen = [batch["index"].tolist() for batch in batches(source, 10)]
-    for epoch in (seen[:5], seen[5:]):
-        assert len(set(itertools.chain.from_iterable(epoch))) == 20
-    pixels = joined(batches(source, 10, random_flip=False))["pixel_values"].flatten(1)
+    seen = joined(batches(source, 10, random_flip=False))
+    pixels = seen["pixel_values"].flatten(1)
+    assert (pixels.dtype, seen["flipped"].dtype) == (torch.uint8, torch.bool)
+    assert seen["class_labels"].dtype == seen["index"].dtype == torch.int64
+    assert seen["skipped"].sum() == 0
+    for epoch in (slice(0, 20), slice(20, 40)):
+        assert len(seen["index"][epoch].unique()) == len(pixels[epoch].unique(dim=0)) == 20
     assert not torch.equal(pixels[:20], pixels[20:])
-    assert len(pixels[:20].unique(dim=0)) == 20
 
 
 def test_number_of_workers_changes_nothing(source):
@@ -141,7 +112,7 @@ def test_processes_and_accumulation_steps_divide_the_same_global_batches(source)
     assert_equal([joined(micro[i : i + 2]) for i in range(0, 14, 2)], whole)
 
 
-@pytest.mark.parametrize("stop, num_workers", [(0, 0), (1, 2), (3, 0), (5, 0), (5, 2), (7, 2)])
+@pytest.mark.parametrize("stop, num_workers", [(0, 0), (3, 0), (5, 2), (7, 2)])
 def test_resume_equals_straight_through(source, stop, num_workers):
     straight = batches(source, 9)
     loader = ImageLoader(source, SIZE, 4, seed=3, num_workers=num_workers)
@@ -150,17 +121,11 @@ def test_resume_equals_straight_through(source, stop, num_workers):
     assert_equal(before + batches(source, 9 - stop, state, num_workers=num_workers), straight)
 
 
-def test_a_position_fits_another_number_of_accumulation_steps(source):
-    loader = ImageLoader(source, SIZE, 4, seed=3)
-    list(itertools.islice(loader, 2))
-    resumed = batches(source, 2, loader.state_dict(), batch_size=2, accumulation_steps=2)
-    assert_equal([joined(resumed)], batches(source, 3)[2:])
-
-
-def test_the_position_advances_with_the_last_accumulation_step(source):
+def test_the_position_advances_with_the_optimizer_step_and_fits_any_number_of_accumulation_steps(source):
     loader = ImageLoader(source, SIZE, 2, seed=3, accumulation_steps=2)
     positions = [tuple(loader.position.values()) for _ in itertools.islice(loader, 4)]
     assert positions == [(0, 0), (0, 1), (0, 1), (0, 2)]
+    assert_equal(batches(source, 1, loader.state_dict()), batches(source, 3)[2:])
 
 
 def test_resume_decodes_no_earlier_image(folder):
@@ -251,8 +216,7 @@ def test_crops_are_those_of_read_image_and_flips_mirror_them(folder):
     for row, index in enumerate(plain["index"].tolist()):
         pixels = read_image(source[index].name, SIZE)
         assert torch.equal(plain["pixel_values"][row], pixels)
-        expected = pixels.flip(-1) if flipped["flipped"][row] else pixels
-        assert torch.equal(flipped["pixel_values"][row], expected)
+        assert torch.equal(flipped["pixel_values"][row], pixels.flip(-1) if flipped["flipped"][row] else pixels)
     assert 5 < flipped["flipped"].sum() < 15  # of 20 images
 
 
@@ -322,8 +286,8 @@ def test_only_bad_images_and_missing_files_are_errors_even_if_skipped(tmp_path):
 def test_classes_are_the_sorted_sub_folders(folder):
     source = folder_source(folder)
     assert (source.num_classes, source.id2label, len(source)) == (2, {"0": "ant", "1": "cat"}, 22)
-    assert [example.label for example in source] == [0] * 11 + [1] * 11
-    assert [Path(example.name).name[:2] for example in source][:3] == ["00", "02", "04"]
+    examples = [(example.label, Path(example.name).name[:2]) for example in source]
+    assert examples == [(number % 2, f"{number:02d}") for number in (*range(0, 22, 2), *range(1, 22, 2))]
 
 
 def test_a_folder_and_data_sets_of_its_images_give_the_same_batches(folder, tmp_path):
@@ -346,9 +310,10 @@ def test_a_folder_and_data_sets_of_its_images_give_the_same_batches(folder, tmp_
         assert_equal(batches(other, 6), batches(source, 6))
     with pytest.raises(ValueError, match=r"no split 'train', only \['part'\]"):
         open_source(DataArguments(dataset_name=str(tmp_path / "saved_dict"), **flags))
-    stream = open_source(DataArguments(dataset_name=str(tmp_path / "hub"), streaming=True, **flags))
-    assert stream.id2label == source.id2label
-    assert [example.label for example in stream] == [example.label for example in source]
+    for name in ("saved", "hub"):
+        stream = open_source(DataArguments(dataset_name=str(tmp_path / name), streaming=True, **flags))
+        assert stream.id2label == source.id2label
+        assert [example[:2] for example in stream] == list(zip(*columns.values(), strict=True))
 
 
 def test_a_stream_yields_the_images_and_labels_of_its_shards(shards):
@@ -361,23 +326,26 @@ def test_a_stream_yields_the_images_and_labels_of_its_shards(shards):
         assert labels[pixels.tobytes()] == label
 
 
-def saved_data_set(path: Path, labels, **columns) -> dict:
+def saved_data_set(path: Path, labels) -> dict:
     images = [encoded(make_image(number)) for number in range(len(labels))]
-    datasets.Dataset.from_dict({"image": images, "label": labels, **columns}).save_to_disk(path)
+    datasets.Dataset.from_dict({"image": images, "label": labels}).save_to_disk(path)
     return {"dataset_name": str(path)}
 
 
-def test_string_labels_are_numbered_in_sorted_order(tmp_path):
-    source = open_source(DataArguments(**saved_data_set(tmp_path / "data", ["wolf", "ant", "wolf", "bee"])))
-    assert source.id2label == {"0": "ant", "1": "bee", "2": "wolf"}
-    assert [example.label for example in source] == [2, 0, 2, 1]
-
-
-def test_integer_labels_have_no_names_and_num_classes_may_add_some(tmp_path):
-    saved = saved_data_set(tmp_path / "data", [0, 4, 2])
-    for extra, num_classes in (({}, 5), ({"num_classes": 7}, 7)):
-        source = open_source(DataArguments(**saved, **extra))
-        assert (source.num_classes, source.id2label) == (num_classes, None)
+@pytest.mark.parametrize(
+    "labels, options, num_classes, id2label, numbers",
+    [
+        (["wolf", "ant", "wolf", "bee"], {}, 3, {"0": "ant", "1": "bee", "2": "wolf"}, [2, 0, 2, 1]),
+        ([0, 4, 2], {}, 5, None, [0, 4, 2]),
+        ([0, 4, 2], {"num_classes": 7}, 7, None, [0, 4, 2]),
+    ],
+)
+def test_strings_are_numbered_in_sorted_order_and_integers_kept(
+    tmp_path, labels, options, num_classes, id2label, numbers
+):
+    source = open_source(DataArguments(**saved_data_set(tmp_path / "data", labels), **options))
+    assert (source.num_classes, source.id2label) == (num_classes, id2label)
+    assert [example.label for example in source] == numbers
 
 
 def test_unconditional_is_one_class_from_any_source(folder, shards, tmp_path):
@@ -410,31 +378,16 @@ def test_max_train_samples_are_evenly_spaced_or_the_first_of_a_stream(folder, sh
         ([0.0, 1.0, 2.0], {}, "not integer or string labels"),
         ([0, 1], {"image_column": "img"}, "no column 'img', .*label.*--image_column"),
         ([0, 1], {"label_column": "fine"}, "no column 'fine', .*label.*--label_column"),
-        ([0, 1], {"image_column": "label"}, "'label' holds .*, not images"),
-        ([0, 1], {"streaming": True}, "save_to_disk.*drop --streaming"),
+        ([0, 1], {"streaming": True}, "needs integer labels and --num_classes"),
+        ([0, 1], {"train_data_dir": "a"}, "exactly one source"),
+        ([0, 1], {"dataset_name": None}, "exactly one source"),
     ],
 )
-def test_unfit_labels_and_columns_are_errors(tmp_path, labels, options, message):
-    saved = saved_data_set(tmp_path / "data", labels)
+def test_unfit_arguments_and_data_are_errors(tmp_path, labels, options, message):
     with pytest.raises(ValueError, match=message):
-        open_source(DataArguments(**saved, **options))
+        open_source(DataArguments(**{**saved_data_set(tmp_path / "data", labels), **options}))
 
 
-def test_a_stream_needs_num_classes_and_labels_in_range(shards):
-    with pytest.raises(ValueError, match="needs integer labels and --num_classes"):
-        shards_source(shards, num_classes=None)
+def test_labels_of_a_stream_are_checked_as_they_are_read(shards):
     with pytest.raises(ValueError, match=r"Label 4 of image .*\d+.png.* is outside \[0, 4\)"):
         batches(shards_source(shards, num_classes=4), 5, on_bad_image="skip")
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        ({}, "exactly one source"),
-        ({"train_data_dir": "a", "dataset_name": "b"}, "exactly one source"),
-        ({"train_data_dir": "nowhere", "data_files": ["b"]}, "--data_files belongs to --dataset_name"),
-    ],
-)
-def test_contradicting_arguments_are_errors(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        open_source(DataArguments(**arguments))

@@ -14,10 +14,7 @@ from training_runs import ROOT, TEACHER, launch_two
 from pixelrepa_diffusers.cli import parse
 from pixelrepa_diffusers.commands import evaluate as command
 from pixelrepa_diffusers.commands.evaluate import EvaluateArguments, main
-from pixelrepa_diffusers.evaluation import (
-    FeatureStatistics,
-    pipeline_images,
-)
+from pixelrepa_diffusers.evaluation import FeatureStatistics, pipeline_images
 from pixelrepa_diffusers.hub import card_for_folder, weights_sha256
 
 
@@ -96,10 +93,8 @@ def test_a_sweep_covers_all_combinations_and_resumes(folder, reference, tmp_path
     shutil.copytree(folder / "transformer", ema)
     weights = load_file(ema / "diffusion_pytorch_model.safetensors")
     save_file({name: 0.9 * tensor for name, tensor in weights.items()}, ema / "diffusion_pytorch_model.safetensors")
-    sweep = [
-        *("--transformers", folder / "transformer", ema, "--guidance_scales", 1, 3, "--chunk_size", 8),
-        *("--schedulers", "heun", "euler", "--guidance_intervals", "0:1", "0.4:1"),
-    ]  # fmt: skip
+    sweep = ["--transformers", folder / "transformer", ema, "--guidance_scales", 1, 3, "--chunk_size", 8]
+    sweep += ["--schedulers", "heun", "euler", "--guidance_intervals", "0:1", "0.4:1"]
     straight = evaluate(folder, reference, tmp_path / "straight", *sweep, num_samples=20)
 
     stop_after(monkeypatch, batches=5)  # the first cell's three batches, and two of the second
@@ -122,9 +117,8 @@ def test_a_sweep_covers_all_combinations_and_resumes(folder, reference, tmp_path
     assert len({row["fd_teacher"] for row in rows}) == 12
     best = json.loads((tmp_path / "straight" / "sweep.json").read_text())["best"]
     assert best["fd_teacher"] == min(one["metrics"]["fd_teacher"] for one in straight)
-    for name in ("sweep.png", "heatmap.png"):
-        with Image.open(tmp_path / "straight" / name) as image:
-            assert min(image.size) > 100
+    with Image.open(tmp_path / "straight" / "sweep.png") as image:
+        assert min(image.size) > 100
 
 
 def test_a_longer_sweep_keeps_its_finished_cells(folder, reference, tmp_path, monkeypatch):
@@ -134,7 +128,6 @@ def test_a_longer_sweep_keeps_its_finished_cells(folder, reference, tmp_path, mo
     second = evaluate(folder, reference, tmp_path, *scales, 0.5, num_samples=10)
     assert second[:2] == first and len(made) == 2
     assert {path.name for path in tmp_path.glob("guidance-*")} == {"guidance-1", "guidance-2", "guidance-0.5"}
-    assert (tmp_path / "sweep.png").exists() and not (tmp_path / "heatmap.png").exists()
     with pytest.raises(ValueError, match="num_inference_steps was 2 and is 3"):
         evaluate(folder, reference, tmp_path, *scales, "--num_inference_steps", 3, num_samples=10)
 
@@ -142,13 +135,6 @@ def test_a_longer_sweep_keeps_its_finished_cells(folder, reference, tmp_path, mo
 @pytest.mark.parametrize(("metric", "index"), [("fid", 1), ("inception_score", 2)])
 def test_the_best_cell_has_the_lowest_distance_or_the_highest_score(metric, index):
     assert command.best([{"metrics": {metric: value, "fd_teacher": 0.0}} for value in (2.0, 1.0, 3.0)]) == index
-
-
-def test_dtype_is_that_of_the_computation(folder, reference, tmp_path):
-    ((exact,), (rounded,)) = (evaluate(folder, reference, tmp_path / d, "--dtype", d) for d in ("float32", "bfloat16"))
-    assert (exact["dtype"], rounded["dtype"]) == ("float32", "bfloat16")
-    assert rounded["metrics"] != exact["metrics"]
-    assert rounded["metrics"]["fd_teacher"] == pytest.approx(exact["metrics"]["fd_teacher"], rel=0.1)
 
 
 def test_a_finished_evaluation_is_kept_without_overwrite(folder, reference, tmp_path, monkeypatch):
@@ -176,17 +162,6 @@ def test_image_files_score_as_the_pipeline_that_made_them(folder, reference, mak
         evaluate(None, reference, tmp_path / "more", "--images", tmp_path / "images", num_samples=41)
 
 
-def test_a_training_checkpoint_is_measured_like_its_pipeline(folder, reference, tmp_path):
-    (expected,) = evaluate(folder, reference, tmp_path / "pipeline")
-    checkpoint = tmp_path / "checkpoint-5"
-    shutil.copytree(folder / "transformer", checkpoint / "transformer_ema_0.9")
-    progress = {"arguments": {"ema_decays": [0.9]}, "pipeline": {"guidance_scale": 2.0}}
-    (checkpoint / "progress.json").write_text(json.dumps(progress))
-    (record,) = evaluate(checkpoint, reference, tmp_path / "checkpoint")
-    assert record["metrics"] == expected["metrics"]
-    assert record["weights_sha256"] == expected["weights_sha256"]
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -197,7 +172,7 @@ def test_a_training_checkpoint_is_measured_like_its_pipeline(folder, reference, 
         (("--images", "here"), "either --pipeline or --images"),
         (("--guidance_intervals", "0.5"), "LOW:HIGH"),
         (("--guidance_intervals", "0.9:0.1"), "guidance_interval"),
-        (("--guidance_scales", 2, "2.0"), "more than once"),
+        (("--guidance_scales", 2, "2.0"), "same name"),
         (("--transformers", "nowhere"), "--transformers"),
     ],
 )

@@ -3,13 +3,14 @@
 import json
 
 import pytest
-import torch
+from accelerate import debug_launcher
+from conftest import reset_accelerate_state
 from diffusers import DiffusionPipeline
-from safetensors.torch import load_file
-from training_runs import ROOT, launch_two, load_script, read_metrics
+from training_runs import assert_equal, load_script, read_metrics, weights
 
 from pixelrepa_diffusers import PixelREPAPipeline
 from pixelrepa_diffusers.cli import parse
+from pixelrepa_diffusers.hub import weights_sha256
 from pixelrepa_diffusers.training.guidance_head import GuidanceHeadArguments
 
 
@@ -58,22 +59,13 @@ def finished(source, tmp_path_factory):
     return folder
 
 
-def weights(folder) -> dict[str, torch.Tensor]:
-    return {
-        f"{file.name}.{name}": weight
-        for file in sorted(folder.rglob("*.safetensors"))
-        for name, weight in load_file(file).items()
-    }
-
-
 def test_a_run_learns_and_writes_a_pipeline_with_the_same_transformer(source, finished):
     folder = finished / "pipeline"
     pipeline = PixelREPAPipeline.from_pretrained(folder)
     assert pipeline.config.self_guidance_scale == 0.5 and pipeline.guidance_head.config.depth == 2
     remote = DiffusionPipeline.from_pretrained(str(folder), trust_remote_code=True)
     assert (remote([1], num_inference_steps=2, output_type="np").images >= 0).all()
-    before, after = (weights(place / "transformer") for place in (source, folder))
-    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert weights_sha256(source / "transformer") == weights_sha256(folder / "transformer")
     losses = [row["denoising_loss"] for row in read_metrics(finished)]
     assert losses[-1] < losses[0]
     assert {path.name for path in finished.iterdir()} >= {"generated", "curves.png", "samples", "checkpoint-6"}
@@ -85,19 +77,25 @@ def test_resume_is_bit_exact(source, finished, tmp_path):
     images = {path: path.stat().st_mtime_ns for path in tmp_path.glob("generated/*/*.png")}
     train_head(source, tmp_path, resume_from_checkpoint="latest")
     assert len(images) == 30 and all(path.stat().st_mtime_ns == time for path, time in images.items())
-    straight, resumed = weights(finished / "checkpoint-6"), weights(tmp_path / "checkpoint-6")
-    assert straight.keys() == resumed.keys() and all(torch.equal(straight[name], resumed[name]) for name in straight)
+    assert_equal(weights(finished / "checkpoint-6"), weights(tmp_path / "checkpoint-6"))
 
 
+def train_in_fork(*args):
+    reset_accelerate_state()  # the parent has one process
+    train_head(*args, train_batch_size=2, max_train_steps=3)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_two_processes_train_the_same_head_as_one(source, finished, tmp_path):
-    record = tmp_path / "pipeline/guidance_head/training_arguments.json"
-    short = {"train_batch_size": 2, "max_train_steps": 3, "validation_steps": 0}
-    launch_two(ROOT / SCRIPT, words(source, tmp_path, **short), record)
+    debug_launcher(train_in_fork, args=(source, tmp_path), num_processes=2)
+    record = json.loads((tmp_path / "pipeline/guidance_head/training_arguments.json").read_text())
+    assert record["num_processes"] == 2
     for path in finished.glob("generated/*/*.png"):
         assert path.read_bytes() == (tmp_path / path.relative_to(finished)).read_bytes()
     one, two = weights(finished / "checkpoint-3"), weights(tmp_path / "checkpoint-3")
     # Adam divides tiny gradients by themselves, so rounding moves single weights.
-    assert sum((one[name] - two[name]).abs().sum() for name in one) < 1e-2 * sum(w.abs().sum() for w in one.values())
+    difference = sum((one[name] - two[name]).abs().sum() for name in one)
+    assert difference < 1e-2 * sum(weight.abs().sum() for weight in one.values())
 
 
 def test_wrong_settings_are_refused(source, image_folder, finished, tmp_path):

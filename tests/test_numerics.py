@@ -7,7 +7,6 @@ import torch.nn as nn
 
 from pixelrepa_diffusers import (
     ConvProjector,
-    JiTFlowMatchScheduler,
     MaskedTransformerAdapter,
     MLPProjector,
     PixelREPAObjective,
@@ -60,58 +59,27 @@ def test_prediction_velocity_loss_and_gradients_are_finite_at_extreme_times(make
     assert output.denoising_loss < 1 / T_EPS**2
 
 
-def test_velocity_is_continuous_where_the_clamp_starts(make_transformer, images):
-    transformer = make_transformer(t_eps=T_EPS)
-    before, after = (transformer.velocity(torch.zeros_like(images), images, t) for t in CLAMP_START)
-    torch.testing.assert_close(before, after, rtol=1e-5, atol=0)
-
-
 @pytest.mark.parametrize("P_mean, bound", [(-1e6, 0.0), (1e6, 1.0)])
 def test_sampled_times_stay_in_the_unit_interval(P_mean, bound):
     assert (draw_timesteps(4, torch.Generator(), P_mean, 0.8) == bound).all()
 
 
-@pytest.mark.parametrize("solver", ["heun", "euler"])
-@pytest.mark.parametrize("steps", [1, 2, 50])
-def test_the_solver_integrates_large_velocities(solver, steps):
-    scheduler, sample = JiTFlowMatchScheduler(solver=solver), torch.ones(1, 1, 2, 2)
-    scheduler.set_timesteps(steps)
-    for timestep in scheduler.timesteps:
-        sample = scheduler.step(torch.full_like(sample, 1e4), timestep, sample).prev_sample
-    torch.testing.assert_close(sample, torch.full_like(sample, 1 - 1e4))
-
-
-@pytest.mark.parametrize("scale", [0, 1, 1e3])
-def test_images_are_finite_for_small_and_large_guidance(make_pipeline, scale):
-    pipeline = make_pipeline(guidance_interval=(0.0, 1.0))
-    images = pipeline([1, 2], guidance_scale=scale, num_inference_steps=5, output_type="pt").images
-    assert finite(images) and images.min() >= 0 and images.max() <= 1
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [0, 1, 100.0])
+def test_images_are_finite_float32_for_small_and_large_guidance(make_pipeline, make_transformer, dtype, scale):
+    transformer = make_transformer().to(dtype)
+    transformer.conditioning.time_embedding.float()  # as `from_pretrained` leaves it
+    pipeline = make_pipeline(transformer, guidance_interval=(0.0, 1.0))
+    images = pipeline([0, 9], guidance_scale=scale, num_inference_steps=4, output_type="pt").images
+    assert images.dtype == torch.float32 and finite(images) and images.min() >= 0 and images.max() <= 1
 
 
 def test_overflowing_guidance_is_refused_unless_raw_values_are_asked_for(make_pipeline):
     pipeline = make_pipeline(guidance_interval=(0.0, 1.0))
-    with pytest.raises(ValueError, match=r"NaN or infinite values.* guidance_scale=1e\+200"):
+    with pytest.raises(ValueError, match=r"NaN or infinite values.* guidance_scale=1e\+200 .* torch.float32"):
         pipeline(1, guidance_scale=1e200, num_inference_steps=3)
     assert not finite(pipeline(1, guidance_scale=1e200, num_inference_steps=3, output_type="latent").images)
     assert pipeline(1, num_inference_steps=1).images[0].size == (16, 16)
-
-
-def test_weights_that_overflow_in_float16_are_refused(make_pipeline, make_transformer):
-    transformer = make_transformer()
-    with torch.no_grad():
-        transformer.final_layer.linear.weight.mul_(1e6)
-    with pytest.raises(ValueError, match=r"NaN or infinite values.* torch.float16"):
-        make_pipeline(transformer.to(torch.float16))(0, num_inference_steps=2)
-
-
-def test_guidance_scale_zero_is_the_unconditional_image(make_pipeline):
-    pipeline = make_pipeline(guidance_interval=(0.0, 1.0))
-    noise = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    first, second = (
-        pipeline(label, guidance_scale=0, num_inference_steps=4, latents=noise, output_type="latent").images
-        for label in (1, 7)
-    )
-    torch.testing.assert_close(first, second, rtol=0, atol=1e-5)
 
 
 def test_fully_masked_and_unmasked_rows_are_finite_and_independent(adapter):
@@ -149,6 +117,7 @@ def test_teacher_features_of_any_norm_give_a_finite_loss(make_transformer, adapt
     assert 0 <= output.alignment_loss <= 2
     if not size:
         assert output.alignment_loss == 1
+        assert not any(gradient.any() for gradient in gradients(projector))
 
 
 def test_zero_predicted_features_have_cosine_zero_and_finite_gradients(make_transformer, images):
@@ -159,14 +128,6 @@ def test_zero_predicted_features_have_cosine_zero_and_finite_gradients(make_tran
     output.loss.backward()
     assert output.alignment_loss == 1
     assert finite(*gradients(objective))
-
-
-def test_zero_teacher_features_give_zero_gradients(make_transformer, images):
-    projector = MLPProjector(WIDTH, FEATURES, projector_dim=8)
-    objective = PixelREPAObjective(make_transformer(), projector)
-    inputs = images, LABELS, torch.tensor([0.3, 0.8]), torch.randn_like(images)
-    objective(*inputs, torch.zeros(2, 16, FEATURES)).alignment_loss.backward()
-    assert not any(gradient.any() for gradient in gradients(projector))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -188,13 +149,3 @@ def test_autocast_training_steps_are_finite_and_close_to_float32(make_transforme
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
     assert finite(*objective.parameters())
     assert objective(*inputs).loss < losses[-1] * 1.05
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("scale", [3.0, 100.0])
-def test_half_precision_images_are_finite(make_pipeline, make_transformer, dtype, scale):
-    transformer = make_transformer().to(dtype)
-    transformer.conditioning.time_embedding.float()  # as `from_pretrained` leaves it
-    pipeline = make_pipeline(transformer, guidance_interval=(0.0, 1.0))
-    images = pipeline([0, 9], guidance_scale=scale, num_inference_steps=4, output_type="pt").images
-    assert images.dtype == torch.float32 and finite(images)

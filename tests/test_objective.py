@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.nn as nn
 from accelerate import Accelerator
 
 from pixelrepa_diffusers.adapter import ConvProjector, MaskedTransformerAdapter, MLPProjector
@@ -101,24 +100,16 @@ def test_spatial_norm_is_irepas(transformer, batch, features):
     torch.testing.assert_close(half, widened, rtol=0, atol=0)
 
 
-def test_without_a_projector_the_loss_is_the_denoising_loss(transformer, adapter, batch, features):
-    plain = PixelREPAObjective(transformer)(**batch)
-    aligned = PixelREPAObjective(transformer, adapter)(**batch, teacher_features=features)
-    assert plain.alignment_loss is None
-    assert plain.loss is plain.denoising_loss
-    torch.testing.assert_close(plain.denoising_loss, aligned.denoising_loss, rtol=0, atol=0)
-
-
-def test_with_alignment_off_projector_gradients_are_zero_and_the_others_unchanged(
+def test_with_alignment_off_projector_gradients_are_zero_and_the_others_those_of_plain_jit(
     make_transformer, adapter, batch, keep_mask
 ):
     """DDP waits for a gradient of every parameter."""
     objective, plain = PixelREPAObjective(make_transformer(), adapter), PixelREPAObjective(make_transformer())
-    output = objective(**batch, keep_mask=keep_mask)
-    assert output.alignment_loss is None
-    torch.testing.assert_close(output.loss, output.denoising_loss, rtol=0, atol=0)
+    output, expected = objective(**batch, keep_mask=keep_mask), plain(**batch)
+    assert output.alignment_loss is expected.alignment_loss is None
+    assert output.loss == output.denoising_loss == expected.loss
     output.loss.backward()
-    plain(**batch).loss.backward()
+    expected.loss.backward()
     assert all(p.grad is not None and not p.grad.any() for p in objective.projector.parameters())
     expected = {name: p.grad for name, p in plain.transformer.named_parameters()}
     actual = {name: p.grad for name, p in objective.transformer.named_parameters()}
@@ -153,17 +144,6 @@ def test_path_and_losses_are_float32_under_autocast(transformer, adapter, batch,
         torch.testing.assert_close(reduced[name], exact[name], rtol=0.03, atol=0)
 
 
-def test_zero_features_leave_loss_and_gradients_finite(transformer, batch, features):
-    projector = MLPProjector(D, TEACHER_DIM, projector_dim=16)
-    nn.init.zeros_(projector.projection[4].weight)  # the prediction is exactly zero
-    objective = PixelREPAObjective(transformer, projector)
-    features[0] = 0.0
-    output = objective(**batch, teacher_features=features)
-    output.loss.backward()
-    assert output.alignment_loss == 1.0
-    assert all(parameter.grad.isfinite().all() for parameter in objective.parameters() if parameter.grad is not None)
-
-
 def test_accelerate_carries_the_output_through_mixed_precision(transformer, adapter, batch, features, keep_mask):
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     objective = accelerator.prepare(PixelREPAObjective(transformer, adapter))
@@ -181,8 +161,6 @@ def test_objective_compiles_to_one_graph(transformer, adapter, batch, features, 
 
 
 def test_parts_that_do_not_fit_are_refused(transformer, adapter, batch, features):
-    with pytest.raises(ValueError, match="need a projector"):
-        PixelREPAObjective(transformer)(**batch, teacher_features=features)
     with pytest.raises(ValueError, match="do not match"):
         PixelREPAObjective(transformer, adapter)(**batch, teacher_features=features[:, 1:])
     with pytest.raises(ValueError, match="`grid_size` is 5"):
@@ -191,13 +169,12 @@ def test_parts_that_do_not_fit_are_refused(transformer, adapter, batch, features
         PixelREPAObjective(transformer, alignment_depth=4)
 
 
-def test_timesteps_are_logit_normal_and_repeat_with_the_generator():
+def test_timesteps_are_logit_normal():
     t = draw_timesteps(20_000, torch.Generator().manual_seed(0), P_mean=-0.8, P_std=0.8)
     assert t.shape == (20_000,) and t.dtype == torch.float32 and t.min() > 0 and t.max() < 1
     logits = torch.logit(t)
     assert logits.mean().item() == pytest.approx(-0.8, abs=0.02)
     assert logits.std().item() == pytest.approx(0.8, abs=0.02)
-    assert torch.equal(t, draw_timesteps(20_000, torch.Generator().manual_seed(0)))
 
 
 def test_keep_mask_drops_tokens_independently_with_the_mask_ratio():
@@ -205,8 +182,6 @@ def test_keep_mask_drops_tokens_independently_with_the_mask_ratio():
     assert keep_mask.shape == (200, 256) and keep_mask.dtype == torch.bool
     assert keep_mask.float().mean().item() == pytest.approx(0.8, abs=0.01)
     assert keep_mask.sum(1).unique().numel() > 5  # not a fixed fraction of each image
-    assert draw_keep_mask(200, 256, torch.Generator(), mask_ratio=0.0).all()
-    assert not draw_keep_mask(2, 8, torch.Generator(), mask_ratio=1.0).any()
 
 
 def test_labels_are_dropped_independently_to_the_null_class():

@@ -92,28 +92,23 @@ def test_labels_are_ids_names_or_synonyms(make_pipeline, labels, ids):
 
 
 @pytest.mark.parametrize(
-    "labels, message",
+    "id2label, labels, message",
     [
-        (10, "Class id 10 is out of range: the class ids are 0 to 9"),
-        ([1, -1], "Class id -1 is out of range"),
-        ([], "`class_labels` is empty"),
-        (None, "`class_labels` is required"),
-        ("golfish", "The nearest names: 'goldfish'"),
-        ("HAMMERHEAD", "The nearest names: 'hammerhead'"),
-        ("zzzzzz", "See `pipe.config.id2label`"),
-        ("crane", r"shared by the classes \[3, 4\]"),
+        (NAMES, 10, "Class id 10 is out of range: the class ids are 0 to 9"),
+        (NAMES, [1, -1], "Class id -1 is out of range"),
+        (NAMES, [], "`class_labels` is empty"),
+        (NAMES, None, "`class_labels` is required"),
+        (NAMES, "golfish", "The nearest names: 'goldfish'"),
+        (NAMES, "HAMMERHEAD", "The nearest names: 'hammerhead'"),
+        (NAMES, "zzzzzz", "See `pipe.config.id2label`"),
+        (NAMES, "crane", r"shared by the classes \[3, 4\]"),
+        (None, "tench", "no class names to look up 'tench'"),
+        ({10: "ten"}, 1, "key 10; its keys must be class ids from 0 to 9"),
     ],
 )
-def test_labels_that_name_no_class_are_refused(make_pipeline, labels, message):
+def test_labels_and_names_that_do_not_fit_are_refused(make_pipeline, id2label, labels, message):
     with pytest.raises(ValueError, match=message):
-        make_pipeline(id2label=NAMES)(labels)
-
-
-def test_class_names_must_fit_the_model(make_pipeline):
-    with pytest.raises(ValueError, match="no class names to look up 'tench'"):
-        make_pipeline()("tench")
-    with pytest.raises(ValueError, match="key 10; its keys must be class ids from 0 to 9"):
-        make_pipeline(id2label={10: "ten"})
+        make_pipeline(id2label=id2label)(labels)
 
 
 def test_a_model_with_one_class_needs_no_label_and_has_no_guidance(make_pipeline):
@@ -151,10 +146,10 @@ def test_wrong_arguments_are_refused_before_any_model_evaluation(make_pipeline, 
 
 
 def test_numpy_numbers_are_accepted_and_saved(make_pipeline):
-    pipeline = make_pipeline(guidance_scale=np.float32(2.0), guidance_interval=(np.float64(0.1), np.float32(1.0)))
+    settings = {"guidance_scale": np.float32(2.0), "guidance_interval": (np.float64(0.1), np.float32(1.0))}
+    pipeline = make_pipeline(**settings)
     json.loads(pipeline.to_json_string())
-    arguments = {"steps": np.int64(4), "guidance_scale": np.float64(2.0), "guidance_interval": [np.float32(0.1), 1]}
-    assert torch.equal(sample(pipeline), sample(make_pipeline(), **arguments))
+    assert torch.equal(sample(pipeline), sample(make_pipeline(), steps=np.int64(4), **settings))
 
 
 # Results
@@ -209,10 +204,11 @@ def test_latents_are_unit_noise_multiplied_by_the_noise_scale(make_pipeline):
 # Guidance
 
 
-def test_guidance_is_the_published_formula_in_one_batched_evaluation(make_pipeline):
+@pytest.mark.parametrize("scale", [0.0, 3.0])
+def test_guidance_is_the_published_formula_in_one_batched_evaluation(make_pipeline, scale):
     pipeline = make_pipeline(scheduler=JiTFlowMatchScheduler(solver="euler"))
     calls = record_calls(pipeline)
-    images = sample(pipeline, [1, 2], steps=1, guidance_scale=3.0, guidance_interval=(0.0, 1.0))
+    images = sample(pipeline, [1, 2], steps=1, guidance_scale=scale, guidance_interval=(0.0, 1.0))
     assert calls == [(4, 0.0, [1, 2, 10, 10])]
 
     transformer = pipeline.transformer
@@ -221,7 +217,7 @@ def test_guidance_is_the_published_formula_in_one_batched_evaluation(make_pipeli
             transformer.velocity(transformer(NOISE, 0.0, torch.tensor(labels)).sample, NOISE, 0.0)
             for labels in ([1, 2], [10, 10])
         )
-    torch.testing.assert_close(images, NOISE + null + 3.0 * (velocity - null), rtol=0, atol=1e-5)
+    torch.testing.assert_close(images, NOISE + null + scale * (velocity - null), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -309,8 +305,9 @@ def test_a_callback_sees_and_replaces_the_latents(make_pipeline):
     assert pipeline.current_timestep is None
 
 
-def test_a_callback_can_disable_guidance_and_interrupt(make_pipeline):
-    pipeline = make_pipeline(scheduler=JiTFlowMatchScheduler(solver="euler"))
+def test_a_callback_can_disable_guidance_and_interrupt_for_one_call(make_pipeline):
+    settings = {"guidance_scale": 2.0, "guidance_interval": (0.0, 1.0)}
+    pipeline = make_pipeline(scheduler=JiTFlowMatchScheduler(solver="euler"), **settings)
     calls = record_calls(pipeline)
 
     def callback(pipe, index, timestep, tensors):
@@ -318,11 +315,9 @@ def test_a_callback_can_disable_guidance_and_interrupt(make_pipeline):
         pipe._interrupt = index == 4
         return tensors
 
-    sample(pipeline, steps=6, guidance_scale=2.0, guidance_interval=(0.0, 1.0), callback_on_step_end=callback)
-    assert [size for size, _, _ in calls] == [4, 4, 4, 2, 2]
-    calls.clear()
-    sample(pipeline, steps=6, guidance_scale=2.0, guidance_interval=(0.0, 1.0))
-    assert [size for size, _, _ in calls] == [4] * 6
+    sample(pipeline, steps=6, callback_on_step_end=callback)
+    sample(pipeline, steps=6)
+    assert [size for size, _, _ in calls] == [4, 4, 4, 2, 2, *[4] * 6]
 
 
 # Dtypes
@@ -330,10 +325,11 @@ def test_a_callback_can_disable_guidance_and_interrupt(make_pipeline):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_half_precision_error_of_a_sample_is_that_of_one_forward_pass(make_pipeline, tmp_path, dtype):
-    pipeline = make_pipeline(SHALLOW)
+    pipeline, dtypes = make_pipeline(SHALLOW), set()
     transformer, latents, labels = pipeline.transformer, torch.cat([NOISE, -NOISE]), torch.arange(4)
     transformer.save_pretrained(tmp_path)
     half = make_pipeline(JiTTransformer2DModel.from_pretrained(tmp_path, dtype=dtype))
+    half.transformer.register_forward_pre_hook(lambda module, arguments: dtypes.add(arguments[0].dtype))
 
     def rms(difference):
         return difference.float().square().mean().sqrt().item()
@@ -343,21 +339,17 @@ def test_the_half_precision_error_of_a_sample_is_that_of_one_forward_pass(make_p
             rms(half.transformer(latents, t, labels).sample - transformer(latents, t, labels).sample)
             for t in (0.0, 0.5, 1.0)
         )
-    errors = []
-    for steps in (10, 30, 90):
-        images = sample(half, labels.tolist(), steps, latents=latents)
-        assert images.dtype == torch.float32
-        errors.append(rms(images - sample(pipeline, labels.tolist(), steps, latents=latents)))
+    errors = [
+        rms(
+            sample(half, labels.tolist(), steps, latents=latents)
+            - sample(pipeline, labels.tolist(), steps, latents=latents)
+        )
+        for steps in (10, 30, 90)
+    ]
     # Measured with a float32 state: 0.6 to 1.1 of one forward pass, decreasing with the number of steps
+    assert dtypes == {torch.float32}
     assert max(errors) < 1.5 * one_forward
     assert errors[2] < 1.1 * errors[1] < 1.2 * errors[0]
-
-
-def test_the_sampler_state_is_float32_in_a_bfloat16_pipeline(make_pipeline):
-    pipeline, dtypes = make_pipeline(guidance_scale=2.0).to(torch.bfloat16), []
-    pipeline.transformer.register_forward_pre_hook(lambda module, arguments: dtypes.append(arguments[0].dtype))
-    assert sample(pipeline).dtype == torch.float32
-    assert set(dtypes) == {torch.float32}
 
 
 # Other schedulers
@@ -442,11 +434,6 @@ def test_a_pipeline_survives_saving_and_loading_twice(make_pipeline, tmp_path):
     assert loaded.config.id2label == {str(key): name for key, name in NAMES.items()}
     assert (loaded.config.guidance_scale, loaded.config.guidance_interval) == (2.5, [0.2, 0.9])
     assert_close(sample(loaded, ["goldfish", 2]), sample(pipeline))
-    assert [type(part) for part in (loaded, loaded.transformer, loaded.scheduler)] == [
-        PixelREPAPipeline,
-        JiTTransformer2DModel,
-        JiTFlowMatchScheduler,
-    ]
 
 
 @pytest.mark.parametrize(
@@ -460,33 +447,18 @@ def test_another_scheduler_is_saved_and_loaded(make_pipeline, tmp_path, schedule
     assert_close(sample(loaded), sample(pipeline))
 
 
-def test_variants_shards_and_dtypes_load_through_the_pipeline(make_pipeline, tmp_path):
-    pipeline = make_pipeline()
-    pipeline.save_pretrained(tmp_path, variant="fp16", max_shard_size="20KB")
-    loaded = load(tmp_path, variant="fp16", dtype=torch.bfloat16)
-    assert loaded.dtype == torch.bfloat16
-    assert loaded.transformer.conditioning.time_embedding.linear_1.weight.dtype == torch.float32
-    assert (sample(loaded) - sample(pipeline)).abs().max() < 0.1
-
-
-def test_components_and_settings_can_be_given_when_loading(make_pipeline, tmp_path):
-    pipeline, euler = make_pipeline(id2label=NAMES), JiTFlowMatchScheduler(solver="euler")
+def test_components_and_settings_can_be_given_to_from_pretrained_and_from_pipe(make_pipeline, tmp_path):
+    pipeline, scheduler = make_pipeline(id2label=NAMES, guidance_scale=2.5), FlowMatchEulerDiscreteScheduler()
     pipeline.save_pretrained(tmp_path)
-    loaded = load(tmp_path, transformer=pipeline.transformer, scheduler=euler, guidance_scale=4.0)
-    assert loaded.transformer is pipeline.transformer
-    assert loaded.scheduler is euler
-    assert loaded.config.guidance_scale == 4.0
-
-
-def test_from_pipe_shares_components_and_keeps_the_settings(make_pipeline):
-    pipeline = make_pipeline(id2label=NAMES, guidance_scale=2.5)
-    other = PixelREPAPipeline.from_pipe(pipeline)
-    assert other.transformer is pipeline.transformer
-    assert other.get_label_ids("goldfish") == [1]
-    assert other.config.guidance_scale == 2.5
-    changed = PixelREPAPipeline.from_pipe(pipeline, scheduler=FlowMatchEulerDiscreteScheduler(), guidance_scale=1.0)
-    assert isinstance(changed.scheduler, FlowMatchEulerDiscreteScheduler)
-    assert changed.config.guidance_scale == 1.0
+    same = PixelREPAPipeline.from_pipe(pipeline)
+    assert same.transformer is pipeline.transformer
+    assert same.get_label_ids("goldfish") == [1] and same.config.guidance_scale == 2.5
+    for changed in (
+        load(tmp_path, transformer=pipeline.transformer, scheduler=scheduler, guidance_scale=4.0),
+        PixelREPAPipeline.from_pipe(pipeline, scheduler=scheduler, guidance_scale=4.0),
+    ):
+        assert changed.transformer is pipeline.transformer and changed.scheduler is scheduler
+        assert changed.get_label_ids("goldfish") == [1] and changed.config.guidance_scale == 4.0
 
 
 def test_a_pipeline_with_a_compiled_transformer_can_be_saved(make_pipeline, tmp_path):
@@ -499,16 +471,13 @@ def test_a_pipeline_with_a_compiled_transformer_can_be_saved(make_pipeline, tmp_
 # Caches
 
 
+EXACT = {"taylor_factors_dtype": torch.float32}
+WHOLE_MODEL = {"cache_identifiers": ["final_layer"], "skip_predict_identifiers": [r".*_blocks\.\d+"]}
 CACHES = {
     "first block": lambda pipeline: FirstBlockCacheConfig(threshold=0.1),
     "MagCache": lambda pipeline: MagCacheConfig(mag_ratios=torch.ones(39), num_inference_steps=39, threshold=0.5),
-    "TaylorSeer": lambda pipeline: TaylorSeerCacheConfig(cache_interval=3, taylor_factors_dtype=torch.float32),
-    "TaylorSeer, whole model": lambda pipeline: TaylorSeerCacheConfig(
-        cache_interval=2,
-        taylor_factors_dtype=torch.float32,
-        cache_identifiers=["final_layer"],
-        skip_predict_identifiers=[r".*_blocks\.\d+"],
-    ),
+    "TaylorSeer": lambda pipeline: TaylorSeerCacheConfig(cache_interval=3, **EXACT),
+    "TaylorSeer, whole model": lambda pipeline: TaylorSeerCacheConfig(cache_interval=2, **EXACT, **WHOLE_MODEL),
     "pyramid attention broadcast": lambda pipeline: PyramidAttentionBroadcastConfig(
         spatial_attention_block_skip_range=2, current_timestep_callback=lambda: pipeline.current_timestep.item()
     ),

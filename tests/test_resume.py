@@ -1,9 +1,7 @@
 """Interrupted runs: resumed, killed, signalled and damaged runs end like an uninterrupted one, or say why not."""
 
-import functools
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,10 +11,10 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from training_runs import ROOT, TRAINER, arguments, assert_equal, launch_two, read_metrics, weights
+from accelerate import debug_launcher
+from training_runs import ROOT, TRAINER, arguments, assert_equal, launch_two, read_metrics, train_in_fork, weights
 
 from pixelrepa_diffusers import PixelREPAPipeline
-from pixelrepa_diffusers.files import write_folder
 from pixelrepa_diffusers.training.export import Exporter
 
 
@@ -30,7 +28,7 @@ def test_resume_is_bit_exact(train, tmp_path):
         "num_layers": 4, "dropout": 0.5,  # active in the middle half of the blocks
     }  # fmt: skip
     train(tmp_path / "straight", **settings)
-    train(tmp_path / "stopped", **{**settings, "max_train_steps": 2, "lr_scheduler": "constant_with_warmup"})
+    train(tmp_path / "stopped", **settings, max_train_steps=2)
     train(tmp_path / "stopped", **settings, resume_from_checkpoint="latest")
     assert_equal(weights(tmp_path / "straight/checkpoint-6"), weights(tmp_path / "stopped/checkpoint-6"))
     straight, stopped = ([row["loss"] for row in read_metrics(tmp_path / run)] for run in ("straight", "stopped"))
@@ -45,13 +43,13 @@ def test_resume_on_a_stream_is_bit_exact(train, image_folder, tmp_path):
     (tmp_path / "hub").mkdir()
     datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "hub/train.parquet")
 
-    # 24 images are 6 steps per epoch: one stop within the first, one within the second
-    settings = {"dataset_name": tmp_path / "hub", "streaming": True, "shuffle_buffer_size": 5, "max_train_steps": 10}
-    folder = train(tmp_path / "straight", None, **settings, checkpointing_steps=10)
-    for stop in (4, 8, 10):
-        now = {**settings, "max_train_steps": stop, "lr_scheduler": "constant_with_warmup"}
-        train(tmp_path / "stopped", None, **now, checkpointing_steps=10, resume_from_checkpoint="latest")
-    assert_equal(weights(tmp_path / "straight/checkpoint-10"), weights(tmp_path / "stopped/checkpoint-10"))
+    # 24 images are 3 steps per epoch: one stop within the first, one within the second
+    settings = {"dataset_name": tmp_path / "hub", "streaming": True, "shuffle_buffer_size": 5, "train_batch_size": 8}
+    settings["checkpointing_steps"] = 6
+    folder = train(tmp_path / "straight", None, **settings)
+    for stop in (2, 5, 6):
+        train(tmp_path / "stopped", None, **settings, max_train_steps=stop, resume_from_checkpoint="latest")
+    assert_equal(weights(tmp_path / "straight/checkpoint-6"), weights(tmp_path / "stopped/checkpoint-6"))
     assert PixelREPAPipeline.from_pretrained(folder).config.id2label == {str(i): name for i, name in enumerate(names)}
 
 
@@ -66,19 +64,18 @@ def test_resume_with_another_number_of_micro_steps_gives_the_same_weights(train,
     torch.testing.assert_close(stopped, straight, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_two_processes_resume_bit_exactly_and_match_one_process(train, image_folder, tmp_path):
     # With its usual ε Adam divides vanishing gradients, of which a fresh adaLN-zero has many, by themselves: it would
     # compare the signs of rounding errors.
     settings = {"checkpointing_steps": 2, "adam_epsilon": 1e-3, "learning_rate": 1e-3}
     split = {**settings, "train_batch_size": 2, "gradient_accumulation_steps": 2}
 
-    def train_on_two(run: str, **overrides) -> None:
-        words = arguments(image_folder, tmp_path / run, **overrides)
-        launch_two(ROOT / TRAINER, words, tmp_path / run / "pipeline/training_arguments.json")
-
-    train_on_two("straight", **split)
-    train_on_two("stopped", **{**split, "max_train_steps": 2})
-    train_on_two("stopped", **split, resume_from_checkpoint="latest")
+    words = arguments(image_folder, tmp_path / "straight", **split)
+    launch_two(ROOT / TRAINER, words, tmp_path / "straight/pipeline/training_arguments.json")
+    for changes in ({"max_train_steps": 2}, {"resume_from_checkpoint": "latest"}):
+        words = arguments(image_folder, tmp_path / "stopped", **{**split, **changes})
+        debug_launcher(train_in_fork, args=(words, tmp_path / "log.txt"), num_processes=2)
     assert_equal(weights(tmp_path / "straight/checkpoint-6"), weights(tmp_path / "stopped/checkpoint-6"))
 
     train(tmp_path / "one", **settings, train_batch_size=8)
@@ -100,9 +97,9 @@ def test_run_killed_at_twenty_random_moments_is_bit_exact(tmp_path):
     assert result.returncode == 0, result.stderr[-4000:]
     report = json.loads(result.stdout.splitlines()[-1])
     assert report["kills"] == 20
-    expected = weights(Path(report["undisturbed"]) / "checkpoint-12")
+    expected = weights(Path(report["undisturbed"]) / "checkpoint-6")
     for run in report["finished_runs"]:
-        assert_equal(expected, weights(Path(run) / "checkpoint-12"))
+        assert_equal(expected, weights(Path(run) / "checkpoint-6"))
         assert not [path for path in Path(run).rglob(".*") if path.name != ".lock"]
 
 
@@ -156,10 +153,6 @@ def test_oldest_checkpoints_beyond_the_limit_are_deleted(train, tmp_path):
     assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
 
 
-def test_latest_starts_from_scratch_without_checkpoints(train, tmp_path):
-    assert train(tmp_path / "run", resume_from_checkpoint="latest", max_train_steps=1) is not None
-
-
 def test_checkpoints_are_not_overwritten_by_a_new_run(train, finished_run):
     with pytest.raises(FileExistsError, match="--resume_from_checkpoint latest"):
         train(finished_run)
@@ -185,14 +178,11 @@ def test_damaged_later_checkpoints_are_overwritten(train, tmp_path, caplog):
     assert json.loads((tmp_path / "run/checkpoint-2/progress.json").read_text())["step"] == 2
 
 
-@pytest.mark.parametrize("damage", ["altered", "missing"])
-def test_latest_skips_a_damaged_checkpoint_and_its_path_is_an_error(train, tmp_path, damage, caplog):
+def test_latest_skips_a_damaged_checkpoint_and_its_path_is_an_error(train, tmp_path, caplog):
     train(tmp_path / "run", checkpointing_steps=1, max_train_steps=2)
     file = tmp_path / "run/checkpoint-2/transformer/diffusion_pytorch_model.safetensors"
     content = file.read_bytes()
-    file.unlink()
-    if damage == "altered":
-        file.write_bytes(content[:-10] + bytes([content[-10] ^ 1]) + content[-9:])
+    file.write_bytes(content[:-10] + bytes([content[-10] ^ 1]) + content[-9:])
     with pytest.raises(ValueError, match=r"checkpoint-2 is damaged: transformer/diffusion_pytorch_model.safetensors"):
         train(tmp_path / "run", resume_from_checkpoint="checkpoint-2")
     train(tmp_path / "run", resume_from_checkpoint="latest", max_train_steps=3)
@@ -216,16 +206,3 @@ def test_resume_that_does_not_fit_is_refused_by_name(train, finished_run, overri
     with pytest.raises(error, match=message):
         train(finished_run, **{"resume_from_checkpoint": "latest", "max_train_steps": 9, **overrides})
     assert not (finished_run / "checkpoint-9").exists()
-
-
-def test_checkpoint_of_an_older_version_resumes(train, tmp_path):
-    run = tmp_path / "run"
-    train(run, max_train_steps=2)
-    progress = json.loads((run / "checkpoint-2/progress.json").read_text())
-    del progress["pipeline"]  # added later
-    (run / "checkpoint-2/progress.json").write_text(json.dumps(progress))
-    (run / "checkpoint-2/manifest.json").unlink()
-    shutil.move(run / "checkpoint-2", tmp_path / "old")
-    copy = functools.partial(shutil.copytree, tmp_path / "old", dirs_exist_ok=True)
-    write_folder(run / "checkpoint-2", copy, manifest=True)
-    assert train(run, max_train_steps=3, resume_from_checkpoint="latest") is not None

@@ -34,13 +34,7 @@ MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 PATCH, NATIVE_GRID, WIDTH = 6, 4, 24
 TINY = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 3, "patch_size": PATCH}
 SIZED = {**TINY, "intermediate_size": 40, "image_size": PATCH * NATIVE_GRID}
-TEXT = {
-    "hidden_size": WIDTH,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 3,
-    "intermediate_size": 40,
-    "vocab_size": 9,
-}
+TEXT = {**TINY, "intermediate_size": 40, "vocab_size": 9}
 ENCODERS = {
     "dinov2": Dinov2Config(**TINY, image_size=PATCH * NATIVE_GRID),
     "dinov2-registers": Dinov2WithRegistersConfig(**TINY, image_size=PATCH * NATIVE_GRID, num_register_tokens=3),
@@ -109,7 +103,7 @@ def test_resize_equals_the_unmodified_encoder_on_resized_images(name, grid_size,
     assert teacher.feature_dim == WIDTH
 
 
-@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize("name", ["dinov2", "siglip2-naflex", "clip"])
 def test_resample_at_the_native_patch_and_grid_changes_nothing(name, images):
     images = images[..., : PATCH * NATIVE_GRID, : PATCH * NATIVE_GRID]
     teacher = make_teacher(ENCODERS[name], grid_size=NATIVE_GRID, image_size=PATCH * NATIVE_GRID)
@@ -138,15 +132,6 @@ def test_resampled_kernel_is_the_pseudo_inverse_of_the_2d_resize(patch_size):
     expected = torch.einsum("nk,fck->fcn", torch.linalg.pinv(resize.T), kernel.flatten(2).double())
     actual = teacher.model.embeddings.patch_embeddings.projection.weight
     torch.testing.assert_close(actual.flatten(2), expected.float(), rtol=0, atol=1e-6)
-
-
-def test_rotary_positions_need_no_resampling():
-    encoder = make_encoder(ENCODERS["dinov3"])
-    teacher = SemanticTeacher(encoder, 4, 32, MEAN, STD)
-    before, after = encoder.state_dict(), teacher.model.state_dict()
-    assert before.keys() == after.keys()
-    changed = [name for name in before if not torch.equal(before[name], after[name])]
-    assert changed == ["embeddings.patch_embeddings.weight"]
 
 
 def test_images_of_another_size_are_resized_bilinearly(images):
@@ -281,20 +266,5 @@ def test_missing_image_processor_or_weights_are_refused(tmp_path):
     ids=lambda config: config.model_type,
 )
 def test_unsupported_encoders_are_refused(config):
-    with pytest.raises(ValueError, match="Supported are"):
+    with pytest.raises(ValueError, match=f"'{config.model_type}' cannot be the teacher. Supported are"):
         make_teacher(config, grid_size=8)
-
-
-def test_unsupported_encoders_are_refused_before_their_weights_are_read(tmp_path):
-    BertConfig(**TEXT).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="'bert' cannot be the teacher"):
-        SemanticTeacher.from_pretrained(str(tmp_path), 4, 32)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "named"),
-    [({"mode": "crop"}, "'resample' or 'resize'"), ({"grid_size": 5}, "multiple of `grid_size`")],
-)
-def test_bad_arguments_are_refused(arguments, named):
-    with pytest.raises(ValueError, match=named):
-        make_teacher(ENCODERS["dinov2"], **arguments)

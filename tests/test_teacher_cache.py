@@ -38,8 +38,8 @@ def make_batch(index: list[int], seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def features_of(teacher, batch: dict) -> torch.Tensor:
-    pixel_values = to_float(batch["pixel_values"])
-    return teacher(pixel_values, batch) if isinstance(teacher, CachedTeacher) else teacher(pixel_values)
+    extra = (batch,) if isinstance(teacher, CachedTeacher) else ()
+    return teacher(to_float(batch["pixel_values"]), *extra)
 
 
 def test_cached_features_are_the_teachers_and_need_no_teacher(teacher, counted, tmp_path):
@@ -71,14 +71,8 @@ def test_stale_damaged_and_truncated_records_are_computed_again(teacher, counted
 
 def test_other_settings_use_another_file(teacher, tmp_path):
     other = SemanticTeacher.from_pretrained(TEACHER, grid_size=4, image_size=SIZE, mode="resize")
-    paths = {
-        CachedTeacher(*settings).path
-        for settings in (
-            (teacher, tmp_path, NUM_IMAGES),
-            (teacher, tmp_path, NUM_IMAGES + 1),
-            (other, tmp_path, NUM_IMAGES),
-        )
-    }
+    settings = ((teacher, NUM_IMAGES), (teacher, NUM_IMAGES + 1), (other, NUM_IMAGES))
+    paths = {CachedTeacher(teacher, tmp_path, num_images).path for teacher, num_images in settings}
     assert len(paths) == 3
 
 

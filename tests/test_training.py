@@ -1,9 +1,7 @@
 """Training runs: what they write, measure, publish and refuse."""
 
-import errno
 import importlib.util
 import json
-import logging
 import os
 import re
 import shutil
@@ -14,26 +12,20 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator, debug_launcher
-from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline
 from PIL import Image
 from standin_hub import StandInHub
 from tiny import TEACHER_IMAGE_SIZE, encoder, reference_of
-from training_runs import ROOT, TEACHER, TRAINER, arguments, assert_equal, load_script, read_metrics, weights
+from training_runs import ROOT, TEACHER, TRAINER, arguments, assert_equal, read_metrics, train_in_fork, weights
 
 from pixelrepa_diffusers import JiTTransformer2DModel, PixelREPAPipeline
 from pixelrepa_diffusers.adapter import MaskedTransformerAdapter
-from pixelrepa_diffusers.commands import prepare_dataset
-from pixelrepa_diffusers.commands.prepare_dataset import PrepareArguments
 from pixelrepa_diffusers.evaluation import evaluate_pipeline, open_spaces
+from pixelrepa_diffusers.files import FolderInUseError, only_writer
 from pixelrepa_diffusers.hub import card_for_folder
 from pixelrepa_diffusers.images import list_images, read_image
 from pixelrepa_diffusers.teacher import SemanticTeacher
-from pixelrepa_diffusers.training.arguments import parse_arguments
 from pixelrepa_diffusers.training.reporting import MetricLogger, NonFiniteLossError
-
-
-main = load_script(TRAINER).main
 
 
 # ------------------------------------------------------------------------------------------------------------- outputs
@@ -53,31 +45,22 @@ def test_run_writes_metrics_curves_samples_and_tracker_events(finished_run):
     rows = read_metrics(finished_run)
     assert [row["step"] for row in rows] == [2, 4, 6]
     assert {"denoising_loss", "alignment_cosine", "grad_norm", "images_per_second", "memory_GiB"} <= rows[0].keys()
-    assert [path.name for path in sorted((finished_run / "samples").iterdir())] == [
-        "step-0000003.png",
-        "step-0000006.png",
-    ]
+    assert {path.name for path in (finished_run / "samples").iterdir()} == {"step-0000003.png", "step-0000006.png"}
     assert Image.open(finished_run / "curves.png").width > 500
     assert list((finished_run / "logs").rglob("events*"))
 
 
-def test_pipeline_contains_the_first_ema(finished_run):
-    published = PixelREPAPipeline.from_pretrained(finished_run / "pipeline").transformer.state_dict()
-    ema = JiTTransformer2DModel.from_pretrained(finished_run / "checkpoint-6/transformer_ema_0.9").state_dict()
-    assert_equal(published, ema)
-
-
-def test_checkpoint_records_the_pipelines_class_names_and_guidance(finished_run):
+def test_pipeline_contains_the_first_ema_and_the_settings_of_the_checkpoint(finished_run):
+    pipeline = PixelREPAPipeline.from_pretrained(finished_run / "pipeline")
+    ema = JiTTransformer2DModel.from_pretrained(finished_run / "checkpoint-6/transformer_ema_0.9")
+    assert_equal(pipeline.transformer.state_dict(), ema.state_dict())
     saved = json.loads((finished_run / "checkpoint-6/progress.json").read_text())["pipeline"]
     config = PixelREPAPipeline.load_config(finished_run / "pipeline")
     assert saved == {name: config[name] for name in ("id2label", "guidance_scale", "guidance_interval")}
 
 
-def test_token_is_saved_nowhere(finished_run):
+def test_published_facts_contain_no_token_and_no_local_path(finished_run):
     assert not [path for path in finished_run.rglob("*") if path.is_file() and b"hf_secret" in path.read_bytes()]
-
-
-def test_published_facts_contain_no_local_path(finished_run):
     facts = (finished_run / "pipeline/training_arguments.json").read_text()
     assert '"objective": "pixelrepa"' in facts
     assert str(finished_run.parent) not in facts and str(ROOT) not in facts
@@ -111,54 +94,16 @@ def test_non_finite_metrics_are_logged_as_null(tmp_path):
 # ---------------------------------------------------------------------------------------------------- data and teacher
 
 
-def test_prepared_images_train_the_same_weights(train, image_folder, tmp_path):
-    settings = {"max_train_steps": 3, "lr_warmup_steps": 0}
-    prepared = {"output_dir": str(tmp_path / "prepared"), "resolution": 16, "num_threads": 1}
-    prepare_dataset.main(PrepareArguments(train_data_dir=str(image_folder), **prepared))
-    train(tmp_path / "raw", **settings)
-    train(tmp_path / "run", tmp_path / "prepared", **settings)
-    assert_equal(weights(tmp_path / "raw/checkpoint-3"), weights(tmp_path / "run/checkpoint-3"))
-
-
-def test_cached_teacher_features_train_the_same_weights(train, image_folder, tmp_path, monkeypatch):
-    settings = {"max_train_steps": 9, "train_batch_size": 8, "checkpointing_steps": 9, "logging_steps": 1}
+def test_cached_teacher_features_train_the_same_weights(train, tmp_path, monkeypatch):
+    settings = {"max_train_steps": 9, "train_batch_size": 8, "checkpointing_steps": 9}
     calls, forward = [], SemanticTeacher.forward
     monkeypatch.setattr(SemanticTeacher, "forward", lambda self, x: calls.append(len(x)) or forward(self, x))
     train(tmp_path / "computed", **settings)
-    assert calls == [8] * 9
-    expected = weights(tmp_path / "computed/checkpoint-9")
-
-    def teacher_calls(name: str) -> int:
-        calls.clear()
+    for name in ("filling", "full"):
         train(tmp_path / name, teacher_cache_dir=tmp_path / "cache", **settings)
-        torch.testing.assert_close(weights(tmp_path / name / "checkpoint-9"), expected, atol=1e-6, rtol=1e-5)
-        return len(calls)
-
-    assert 3 < teacher_calls("filling") <= 9  # the first of three epochs sees one view of each image
-    assert teacher_calls("full") == 0
-
-    (file,) = (tmp_path / "cache").iterdir()
-    content = bytearray(file.read_bytes())
-    content[100] ^= 1
-    file.write_bytes(content[:-1])  # one altered record, one cut off
-    assert 1 <= teacher_calls("damaged") <= 4
-    assert teacher_calls("repaired") == 0
-
-    changed = tmp_path / "changed data"
-    shutil.copytree(image_folder, changed)
-    image = next(changed.glob("*/*.png"))
-    Image.open(image).transpose(Image.Transpose.ROTATE_180).save(image)
-    calls.clear()
-    train(tmp_path / "changed", changed, teacher_cache_dir=tmp_path / "cache", **settings)
-    assert calls
-
-
-def test_full_disk_ends_feature_caching_but_not_the_run(train, tmp_path, monkeypatch):
-    def refuse(*args):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "pwrite", refuse)
-    assert train(tmp_path / "run", teacher_cache_dir=tmp_path / "cache", max_train_steps=2) is not None
+        one, other = (weights(tmp_path / run / "checkpoint-9") for run in ("computed", name))
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+    assert 9 + 3 < len(calls) <= 9 + 9  # the first of three epochs sees one view of each image
 
 
 # ----------------------------------------------------------------------------------------------------------- objective
@@ -191,12 +136,6 @@ def test_non_finite_step_is_skipped_on_request(train, tmp_path):
     assert all(torch.isfinite(value).all() for value in weights(tmp_path / "run/checkpoint-3").values())
 
 
-def _train_in_a_fork(words, log):
-    AcceleratorState._reset_state(reset_partial_state=True)  # forked from the parent, which has one process
-    logging.getLogger().addHandler(logging.FileHandler(log))
-    main(parse_arguments(words))
-
-
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_skip_counts_are_summed_across_ranks(train, image_folder, tmp_path):
     damaged = tmp_path / "damaged"
@@ -208,7 +147,7 @@ def test_skip_counts_are_summed_across_ranks(train, image_folder, tmp_path):
     train(tmp_path / "one", damaged, **settings, train_batch_size=4)
     log = tmp_path / "log.txt"
     words = arguments(damaged, tmp_path / "two", **settings, train_batch_size=2)
-    debug_launcher(_train_in_a_fork, args=(words, log), num_processes=2)
+    debug_launcher(train_in_fork, args=(words, log), num_processes=2)
     one, two = (read_metrics(tmp_path / run)[0] for run in ("one", "two"))
     assert one["skipped_images"] == two["skipped_images"] > 0
     skipped = re.findall(r"Step \d was skipped.*Its images were \[(.*)\]", log.read_text())
@@ -256,6 +195,11 @@ def test_impossible_evaluation_is_refused_before_the_first_step(train, evaluatio
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals
+
+
+def test_run_in_the_folder_of_another_run_is_refused(train, tmp_path):
+    with only_writer(tmp_path / "run"), pytest.raises(FolderInUseError, match="Another run is writing to"):
+        train(tmp_path / "run")
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,6 @@ from pixelrepa_diffusers.evaluation import (
     FeatureStatistics,
     VisionEncoderNetwork,
     extract,
-    network_name,
-    network_sha256,
 )
 
 
@@ -75,4 +73,4 @@ def reference_of(network: torch.nn.Module, images: torch.Tensor) -> FeatureStati
     moments, bank = FeatureMoments(), FeatureBank()
     moments.update(features)
     bank.update(features)
-    return FeatureStatistics.from_moments(moments, bank, network_name(network), network_sha256(network))
+    return FeatureStatistics.from_moments(moments, bank, network)

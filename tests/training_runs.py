@@ -1,9 +1,6 @@
 """Tiny real training runs: data, teacher, arguments, processes; and, as a script, a run that is killed again and again.
 
-    python tests/training_runs.py FOLDER TRIALS SEED
-
-Each trial forks a child that trains the same run and is killed by SIGKILL at a random moment; the next child resumes it.
-Forking after the imports makes a trial cost only its training. Prints a JSON report.
+python tests/training_runs.py FOLDER TRIALS SEED
 """
 
 from __future__ import annotations
@@ -11,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import logging
 import os
 import random
 import signal
@@ -178,13 +176,22 @@ def launch_two(script: Path, words: list[str], record: Path) -> None:
     assert json.loads(record.read_text())["num_processes"] == 2, run.stderr[-4000:]
 
 
+def train_in_fork(words: list[str], log: Path) -> None:
+    """Train in a process of accelerate's `debug_launcher`, which forks; log lines go to `log`."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)  # forked from the parent, which has one process
+    logging.getLogger().addHandler(logging.FileHandler(log))
+    train(words)
+
+
 def kill_trials(folder: Path, trials: int, seed: int) -> dict:
-    """Kill and resume runs until `trials` kills have happened and at least one run has finished."""
+    """Kill forked runs by SIGKILL at random moments and resume them, until `trials` kills and one finished run."""
     load_script(TRAINER)  # the children inherit the imports
     draw, data, log = random.Random(seed), write_images(folder / "data"), folder / "log.txt"
 
     def start(name: str) -> int:
-        settings = {"max_train_steps": 12, "checkpointing_steps": 2, "checkpoints_total_limit": 2}
+        settings = {"max_train_steps": 6, "checkpointing_steps": 1, "checkpoints_total_limit": 2}
         words = arguments(data, folder / name, **settings, resume_from_checkpoint="latest")
         return fork(lambda: train(words), log)
 

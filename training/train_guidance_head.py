@@ -21,7 +21,6 @@ import contextlib
 import logging
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import DistributedType, ProjectConfiguration
@@ -110,8 +109,8 @@ def train(args: GuidanceHeadArguments, accelerator: Accelerator, output_dir: Pat
     # Models and images
     with accelerator.local_main_process_first():  # which downloads
         source, _ = fetch_pipeline(args.pipeline, args.revision)
-        pipe = load_pipeline(source, torch.float32)
-    pipe.to(accelerator.device).set_progress_bar_config(disable=True)
+        pipe = load_pipeline(source, "float32")
+    pipe.set_progress_bar_config(disable=True)
     config = pipe.transformer.config
     trained = HeadOnFrozenTransformer(pipe.transformer, JiTGuidanceHead.from_transformer(pipe.transformer, args.depth))
     loader = build_loader(args, accelerator, args.train_data_dir or generate_images(args, accelerator, pipe), config)

@@ -61,12 +61,7 @@ logger = get_logger(__name__)
 
 
 def main(args: TrainingArguments) -> Path | None:
-    """
-    Train and return the folder of the final pipeline (`None` after a dry run).
-
-    Raises:
-        SystemExit: With status 128 + the signal's number, after SIGTERM or Ctrl-C and an orderly stop.
-    """
+    """Train and return the folder of the final pipeline (`None` after a dry run)."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     logging.getLogger("accelerate").setLevel(logging.WARNING)
     accelerator = create_accelerator(args)
@@ -119,9 +114,7 @@ def create_accelerator(args: TrainingArguments) -> Accelerator:
     check_launch(accelerator.num_processes)
     args.mixed_precision = accelerator.mixed_precision
     if args.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise ValueError(
-            "--mixed_precision fp16 is not supported on CPU, where accelerate silently falls back to fp32."
-        )
+        raise ValueError("--mixed_precision fp16 is not supported on CPU (accelerate silently falls back to fp32).")
     missing = set() if args.dry_run else {*trackers} - {getattr(t, "value", t) for t in accelerator.log_with} - {"all"}
     if missing:
         raise ImportError(f"--report_to {' '.join(missing)}: not installed.")
@@ -134,22 +127,6 @@ def create_accelerator(args: TrainingArguments) -> Accelerator:
         # tables, and reduce gradients in the compute dtype.
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     return accelerator
-
-
-def build_loader(args: TrainingArguments, accelerator: Accelerator, source: ImageSource | StreamSource) -> ImageLoader:
-    return ImageLoader(
-        source,
-        transformer_config(args, source.num_classes)["sample_size"],
-        args.train_batch_size,
-        args.seed,
-        center_crop=args.center_crop,
-        random_flip=args.random_flip,
-        on_bad_image=args.on_bad_image,
-        accumulation_steps=args.gradient_accumulation_steps,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-        num_workers=args.dataloader_num_workers,
-    )
 
 
 class StopRequest:
@@ -192,7 +169,19 @@ class Trainer:
         self.args, self.accelerator, self.output_dir = args, accelerator, Path(args.output_dir)
         device, num_classes = accelerator.device, source.num_classes
         checkpoint = self.find_checkpoint()
-        self.loader = build_loader(args, accelerator, source)
+        self.loader = ImageLoader(
+            source,
+            transformer_config(args, num_classes)["sample_size"],
+            args.train_batch_size,
+            args.seed,
+            center_crop=args.center_crop,
+            random_flip=args.random_flip,
+            on_bad_image=args.on_bad_image,
+            accumulation_steps=args.gradient_accumulation_steps,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+            num_workers=args.dataloader_num_workers,
+        )
         self.max_train_steps, self.warmup_steps = args.resolved_steps(self.loader.batches_per_epoch)
 
         # Models
@@ -218,22 +207,20 @@ class Trainer:
         if args.use_ema:
             transformer = accelerator.unwrap_model(self.objective).transformer
             self.ema = ConstantDecayEMA(transformer, args.ema_decays, args.ema_update_every, args.ema_offload)
-        saved_with_pipeline = {
-            name: pipeline.config[name] for name in ("id2label", "guidance_scale", "guidance_interval")
-        }
-        self.checkpointer = Checkpointer(
-            args, accelerator, self.objective, self.ema, self.optimizer, saved_with_pipeline
-        )
-        self.step = self.resume(checkpoint) if checkpoint is not None else 0
-        self.last_checkpoint = checkpoint
+        settings = {name: pipeline.config[name] for name in ("id2label", "guidance_scale", "guidance_interval")}
+        self.checkpointer = Checkpointer(args, accelerator, self.objective, self.ema, self.optimizer, settings)
+        self.step, self.last_checkpoint = 0, checkpoint
+        if checkpoint is not None:
+            progress = self.checkpointer.load(checkpoint)
+            self.step = progress["step"]
+            if self.step > self.max_train_steps:
+                raise ValueError(f"{checkpoint} is beyond the {self.max_train_steps} steps of this run.")
+            self.loader.load_state_dict(progress["loader"])
+            logger.info(f"Resumed {checkpoint}.")
         # Not given to `accelerator.prepare`, which would step it once per process, and not saved: it is a function of the
         # step and the current arguments.
         self.lr_scheduler = get_scheduler(
-            args.lr_scheduler,
-            self.optimizer,
-            num_warmup_steps=self.warmup_steps,
-            num_training_steps=self.max_train_steps,
-            last_epoch=self.step - 1,
+            args.lr_scheduler, self.optimizer, None, self.warmup_steps, self.max_train_steps, last_epoch=self.step - 1
         )
 
         # Inputs
@@ -261,20 +248,8 @@ class Trainer:
         checkpoint = find_checkpoint(self.output_dir, self.args.resume_from_checkpoint)
         found = gather_object([str(checkpoint and checkpoint.name)])
         if len(set(found)) > 1:
-            raise ValueError(
-                f"The processes would start from different checkpoints ({', '.join(found)}): --output_dir must be one "
-                "folder that all machines see."
-            )
+            raise ValueError(f"--output_dir must be one folder that all machines see: they find {', '.join(found)}.")
         return checkpoint
-
-    def resume(self, checkpoint: Path) -> int:
-        """Load a checkpoint and return its step."""
-        progress = self.checkpointer.load(checkpoint)
-        if progress["step"] > self.max_train_steps:
-            raise ValueError(f"{checkpoint} is beyond the {self.max_train_steps} steps of this run.")
-        self.loader.load_state_dict(progress["loader"])
-        logger.info(f"Resumed {checkpoint}.")
-        return progress["step"]
 
     def announce(self, source: ImageSource | StreamSource) -> None:
         """Write arguments.json and log what the run consists of."""
@@ -287,7 +262,6 @@ class Trainer:
         epoch = self.loader.batches_per_epoch
         parameters = sum(p.numel() for group in self.optimizer.param_groups for p in group["params"])
         facts = {
-            "objective": args.objective,
             "images": len(source) if epoch else "a stream",
             "classes": source.num_classes,
             "trainable parameters": f"{parameters:,}",
@@ -297,7 +271,6 @@ class Trainer:
             "epochs": f"{self.max_train_steps / epoch:.1f}" if epoch else "unknown",
             "learning rate": args.resolved_learning_rate(accelerator.num_processes),
             "device": f"{accelerator.device}, mixed precision {args.mixed_precision}",
-            "outputs": self.output_dir,
         }
         logger.info("Training:" + "".join(f"\n  {name}: {value}" for name, value in facts.items()))
 
@@ -311,14 +284,7 @@ class Trainer:
             reports = (self.step + 1) % args.logging_steps == 0 or self.step + 1 == self.max_train_steps
             learning_rate = self.lr_scheduler.get_last_lr()[0]
             result = take_step(
-                args,
-                accelerator,
-                self.objective,
-                self.optimizer,
-                self.ema,
-                self.batches,
-                self.step,
-                needs_grad_norm=reports,
+                args, accelerator, self.objective, self.optimizer, self.ema, self.batches, self.step, reports
             )
             self.lr_scheduler.step()
             self.step += 1

@@ -21,30 +21,22 @@ from tqdm.auto import trange
 from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
 
 from pixelrepa_diffusers.cli import flag, parse, run
-from pixelrepa_diffusers.files import only_writer
+from pixelrepa_diffusers.files import write_folder
 
 
 @dataclass
 class PrepareTeacherArguments:
-    output_dir: str = flag("outputs/demo", "Folder for train/, test/ and teacher/.")
+    output_dir: Path = flag(Path("outputs/demo"), "Folder for train/, test/ and teacher/.")
     steps: int = flag(300, "Training steps of the teacher.", ge=1)
     seed: int = flag(0, "Seed of the teacher's weights and batches.", ge=0)
 
 
-def load_images() -> tuple[np.ndarray, np.ndarray]:
-    """Images (1797, 16, 16), uint8, and their classes."""
-    data = load_digits()
-    scans = np.round(data.images * (255 / 16)).astype(np.uint8)
-    return np.stack([np.asarray(Image.fromarray(scan).resize((16, 16), Image.BICUBIC)) for scan in scans]), data.target
-
-
 def train_teacher(images: np.ndarray, labels: np.ndarray, steps: int, seed: int) -> Dinov2Model:
     torch.manual_seed(seed)
-    teacher = Dinov2Model(
-        Dinov2Config(
-            image_size=28, patch_size=7, hidden_size=64, num_hidden_layers=4, num_attention_heads=4, mlp_ratio=4
-        )
-    ).train()
+    config = Dinov2Config(
+        image_size=28, patch_size=7, hidden_size=64, num_hidden_layers=4, num_attention_heads=4, mlp_ratio=4
+    )
+    teacher = Dinov2Model(config).train()
     class_head, patch_head = (torch.nn.Linear(teacher.config.hidden_size, 10) for _ in range(2))
     parameters = [*teacher.parameters(), *class_head.parameters(), *patch_head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.05)
@@ -71,32 +63,23 @@ def train_teacher(images: np.ndarray, labels: np.ndarray, steps: int, seed: int)
 
 
 def main(args: PrepareTeacherArguments) -> None:
-    output_dir = Path(args.output_dir)
-    with only_writer(output_dir):  # also removes what an interrupted run left behind
-        existing = [name for name in ("train", "test", "teacher") if (output_dir / name).exists()]
-        if existing:
-            raise FileExistsError(
-                f"{output_dir} already has {', '.join(existing)}: remove them or choose another --output_dir."
-            )
-        incomplete = output_dir / ".demo.incomplete"
-        images, labels = load_images()
-        held_out = np.arange(len(images)) % 5 == 4
-        for index, (image, label) in enumerate(zip(images, labels, strict=True)):
-            path = incomplete / ("test" if held_out[index] else "train") / str(label) / f"{index:04d}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image).save(path)
-        teacher = train_teacher(images[~held_out], labels[~held_out], args.steps, args.seed)
-        teacher.save_pretrained(incomplete / "teacher")
-        BitImageProcessorPil(
-            size={"shortest_edge": 28},
-            crop_size={"height": 28, "width": 28},
-            image_mean=[0.5] * 3,
-            image_std=[0.5] * 3,
-        ).save_pretrained(incomplete / "teacher")
-        for path in incomplete.iterdir():
-            path.rename(output_dir / path.name)
-        incomplete.rmdir()
-    print(f"Wrote {output_dir}/train, {output_dir}/test and {output_dir}/teacher.")
+    folder = args.output_dir / "teacher"
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists: remove it or choose another --output_dir.")
+    data = load_digits()
+    scans = [Image.fromarray(scan) for scan in np.round(data.images * (255 / 16)).astype(np.uint8)]
+    images = np.stack([np.asarray(scan.resize((16, 16), Image.BICUBIC)) for scan in scans])
+    held_out = np.arange(len(images)) % 5 == 4
+    for index, (image, label) in enumerate(zip(images, data.target, strict=True)):
+        path = args.output_dir / ("test" if held_out[index] else "train") / str(label) / f"{index:04d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    teacher = train_teacher(images[~held_out], data.target[~held_out], args.steps, args.seed)
+    processor = BitImageProcessorPil(
+        size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
+    write_folder(folder, lambda path: (teacher.save_pretrained(path), processor.save_pretrained(path)))
+    print(f"Wrote {args.output_dir}/train, {args.output_dir}/test and {folder}.")
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ from pixelrepa_diffusers.evaluation import (
     pipeline_images,
     results,
 )
-from pixelrepa_diffusers.files import write_atomically, write_json
+from pixelrepa_diffusers.files import write_json
 from pixelrepa_diffusers.images import list_images, read_image
 from pixelrepa_diffusers.sampling import device_name, versions
 from pixelrepa_diffusers.training.arguments import ObjectiveArguments, TrainingArguments, parse_arguments
@@ -54,37 +54,25 @@ MEASURED_WITH = ("num_samples", "num_inference_steps", "guidance_scale", "image_
 
 @dataclass
 class AblationArguments:
-    """The YAML file. Paths are relative to the working directory.
-
-    Args:
-        output_dir: Receives runs, tables and plot.
-        config: Training configuration of every run.
-        arms: Maps a name to objective arguments of train_pixelrepa.py.
-        seeds: Training seeds; every arm is trained with each of them.
-        held_out_dir: Real images that training does not see.
-        teacher, image_size, pooling: The feature network, see `VisionEncoderNetwork.from_pretrained`.
-        num_samples: Generated images per checkpoint, a multiple of the number of classes.
-        num_inference_steps, guidance_scale, batch_size: Sampling settings; scale 1 measures the model without guidance.
-        classifier_dir: Real training digits, one sub-folder per digit, to fit the classifier on.
-        arguments: Training arguments of every run on top of `config`; `checkpointing_steps` sets the curves' points.
-        launcher: Command that starts a training run, e.g. [accelerate, launch, --config_file,
-            training/accelerate/8gpu.yaml]; defaults to this Python. Training output goes to the run's log.txt.
-    """
+    """The YAML file. Paths are relative to the working directory."""
 
     output_dir: str
-    config: str
-    arms: dict[str, dict]
-    seeds: list[int]
-    held_out_dir: str
+    config: str  # training configuration of every run
+    arms: dict[str, dict]  # name → objective arguments of train_pixelrepa.py
+    seeds: list[int]  # every arm is trained with each of them
+    held_out_dir: str  # real images that training does not see
+    # The feature network, see VisionEncoderNetwork.from_pretrained.
     teacher: str
     image_size: int = 224
     pooling: str = "class"
+    # Sampling at every checkpoint; scale 1 measures the model without guidance.
     num_samples: int = 1000
     num_inference_steps: int = 50
     guidance_scale: float = 1.0
     batch_size: int = 250
-    classifier_dir: str | None = None
-    arguments: dict = field(default_factory=dict)
+    classifier_dir: str | None = None  # real training digits, one sub-folder each, to fit the classifier on
+    arguments: dict = field(default_factory=dict)  # on top of `config`; checkpointing_steps sets the curves' points
+    # Command that starts a run, such as [accelerate, launch, --config_file, training/accelerate/8gpu.yaml].
     launcher: list[str] = field(default_factory=lambda: [sys.executable])
 
 
@@ -93,17 +81,10 @@ def read_config(path: Path) -> AblationArguments:
         args = AblationArguments(**yaml.safe_load(path.read_text(encoding="utf-8")))
     except (TypeError, yaml.YAMLError) as error:
         raise ValueError(f"{path} is not an ablation's YAML file: {error}") from error
-    objective_arguments = ObjectiveArguments.__dataclass_fields__
-    for arm, arguments in args.arms.items():
-        if other := sorted(arguments.keys() - objective_arguments):
-            raise ValueError(
-                f"{path}: the arm {arm} sets {other[0]}, but arms may differ in objective arguments only "
-                f"({', '.join(objective_arguments)}). Move it to `arguments`, which all runs share."
-            )
+    shared = {name for arm in args.arms.values() for name in arm} - ObjectiveArguments.__dataclass_fields__.keys()
+    if shared:
+        raise ValueError(f"{path}: arms differ in objective arguments only; move {shared} to `arguments`.")
     return args
-
-
-# ------------------------------------------------------------------------------------------------------- measurement
 
 
 class Evaluator:
@@ -134,32 +115,22 @@ class Evaluator:
         return values
 
     def measure(self, transformer: JiTTransformer2DModel) -> dict[str, float]:
-        args, num_classes = self.args, transformer.config.num_classes
+        args, num_classes, correct = self.args, transformer.config.num_classes, []
         pipeline = PixelREPAPipeline(transformer, JiTFlowMatchScheduler()).to(self.device)
         pipeline.set_progress_bar_config(disable=True)
-        sample = pipeline_images(
-            pipeline,
-            args.num_samples,
-            num_inference_steps=args.num_inference_steps,
-            guidance_scale=args.guidance_scale,
-        )
-        correct = []
+        settings = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
+        sample = pipeline_images(pipeline, args.num_samples, **settings)
 
         def make_images(indices: Sequence[int]) -> torch.Tensor:
             images = sample(indices)
             if self.classifier is not None:
                 digits = [Image.fromarray(image.permute(1, 2, 0).cpu().numpy()) for image in images]
-                correct.append(self.classifier.predict(to_vectors(digits)) == np.array(indices) % num_classes)
+                correct.extend(self.classifier.predict(to_vectors(digits)) == np.array(indices) % num_classes)
             return images
 
         tally = accumulate(make_images, args.num_samples, [self.space], args.batch_size, description="samples")
-        values = results(tally, [self.space])
-        if self.classifier is not None:
-            values["recognised"] = float(np.concatenate(correct).mean())
-        return values
-
-
-# -------------------------------------------------------------------------------------------------------------- runs
+        recognised = {} if self.classifier is None else {"recognised": float(np.mean(correct))}
+        return results(tally, [self.space]) | recognised
 
 
 def run_folder(args: AblationArguments, arm: str, seed: int) -> Path:
@@ -182,23 +153,6 @@ def training_command(args: AblationArguments, arm: str, seed: int) -> list[str]:
     return words
 
 
-def train(args: AblationArguments, arm: str, seed: int, last_checkpoint: Path) -> float:
-    """Train one run to its end and return the seconds it took."""
-    started = time.perf_counter()
-    log = run_folder(args, arm, seed) / "log.txt"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a", encoding="utf-8") as file:
-        words = [*args.launcher, str(TRAINER), *training_command(args, arm, seed)]
-        code = subprocess.run(words, stdout=file, stderr=subprocess.STDOUT).returncode
-    if code or not last_checkpoint.is_dir():
-        tail = "\n".join(log.read_text(encoding="utf-8").splitlines()[-15:])
-        raise SystemExit(
-            f"The run {arm}, seed {seed}, ended with status {code} before its last step. Start the ablation again to "
-            f"resume it. The end of {log}:\n{tail}"
-        )
-    return time.perf_counter() - started
-
-
 def finish_run(
     args: AblationArguments, arm: str, seed: int, training: TrainingArguments, evaluator: Evaluator
 ) -> dict:
@@ -209,11 +163,18 @@ def finish_run(
         "measured_with": {name: getattr(args, name) for name in MEASURED_WITH},
         "reference_sha256": evaluator.held_out.sha256,
     }
-    record = finished_record(folder / "result.json", settings)
-    if record is not None:
+    if record := finished_record(folder / "result.json", settings):
         return record
-    last_checkpoint = folder / f"checkpoint-{training.max_train_steps}"
-    seconds = 0.0 if last_checkpoint.is_dir() else train(args, arm, seed, last_checkpoint)
+    started, log = time.perf_counter(), folder / "log.txt"
+    if not (folder / f"checkpoint-{training.max_train_steps}").is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        with log.open("a", encoding="utf-8") as file:
+            words = [*args.launcher, str(TRAINER), *training_command(args, arm, seed)]
+            code = subprocess.run(words, stdout=file, stderr=subprocess.STDOUT).returncode
+        if code:
+            tail = "\n".join(log.read_text(encoding="utf-8").splitlines()[-15:])
+            raise SystemExit(f"{arm}, seed {seed}: training ended with status {code}. The end of {log}:\n{tail}")
+    seconds = time.perf_counter() - started
     weights = f"transformer_ema_{training.ema_decays[0]}" if training.use_ema else "transformer"
     # Not every checkpoint in the folder: an interrupted run has written one more.
     steps = {*range(training.checkpointing_steps, training.max_train_steps, training.checkpointing_steps)}
@@ -247,59 +208,53 @@ def main(args: AblationArguments) -> dict:
         "versions": versions(),
         "arguments": dataclasses.asdict(args),
     }
-    records: dict[str, dict[int, dict]] = {arm: {} for arm in args.arms}
+    curves: dict[str, dict[int, list[dict]]] = {}
     output_dir = Path(args.output_dir)
     for number, ((arm, seed), training) in enumerate(runs.items(), start=1):
         print(f"Run {number} of {len(runs)}: {arm}, seed {seed}", flush=True)
-        records[arm][seed] = finish_run(args, arm, seed, training, evaluator)
-        report = {**summary, "arms": {name: summarize(finished) for name, finished in records.items() if finished}}
-        table = to_markdown(report)
+        curves.setdefault(arm, {})[seed] = finish_run(args, arm, seed, training, evaluator)["curve"]
+        report = {**summary, "arms": {name: summarize(by_seed) for name, by_seed in curves.items()}}
         write_json(output_dir / "ablation.json", report)
-        write_atomically(
-            output_dir / "ablation.md", lambda path, table=table: path.write_text(table, encoding="utf-8")
-        )
+        table = to_markdown(report)
+        (output_dir / "ablation.md").write_text(table, encoding="utf-8")
         plot(output_dir / "curves.png", report)
     print(table)
     return report
 
 
-# ------------------------------------------------------------------------------------------------------------ report
-
-
-def summarize(records: dict[int, dict]) -> dict:
+def summarize(curves: dict[int, list[dict]]) -> dict:
     """Per step and metric: the values by seed, their mean and sample standard deviation (None for one seed)."""
+
+    def spread(by_seed: dict[int, float]) -> dict:
+        values = list(by_seed.values())
+        std = float(np.std(values, ddof=1)) if len(values) > 1 else None
+        return {"mean": float(np.mean(values)), "std": std, "by_seed": by_seed}
+
     curve = []
-    for points in zip(*(record["curve"] for record in records.values()), strict=True):
-        summary = {"step": points[0]["step"]}
-        for name in [name for name in points[0] if name != "step"]:
-            by_seed = {seed: point[name] for seed, point in zip(records, points, strict=True)}
-            values = list(by_seed.values())
-            std = float(np.std(values, ddof=1)) if len(values) > 1 else None
-            summary[name] = {"mean": float(np.mean(values)), "std": std, "by_seed": by_seed}
-        curve.append(summary)
+    for points in zip(*curves.values(), strict=True):
+        step, *_ = points
+        metrics = [name for name in step if name != "step"]
+        by_seed = {name: {seed: point[name] for seed, point in zip(curves, points, strict=True)} for name in metrics}
+        curve.append({"step": step["step"], **{name: spread(values) for name, values in by_seed.items()}})
     return {"final": {name: value for name, value in curve[-1].items() if name != "step"}, "curve": curve}
 
 
 def to_markdown(report: dict) -> str:
-    metrics = list(report["real"])
-    lines = [
-        "| arm | seeds | " + " | ".join(METRIC_TITLES[name] for name in metrics) + " |",
-        "|---" * (2 + len(metrics)) + "|",
-    ]
+    metrics, settings = list(report["real"]), report["arguments"]
+    rows = [["arm", "seeds", *(METRIC_TITLES[name] for name in metrics)], ["---"] * (2 + len(metrics))]
     for arm, outcome in report["arms"].items():
         finals = [outcome["final"][name] for name in metrics]
         cells = [f"{f['mean']:.4g}" + ("" if f["std"] is None else f" ± {f['std']:.4g}") for f in finals]
-        lines.append(f"| {arm} | {len(finals[0]['by_seed'])} | " + " | ".join(cells) + " |")
-    lines.append("| real images | | " + " | ".join(f"{report['real'][name]:.4g}" for name in metrics) + " |")
+        rows.append([arm, str(len(finals[0]["by_seed"])), *cells])
+    rows.append(["real images", "", *(f"{report['real'][name]:.4g}" for name in metrics)])
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     budget = ", ".join(f"{name} {value}" for name, value in report["budget"].items())
-    settings = report["arguments"]
-    lines.append(
-        f"\nMean ± standard deviation over the seeds. Every run: {budget}, on {report['device']}. Reference: "
+    return (
+        f"{table}\n\nMean ± standard deviation over the seeds. Every run: {budget}, on {report['device']}. Reference: "
         f"{report['reference']}; {settings['num_samples']} samples per checkpoint, guidance "
         f"{settings['guidance_scale']:g}. Real images: the training images compared with the held-out ones, and the "
         "held-out ones read by the classifier.\n"
     )
-    return "\n".join(lines)
 
 
 def plot(path: Path, report: dict) -> None:
@@ -313,16 +268,14 @@ def plot(path: Path, report: dict) -> None:
             steps = [point["step"] for point in outcome["curve"]]
             values = [list(point[name]["by_seed"].values()) for point in outcome["curve"]]
             (line,) = axis.plot(steps, np.mean(values, axis=1), marker=".", label=arm)
-            axis.fill_between(
-                steps, np.min(values, axis=1), np.max(values, axis=1), color=line.get_color(), alpha=0.15
-            )
+            low, high = np.min(values, axis=1), np.max(values, axis=1)
+            axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.15)
         axis.axhline(report["real"][name], color="grey", linestyle=":", label="real images")
-        axis.set(
-            title=METRIC_TITLES[name], xlabel="optimizer step", yscale="log" if name == "fd_teacher" else "linear"
-        )
+        scale = "log" if name == "fd_teacher" else "linear"
+        axis.set(title=METRIC_TITLES[name], xlabel="optimizer step", yscale=scale)
         axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
+    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ distance to the nearest training digit reveal copies (high precision at a small 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,33 +24,29 @@ from tqdm.auto import trange
 from pixelrepa_diffusers.cli import flag, parse, run
 from pixelrepa_diffusers.evaluation import precision_recall
 from pixelrepa_diffusers.files import write_json
-from pixelrepa_diffusers.images import make_grid
-from pixelrepa_diffusers.sampling import seeded
+from pixelrepa_diffusers.images import list_images, make_grid
+from pixelrepa_diffusers.sampling import DTYPES, seeded
 
 
 @dataclass
 class ScoreArguments:
-    pipeline: str = flag(help="A pipeline folder written by train_pixelrepa.py.")
-    data_dir: str = flag("outputs/demo", "The folder written by prepare_teacher.py.")
+    pipeline: Path = flag(help="A pipeline folder written by train_pixelrepa.py.")
+    data_dir: Path = flag(Path("outputs/demo"), "The folder written by prepare_teacher.py.")
     num_images: int = flag(1000, "Generated digits, evenly over the ten classes.", ge=10)
     num_inference_steps: int = flag(10, "Sampling steps.", ge=1)
     batch_size: int = flag(100, "Images per batch.", ge=1)
-    dtype: str = flag(
-        "float32", "Data type of the network; part of the file names.", choices=["float32", "bfloat16", "float16"]
-    )
+    dtype: str = flag("float32", "Data type of the network; part of the file names.", choices=DTYPES)
 
 
-def to_vectors(images: Sequence[Image.Image]) -> np.ndarray:
+def to_vectors(images: Iterable[Image.Image]) -> np.ndarray:
     """Grey values in [0, 1], (n, pixels)."""
     return np.stack([np.asarray(image.convert("L")).reshape(-1) / 255 for image in images])
 
 
 def read_digits(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """Pixels (n, 256) in [0, 1] and classes of an image folder."""
-    paths = sorted(folder.glob("*/*.png"))
-    if not paths:
-        raise FileNotFoundError(f"There are no digits in {folder}/CLASS/*.png: run prepare_teacher.py first.")
-    return to_vectors([Image.open(path) for path in paths]), np.array([int(path.parent.name) for path in paths])
+    paths = list_images(folder)
+    return to_vectors(Image.open(path) for path in paths), np.array([int(path.parent.name) for path in paths])
 
 
 def generate(pipeline: DiffusionPipeline, args: ScoreArguments, guidance_scale: float) -> list[Image.Image]:
@@ -68,17 +64,13 @@ def generate(pipeline: DiffusionPipeline, args: ScoreArguments, guidance_scale: 
 
 
 def main(args: ScoreArguments) -> dict:
-    folder = Path(args.pipeline)
-    if not (folder / "model_index.json").is_file():
-        raise FileNotFoundError(f"--pipeline {folder} is not a pipeline folder: it has no model_index.json.")
-    real, real_labels = read_digits(Path(args.data_dir) / "train")
-    held_out, held_out_labels = read_digits(Path(args.data_dir) / "test")
-    classifier = SVC(C=10).fit(real, real_labels)
-    neighbors = NearestNeighbors(n_neighbors=1).fit(real)
-    pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True, dtype=getattr(torch, args.dtype))
+    real, real_labels = read_digits(args.data_dir / "train")
+    held_out, held_out_labels = read_digits(args.data_dir / "test")
+    classifier, neighbors = SVC(C=10).fit(real, real_labels), NearestNeighbors(n_neighbors=1).fit(real)
+    dtype, suffix = getattr(torch, args.dtype), "" if args.dtype == "float32" else f"_{args.dtype}"
+    pipeline = DiffusionPipeline.from_pretrained(args.pipeline, trust_remote_code=True, dtype=dtype)
     pipeline.set_progress_bar_config(disable=True)
 
-    suffix = "" if args.dtype == "float32" else f"_{args.dtype}"
     saved_scale = pipeline.config.guidance_scale
     scores = {"classifier on held-out real digits": classifier.score(held_out, held_out_labels)}
     for name, guidance_scale in ((f"guidance {saved_scale:g}", saved_scale), ("no guidance", 1.0)):
@@ -95,11 +87,10 @@ def main(args: ScoreArguments) -> dict:
             "mean distance to the nearest real training digit": float(neighbors.kneighbors(pixels)[0].mean()),
         }
         grid = make_grid(images[:100], columns=10)
-        grid.save(folder.parent / f"digits_{name.replace(' ', '_')}{suffix}.png")
-    scores["mean distance of a held-out real digit to the nearest training digit"] = float(
-        neighbors.kneighbors(held_out)[0].mean()
-    )
-    write_json(folder.parent / f"scores{suffix}.json", scores)
+        grid.save(args.pipeline.parent / f"digits_{name.replace(' ', '_')}{suffix}.png")
+    distance = float(neighbors.kneighbors(held_out)[0].mean())
+    scores["mean distance of a held-out real digit to the nearest training digit"] = distance
+    write_json(args.pipeline.parent / f"scores{suffix}.json", scores)
     for name, score in scores.items():
         print(f"{name}: {score}")
     return scores

@@ -1,7 +1,6 @@
 """Projectors from the transformer's tokens to the teacher's feature space; used in training only.
 
-PixelREPA's Masked Transformer Adapter and the projectors of REPA and iREPA share one call:
-`projector(hidden_states, timestep, class_labels, keep_mask=None)`.
+All share one call: `projector(hidden_states, timestep, class_labels, keep_mask=None)`.
 
 Letters in the shape trails: B batch, G side of the token grid, N = G² patch tokens, L in-context class tokens,
 D width of the transformer, F width of the teacher.
@@ -37,8 +36,7 @@ class MaskedTransformerAdapter(ModelMixin, ConfigMixin, AttentionMixin):
         num_attention_heads (`int`): Attention heads, as in the transformer.
         teacher_dim (`int`): Width F of the teacher's features.
         num_layers (`int`, *optional*, defaults to 2): Number of JiT blocks.
-        grid_size (`int`, *optional*, defaults to 16): Side G of the token grid, `sample_size / patch_size` of the
-            transformer.
+        grid_size (`int`, *optional*, defaults to 16): Side G of the transformer's token grid.
         in_context_len (`int`, *optional*, defaults to 32): Number of in-context class tokens; may be 0.
         num_classes (`int`, *optional*, defaults to 1000): Number of classes. Index `num_classes` is the null class.
         mlp_ratio (`float`, *optional*, defaults to 4.0): Feed-forward ratio, as in the transformer.
@@ -61,11 +59,6 @@ class MaskedTransformerAdapter(ModelMixin, ConfigMixin, AttentionMixin):
         mlp_ratio: float = 4.0,
     ):
         super().__init__()
-        if hidden_size % (4 * num_attention_heads):
-            raise ValueError(
-                "`hidden_size` must be a multiple of 4 · `num_attention_heads` (rotary pairs for rows and columns), got "
-                f"{hidden_size} for {num_attention_heads} heads."
-            )
         head_dim = hidden_size // num_attention_heads
         self.tables = JiTPositionTables(grid_size, head_dim, in_context_len)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, hidden_size))
@@ -103,8 +96,7 @@ class MaskedTransformerAdapter(ModelMixin, ConfigMixin, AttentionMixin):
         Args:
             hidden_states (`torch.Tensor` of shape `(batch_size, grid_size², hidden_size)`): The transformer's tokens h.
             timestep (`torch.Tensor` of shape `(batch_size,)`): t in [0, 1]; 0 is noise, 1 is the image.
-            class_labels (`torch.Tensor` of shape `(batch_size,)`): The labels the transformer received, including dropped
-                ones.
+            class_labels (`torch.Tensor` of shape `(batch_size,)`): The labels y that the transformer received.
             keep_mask (`torch.BoolTensor` of shape `(batch_size, grid_size²)`, *optional*): False where a token is
                 replaced by the mask token. Without a mask `mask_token` gets no gradient: under DDP pass a mask of ones.
 
@@ -120,8 +112,7 @@ class MaskedTransformerAdapter(ModelMixin, ConfigMixin, AttentionMixin):
         conditioning = F.silu(conditioning)
         if self.config.in_context_len:
             hidden_states = prepend_class_tokens(hidden_states, class_states, self.in_context_positions)
-        _, cos, sin = self.tables()  # (L + N, d) each
-        image_rotary_emb = (cos, sin)
+        image_rotary_emb = self.tables()[1:]  # (cos, sin), (L + N, d) each
         for block in self.blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 hidden_states = self._gradient_checkpointing_func(block, hidden_states, conditioning, image_rotary_emb)
@@ -155,16 +146,8 @@ class MLPProjector(ModelMixin, ConfigMixin):
         )
         initialize_jit_weights(self)
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        timestep: torch.Tensor,
-        class_labels: torch.Tensor,
-        keep_mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Map `hidden_states` (B, N, D) to (B, N, F). Uses no conditioning; `keep_mask` must be None."""
-        if keep_mask is not None:
-            raise ValueError("MLPProjector has no mask token: `keep_mask` must be None.")
+    def forward(self, hidden_states: torch.Tensor, timestep=None, class_labels=None, keep_mask=None) -> torch.Tensor:
+        """Map `hidden_states` (B, N, D) to (B, N, F); the other arguments are ignored."""
         return self.projection(hidden_states)
 
 
@@ -175,8 +158,7 @@ class ConvProjector(ModelMixin, ConfigMixin):
     Args:
         hidden_size (`int`): Width D of the transformer's tokens.
         teacher_dim (`int`): Width F of the teacher's features.
-        grid_size (`int`, *optional*, defaults to 16): Side G of the token grid, `sample_size / patch_size` of the
-            transformer.
+        grid_size (`int`, *optional*, defaults to 16): Side G of the transformer's token grid.
     """
 
     @register_to_config
@@ -185,16 +167,8 @@ class ConvProjector(ModelMixin, ConfigMixin):
         self.projection = nn.Conv2d(hidden_size, teacher_dim, 3, padding=1)
         initialize_jit_weights(self)
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        timestep: torch.Tensor,
-        class_labels: torch.Tensor,
-        keep_mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Map `hidden_states` (B, G², D), in row-major order, to (B, G², F). Uses no conditioning; `keep_mask` must be None."""
-        if keep_mask is not None:
-            raise ValueError("ConvProjector has no mask token: `keep_mask` must be None.")
+    def forward(self, hidden_states: torch.Tensor, timestep=None, class_labels=None, keep_mask=None) -> torch.Tensor:
+        """Map `hidden_states` (B, G², D), in row-major order, to (B, G², F); the other arguments are ignored."""
         grid_size = self.config.grid_size
         grid = hidden_states.transpose(1, 2).unflatten(2, (grid_size, grid_size))  # (B, D, G, G)
         return self.projection(grid).flatten(2).transpose(1, 2)  # (B, N, F)
@@ -203,11 +177,11 @@ class ConvProjector(ModelMixin, ConfigMixin):
 def check_projector_fits(projector: ModelMixin, transformer: JiTTransformer2DModel) -> None:
     """Raise a `ValueError` unless the projector was built for the transformer's width, token grid and classes."""
     config = transformer.config
-    for name, expected in (
-        ("hidden_size", config.num_attention_heads * config.attention_head_dim),
-        ("grid_size", config.sample_size // config.patch_size),
-        ("num_classes", config.num_classes),
-    ):
-        given = projector.config.get(name, expected)
-        if given != expected:
-            raise ValueError(f"The projector's `{name}` is {given}; this transformer needs {expected}.")
+    needed = {
+        "hidden_size": config.num_attention_heads * config.attention_head_dim,
+        "grid_size": config.sample_size // config.patch_size,
+        "num_classes": config.num_classes,
+    }
+    for name in needed.keys() & projector.config.keys():
+        if projector.config[name] != needed[name]:
+            raise ValueError(f"The projector's `{name}` is {projector.config[name]}; this model needs {needed[name]}.")

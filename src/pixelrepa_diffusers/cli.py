@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -17,12 +18,7 @@ from .files import FolderInUseError
 
 Arguments = TypeVar("Arguments")
 
-_COMPARISONS = {
-    "ge": ("at least", lambda value, bound: value >= bound),
-    "gt": ("greater than", lambda value, bound: value > bound),
-    "le": ("at most", lambda value, bound: value <= bound),
-    "lt": ("less than", lambda value, bound: value < bound),
-}
+_BOUNDS = {"ge": "at least", "gt": "greater than", "le": "at most", "lt": "less than"}
 
 
 class _Help(str):
@@ -31,33 +27,21 @@ class _Help(str):
     bounds: dict[str, float]
 
 
-def flag(
-    default: Any = dataclasses.MISSING,
-    help: str = "",
-    *,
-    ge: float | None = None,
-    gt: float | None = None,
-    le: float | None = None,
-    lt: float | None = None,
-    **options: Any,
-) -> Any:
+def flag(default: Any = dataclasses.MISSING, help: str = "", **options: Any) -> Any:
     """
     Define a dataclass field that becomes a command-line flag.
 
     Args:
         default (*optional*): Default value; a list is copied for every instance. Without it the flag is required.
         help (`str`): Help text.
-        ge, gt, le, lt (`float`, *optional*): Bounds of the number, or of every number of a list, checked by
-            [`check_ranges`].
-        options: Further arguments of `ArgumentParser.add_argument`, such as `choices` and `nargs`.
+        options: Bounds `ge`, `gt`, `le`, `lt` of the number, or of every number of a list, checked by [`check_ranges`];
+            and arguments of `ArgumentParser.add_argument`, such as `choices` and `nargs`.
     """
     text = _Help(help)
-    text.bounds = {
-        name: bound for name, bound in zip(_COMPARISONS, (ge, gt, le, lt), strict=True) if bound is not None
-    }
+    text.bounds = {name: options.pop(name) for name in _BOUNDS if name in options}
     metadata = {"help": text, **options}
     if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+        return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -72,8 +56,8 @@ def check_ranges(args: Any) -> None:
         bounds = getattr(field.metadata.get("help"), "bounds", {})
         value = getattr(args, field.name)
         for number in value if isinstance(value, list | tuple) else [] if value is None else [value]:
-            if not all(_COMPARISONS[name][1](number, bound) for name, bound in bounds.items()):
-                allowed = " and ".join(f"{_COMPARISONS[name][0]} {bound:g}" for name, bound in bounds.items())
+            if not all(getattr(operator, name)(number, bound) for name, bound in bounds.items()):
+                allowed = " and ".join(f"{_BOUNDS[name]} {bound:g}" for name, bound in bounds.items())
                 raise ValueError(f"--{field.name} must be {allowed}, got {number}.")
 
 
@@ -85,10 +69,7 @@ def parse(arguments: type[Arguments], description: str, argv: Sequence[str] | No
         SystemExit: With status 2 and a message, for unknown flags and wrong values.
     """
     parser = HfArgumentParser(arguments, description=description, allow_abbrev=False)
-    words = None if argv is None else list(argv)
-    parsed, unknown = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
-    if unknown:
-        parser.error(f"unknown arguments: {' '.join(unknown)}. See --help.")
+    parsed = arguments(**vars(parser.parse_args(argv)))
     try:
         check_ranges(parsed)
     except ValueError as error:
@@ -124,7 +105,7 @@ def run(main: Callable[[], object]) -> None:
     Run a command and end it with one line and exit status 2 on a user error.
 
     User errors are `ValueError`, `OSError`, `ImportError`, [`FolderInUseError`] and `FloatingPointError` (a non-finite
-    loss); others keep their traceback. `PIXELREPA_TRACEBACK=1` shows the traceback of all.
+    loss). Other errors, and with `PIXELREPA_TRACEBACK=1` all of them, keep their traceback.
     """
     try:
         main()

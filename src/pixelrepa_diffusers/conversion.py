@@ -1,9 +1,8 @@
 """Conversion of published checkpoints (`checkpoint-last.pth` of PixelREPA and of plain JiT), in both directions.
 
-Such a file is a pickled dictionary. `model` holds `net.…` (the JiT and the adapter's mask token),
-`masked_transformer_adapter.…`, `repa_model.…` (the frozen teacher) and the constants `scale.…` and `de_scale.…`;
-`model_ema1` and `model_ema2` hold the EMA weights of the net, without prefix; `optimizer`, `epoch` and `args` belong to
-the training run. A plain JiT has no adapter, teacher, mask token or constants.
+Their `model` holds `net.…` (the JiT and the adapter's mask token), `masked_transformer_adapter.…`, `repa_model.…` (the
+frozen teacher) and the constants `scale.…` and `de_scale.…`; `model_ema1` and `model_ema2` hold EMA weights of the net,
+without prefix; `args` its settings. A plain JiT has no adapter, teacher, mask token or constants.
 """
 
 import argparse
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.utils import logging
 
 from .adapter import MaskedTransformerAdapter, check_projector_fits
 from .files import write_atomically
@@ -23,16 +21,12 @@ from .presets import PRESETS, matching_presets
 from .transformer_jit import JiTPositionTables, JiTTransformer2DModel
 
 
-logger = logging.get_logger(__name__)
-
 StateDict = Mapping[str, torch.Tensor]
 
 _ENTRIES = {"ema1": "model_ema1", "ema2": "model_ema2", "model": "model"}
 _NET, _ADAPTER = "net.", "masked_transformer_adapter."
 # The teacher, which is loaded from its own weights, and the constants that map images to its input and back.
 _REBUILT = ("repa_model.", "scale.", "de_scale.")
-# The published code has no option to change these.
-_FIXED = {"mlp_ratio": 4.0, "norm_eps": 1e-6}
 # The published EMA includes the constant position table, which float32 rounding moves by up to 1.6e-4 (measured over
 # 750,000 steps with decay 0.9999); rounding it to bfloat16 moves it by 2e-3. The exact table is used here.
 _POSITION_TOLERANCE = 5e-3
@@ -90,17 +84,13 @@ def _tensor_names(modules: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str
 
 
 def _transformer_names(num_layers: int, in_context_start: int) -> dict[str, tuple[str, ...]]:
-    return _tensor_names({
-        **_CONDITIONING,
-        **_PATCH_EMBED,
-        **_blocks(in_context_start, "encoder_blocks"),
-        **_blocks(num_layers - in_context_start, "transformer_blocks", first=in_context_start),
-        **_FINAL_LAYER,
-    })  # fmt: skip
+    encoder_blocks = _blocks(in_context_start, "encoder_blocks")
+    transformer_blocks = _blocks(num_layers - in_context_start, "transformer_blocks", first=in_context_start)
+    return _tensor_names(_CONDITIONING | _PATCH_EMBED | encoder_blocks | transformer_blocks | _FINAL_LAYER)
 
 
 def _adapter_names(num_layers: int) -> dict[str, tuple[str, ...]]:
-    return _tensor_names({**_CONDITIONING, **_blocks(num_layers, "blocks"), **_PROJECTION})
+    return _tensor_names(_CONDITIONING | _blocks(num_layers, "blocks") | _PROJECTION)
 
 
 def _count_blocks(state: StateDict, name: str) -> int:
@@ -117,8 +107,8 @@ def _from_original(state: StateDict, names: Mapping[str, tuple[str, ...]]) -> di
 def _to_original(state: StateDict, names: Mapping[str, tuple[str, ...]]) -> dict[str, torch.Tensor]:
     if unexpected := sorted(state.keys() - {name for ours in names.values() for name in ours}):
         raise ValueError(
-            f"The published layout has no place for {_shorten(unexpected)}. Merge or remove what was added to the model "
-            "(LoRA layers, fused projections) first."
+            f"The published layout has no place for {', '.join(unexpected[:4])}. Merge or remove what was added to the "
+            "model (LoRA layers, fused projections) first."
         )
     return {
         published: torch.cat([state[name] for name in ours]) if len(ours) > 1 else state[ours[0]]
@@ -127,20 +117,11 @@ def _to_original(state: StateDict, names: Mapping[str, tuple[str, ...]]) -> dict
     }
 
 
-def _shorten(names: list[str]) -> str:
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-
-
 def transformer_state_from_original(state: StateDict, in_context_start: int) -> dict[str, torch.Tensor]:
     """
-    Rename the published net's tensors to [`JiTTransformer2DModel`]'s.
+    Rename the published net's tensors, or their gradients, to [`JiTTransformer2DModel`]'s.
 
-    It only renames and splits `qkv` (into views), so it also serves EMA weights and gradients, complete or not. Leaves
-    out `pos_embed` (constant here) and `mask_token` (part of the adapter here).
-
-    Args:
-        state (`Mapping[str, torch.Tensor]`): Tensors of the net by published name, without prefix.
-        in_context_start (`int`): Number of blocks before the class tokens are prepended.
+    Leaves out `pos_embed` (constant here) and `mask_token` (part of the adapter here).
     """
     own = {key: value for key, value in state.items() if key not in ("pos_embed", "mask_token")}
     return _from_original(own, _transformer_names(_count_blocks(own, "blocks"), in_context_start))
@@ -149,14 +130,7 @@ def transformer_state_from_original(state: StateDict, in_context_start: int) -> 
 def transformer_state_to_original(
     state: StateDict, grid_size: int, mask_token: torch.Tensor | None = None
 ) -> dict[str, torch.Tensor]:
-    """
-    Inverse of [`transformer_state_from_original`], in the published order.
-
-    Args:
-        state (`Mapping[str, torch.Tensor]`): Tensors of a [`JiTTransformer2DModel`].
-        grid_size (`int`): Patches along a side of the image; defines the `pos_embed` table.
-        mask_token (`torch.Tensor` of shape `(1, 1, width)`, *optional*): The adapter's mask token; None for a plain JiT.
-    """
+    """Inverse of [`transformer_state_from_original`], in the published order; `mask_token` is the adapter's, if any."""
     encoder, rest = _count_blocks(state, "encoder_blocks"), _count_blocks(state, "transformer_blocks")
     own = _to_original(state, _transformer_names(encoder + rest, encoder))
     in_context = own.pop("in_context_posemb")
@@ -171,13 +145,7 @@ def transformer_state_to_original(
 
 
 def adapter_state_from_original(state: StateDict, mask_token: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-    """
-    Rename the published adapter's tensors to [`MaskedTransformerAdapter`]'s.
-
-    Args:
-        state (`Mapping[str, torch.Tensor]`): Tensors of the adapter by published name, without prefix.
-        mask_token (`torch.Tensor`, *optional*): The mask token, which the published code keeps in the net.
-    """
+    """Rename the published adapter's tensors to [`MaskedTransformerAdapter`]'s; the published net holds `mask_token`."""
     converted = _from_original(state, _adapter_names(_count_blocks(state, "blocks")))
     return converted if mask_token is None else {"mask_token": mask_token, **converted}
 
@@ -193,31 +161,23 @@ def adapter_state_to_original(state: StateDict) -> dict[str, torch.Tensor]:
 
 def read_original_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     """
-    Read a published `.pth` file without running code in it.
+    Read a published `.pth` file without running code in it: tensors, plain containers and `argparse.Namespace`.
 
-    The pickle may contain tensors, plain containers and `argparse.Namespace`. In PyTorch's zip format (since 1.6) tensors
-    are memory-mapped, so taking one EMA out of a file with optimizer state reads that EMA only.
+    Tensors are memory-mapped, so taking one EMA out of a file with optimizer state reads that EMA only.
 
     Raises:
-        `ValueError`: If the pickle needs any other class or function, the file is damaged, or it holds no dictionary.
+        `ValueError`: If the pickle needs any other class or function, or the file is damaged.
     """
-    with open(path, "rb") as file:
-        is_zip = file.read(4) == b"PK\x03\x04"
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise
     except Exception as error:  # damaged pickles raise nearly anything: KeyError, struct.error, UnicodeDecodeError, …
         # torch's own message is not repeated: it recommends loading the file unsafely.
-        refused = re.search(r"GLOBAL (\S+)", str(error))
-        reason = (
-            f"is refused: its pickle needs `{refused[1]}`, which was not run; a checkpoint needs `argparse.Namespace` only"
-            if refused
-            else f"cannot be read as a PyTorch checkpoint ({type(error).__name__}): damaged, cut short or another kind of file"
-        )
-        raise ValueError(f"{path} {reason}.") from None
-    if not isinstance(checkpoint, dict):
-        raise ValueError(f"{path} holds a {type(checkpoint).__name__}, not the dictionary of a published checkpoint.")
-    return checkpoint
+        needed = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"its pickle needs `{needed[1]}`, which was not run" if needed else "damaged or another kind of file"
+        raise ValueError(f"{path} cannot be read as a PyTorch checkpoint: {reason}.") from None
 
 
 def load_original_checkpoint(
@@ -234,10 +194,9 @@ def load_original_checkpoint(
 
     Args:
         path (`str` or `os.PathLike`): The `.pth` file.
-        weights (`str`, *optional*, defaults to `"ema1"`): The weights of the net: `"ema1"` (decay 0.9999, used for
-            evaluation), `"ema2"` (0.9996) or `"model"` (not averaged). The mask token is part of the published net and
-            comes with them. The adapter's other weights always come from `model`, as the published code does not average
-            them.
+        weights (`str`, *optional*, defaults to `"ema1"`): The weights of the net, mask token included: `"ema1"` (decay
+            0.9999, used for evaluation), `"ema2"` (0.9996) or `"model"` (not averaged). The rest of the adapter always
+            comes from `model`, as the published code does not average it.
         in_context_start (`int`, *optional*): Block (0-based) before which the class tokens are prepended. The weights do
             not show it; defaults to the file's `args` (written by [`save_original_checkpoint`]), else the preset's.
         noise_scale (`float`, *optional*): Standard deviation of the training noise, overriding the file's and preset's
@@ -250,46 +209,40 @@ def load_original_checkpoint(
         `ValueError`: If the file cannot be read safely, lacks the chosen weights, does not determine the architecture, or
             has missing, unexpected, misshapen or non-finite tensors.
     """
-    if weights not in _ENTRIES:
-        raise ValueError(f"`weights` must be one of {_shorten(list(_ENTRIES))}, got {weights!r}.")
     checkpoint = read_original_checkpoint(path)
-    if _ENTRIES[weights] not in checkpoint:
+    if _ENTRIES.get(weights) not in checkpoint:
         available = [name for name, entry in _ENTRIES.items() if entry in checkpoint]
-        raise ValueError(f"{path} has no {_ENTRIES[weights]!r}; it has {_shorten(available) or 'no weights'}.")
-    source = f"{path}, {_ENTRIES[weights]!r}"
+        raise ValueError(f"{path} has no weights {weights!r}; it has {available}.")
     try:
-        model, recorded = checkpoint.get("model", {}), vars(checkpoint.get("args", argparse.Namespace()))
-        net = _without_prefix(model, _NET) if weights == "model" else checkpoint[_ENTRIES[weights]]
-        adapter_state = _without_prefix(model, _ADAPTER)
-        sizes = _transformer_sizes(net)
-        adapter_sizes = _adapter_sizes(adapter_state, sizes) if adapter_state else None
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise ValueError(f"{source}: not the layout of a PixelREPA or JiT checkpoint ({error}).") from None
+        return _build_models(checkpoint, weights, {"in_context_start": in_context_start, "noise_scale": noise_scale})
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = f"missing or unexpected tensor {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path}: {_ENTRIES[weights]!r} cannot be converted: {reason}") from error
+
+
+def _build_models(
+    checkpoint: Mapping[str, Any], weights: str, given: Mapping[str, Any]
+) -> tuple[JiTTransformer2DModel, MaskedTransformerAdapter | None]:
+    model = checkpoint.get("model", {})
     if unexpected := [key for key in model if not key.startswith((_NET, _ADAPTER, *_REBUILT))]:
-        raise ValueError(f"{path}, 'model': unexpected {_shorten(unexpected)}.")
-    settings = _training_settings(sizes, recorded, {"in_context_start": in_context_start, "noise_scale": noise_scale})
+        raise ValueError(f"unexpected tensors in 'model': {', '.join(unexpected[:4])}")
+    net = _without_prefix(model, _NET) if weights == "model" else checkpoint[_ENTRIES[weights]]
+    adapter_state = _without_prefix(model, _ADAPTER)
+    sizes = _transformer_sizes(net)
+    settings = _training_settings(sizes, vars(checkpoint.get("args", argparse.Namespace())), given)
 
     # On the meta device nothing is allocated or initialized: every tensor comes from the file.
     with torch.device("meta"):
-        transformer = JiTTransformer2DModel(**sizes, **settings, **_FIXED)
-        adapter = MaskedTransformerAdapter(**adapter_sizes) if adapter_sizes else None
-        mask_token = torch.zeros(1, 1, sizes["num_attention_heads"] * sizes["attention_head_dim"])
-    has_mask_token = adapter is not None or "mask_token" in net
-    expected = transformer_state_to_original(
-        transformer.state_dict(), sizes["sample_size"] // sizes["patch_size"], mask_token if has_mask_token else None
-    )
-    _check_tensors(source, net, expected)
-    if (net["pos_embed"].float() - expected["pos_embed"]).abs().max() > _POSITION_TOLERANCE:
-        raise ValueError(f"{source}: 'pos_embed' is not the sin-cos table, the only one JiTTransformer2DModel has.")
+        transformer = JiTTransformer2DModel(**sizes, **settings).eval()
+        adapter = MaskedTransformerAdapter(**_adapter_sizes(adapter_state, sizes)).eval() if adapter_state else None
+    if (net["pos_embed"].float() - transformer.tables.positions).abs().max() > _POSITION_TOLERANCE:
+        raise ValueError("'pos_embed' is not the sin-cos table, the only one JiTTransformer2DModel has")
     state = transformer_state_from_original(net, settings["in_context_start"])
     transformer.load_state_dict(_to_float32(state), assign=True)
     if adapter is not None:
-        expected = adapter_state_to_original(adapter.state_dict())
-        _check_tensors(f"{path}, {_ADAPTER!r} in 'model'", adapter_state, expected)
         state = adapter_state_from_original(adapter_state, net["mask_token"])
         adapter.load_state_dict(_to_float32(state), assign=True)
-        adapter.eval()
-    return transformer.eval(), adapter
+    return transformer, adapter
 
 
 def _without_prefix(state: StateDict, prefix: str) -> dict[str, torch.Tensor]:
@@ -318,16 +271,14 @@ def _adapter_sizes(adapter: StateDict, transformer_sizes: Mapping[str, int]) -> 
     """The arguments of [`MaskedTransformerAdapter`]; without a projection the teacher has the transformer's width."""
     _, in_context_len, width = adapter["in_context_posemb"].shape
     (head_dim,) = adapter["blocks.0.attn.q_norm.weight"].shape
-    projects = any(key.startswith("projection_layer.") for key in adapter)
     return {
         "hidden_size": width,
         "num_attention_heads": width // head_dim,
-        "teacher_dim": adapter["projection_layer.mlp.3.weight"].shape[0] if projects else width,
+        "teacher_dim": len(adapter.get("projection_layer.mlp.3.weight", range(width))),
         "num_layers": _count_blocks(adapter, "blocks"),
         "grid_size": transformer_sizes["sample_size"] // transformer_sizes["patch_size"],
         "in_context_len": in_context_len,
         "num_classes": adapter["y_embedder.embedding_table.weight"].shape[0] - 1,
-        "mlp_ratio": _FIXED["mlp_ratio"],
     }
 
 
@@ -335,49 +286,27 @@ def _training_settings(
     sizes: Mapping[str, int], recorded: Mapping[str, Any], given: Mapping[str, Any]
 ) -> dict[str, int | float]:
     """What shapes do not show: `given`, else `recorded` in the file's args, else the preset's of these shapes."""
-    if recorded.get("attn_dropout"):
-        logger.warning(
-            f"The checkpoint was trained with attn_dropout={recorded['attn_dropout']}, which JiTTransformer2DModel does "
-            "not have. This affects further training only."
-        )
-    shapes = {name: value for name, value in sizes.items() if name not in ("sample_size", "num_classes")}
     settings = {"t_eps": 0.05, "dropout": 0.0}
+    shapes = {name: value for name, value in sizes.items() if name not in ("sample_size", "num_classes")}
     for preset in matching_presets(shapes).values():
         settings |= {"in_context_start": preset.in_context_start, "dropout": preset.dropout}
         if preset.sample_size == sizes["sample_size"]:
             settings["noise_scale"] = preset.noise_scale
-    from_args = {name: recorded.get(name) for name in ("in_context_start", "noise_scale", "t_eps")}
-    from_args["dropout"] = recorded.get("proj_dropout")
-    for source in (from_args, given):
-        settings |= {name: value for name, value in source.items() if value is not None}
-    if missing := [name for name in ("in_context_start", "noise_scale") if name not in settings]:
+    names = ("in_context_start", "noise_scale", "t_eps", "dropout")
+    for source in ({**recorded, "dropout": recorded.get("proj_dropout")}, given):
+        settings |= {name: source[name] for name in names if source.get(name) is not None}
+    if missing := given.keys() - settings.keys():
         raise ValueError(
-            f"Pass `{'`, `'.join(missing)}`: the file does not record it, and no preset ({', '.join(PRESETS)}) has these "
-            f"sizes: {sizes}."
+            f"Pass {' and '.join(f'`{name}`' for name in sorted(missing))}: the file does not record it, and no preset "
+            f"({', '.join(PRESETS)}) has these sizes: {sizes}."
         )
     return settings
 
 
-def _check_tensors(source: str, state: StateDict, expected: StateDict) -> None:
-    """Refuse missing, unexpected, misshapen and non-finite tensors by name."""
-    shapes = {key: tuple(getattr(value, "shape", ())) for key, value in state.items()}
-    problems = {
-        "missing": [key for key in expected if key not in shapes],
-        "unexpected": [key for key in shapes if key not in expected],
-        "wrong shape": [
-            f"{key} {shapes[key]} instead of {tuple(value.shape)}"
-            for key, value in expected.items()
-            if key in shapes and shapes[key] != value.shape
-        ],
-    }
-    if not any(problems.values()):
-        problems["NaN or infinity in"] = [key for key, value in state.items() if not value.isfinite().all()]
-    if found := [f"{problem} {_shorten(keys)}" for problem, keys in problems.items() if keys]:
-        raise ValueError(f"{source}: {'; '.join(found)}.")
-
-
 def _to_float32(state: StateDict) -> dict[str, torch.Tensor]:
     """Contiguous float32 copies on the CPU, which share no memory with the mapped file or each other."""
+    if bad := [key for key, value in state.items() if not value.isfinite().all()]:
+        raise ValueError(f"NaN or infinity in {', '.join(bad[:4])}")
     options = {"dtype": torch.float32, "copy": True, "memory_format": torch.contiguous_format}
     return {key: value.detach().to("cpu", **options) for key, value in state.items()}
 
@@ -414,47 +343,48 @@ def save_original_checkpoint(
         `ValueError`: If the model has no counterpart in the published layout (other settings, LoRA layers, fused
             projections), an EMA does not fit, or a tensor is not finite.
     """
-    path, ema, config = Path(path), ema or {}, transformer.config
+    path, config = Path(path), transformer.config
     if path.exists():
         raise FileExistsError(f"{path} exists; remove it or choose another path.")
-    if ema.keys() - {"ema1", "ema2"}:
-        raise ValueError(f"`ema` takes the keys 'ema1' and 'ema2', got {_shorten(list(ema))}.")
-    if not config.in_context_len or any(config[name] != value for name, value in _FIXED.items()):
-        found = {name: config[name] for name in ("in_context_len", *_FIXED)}
-        raise ValueError(f"The published layout needs in-context tokens and {_FIXED}; this transformer has {found}.")
+    if not config.in_context_len or (config.mlp_ratio, config.norm_eps) != (4.0, 1e-6):
+        raise ValueError(
+            "The published layout needs in-context tokens, `mlp_ratio` 4.0 and `norm_eps` 1e-6; this transformer has "
+            f"{config.in_context_len}, {config.mlp_ratio} and {config.norm_eps}."
+        )
     if adapter is not None:
         check_projector_fits(adapter, transformer)
 
     def to_original(state: StateDict) -> dict[str, torch.Tensor]:
-        mask_token = state.get("mask_token", None if adapter is None else adapter.mask_token)
-        own = {key: value for key, value in state.items() if key != "mask_token"}
-        return _to_float32(transformer_state_to_original(own, config.sample_size // config.patch_size, mask_token))
+        state = {"mask_token": adapter and adapter.mask_token, **state}
+        mask_token = state.pop("mask_token")
+        return _to_float32(transformer_state_to_original(state, config.sample_size // config.patch_size, mask_token))
 
     net = to_original(transformer.state_dict())
     # EMA weights that are not given are the same tensors as the net's, which torch.save stores once.
-    averages = {name: to_original(ema[name]) if name in ema else net for name in ("ema1", "ema2")}
-    for name, state in {"transformer": net, **averages}.items():
-        _check_tensors(name, state, net)
+    averages = {"model_ema1": net, "model_ema2": net}
+    for name, state in (ema or {}).items():
+        average = averages[_ENTRIES[name]] = to_original(state)
+        if {key: value.shape for key, value in average.items()} != {key: value.shape for key, value in net.items()}:
+            raise ValueError(f"`ema[{name!r}]` does not have the transformer's tensors and shapes.")
     model = {_NET + key: value for key, value in net.items()}
     if adapter is not None:
-        adapter_state = _to_float32(adapter_state_to_original(adapter.state_dict()))
-        _check_tensors("adapter", adapter_state, adapter_state)
         model |= {key: torch.tensor(value).view(1, 3, 1, 1) for key, value in _IMAGE_CONSTANTS.items()}
+        adapter_state = _to_float32(adapter_state_to_original(adapter.state_dict()))
         model |= {_ADAPTER + key: value for key, value in adapter_state.items()}
 
     presets = list(matching_presets(config))
-    recorded = argparse.Namespace(
+    recorded = {
         **({"model": presets[0]} if presets else {}),
-        img_size=config.sample_size,
-        class_num=config.num_classes,
-        attn_dropout=0.0,
-        proj_dropout=config.dropout,
-        t_eps=config.t_eps,
-        noise_scale=config.noise_scale,
-        in_context_start=config.in_context_start,
+        "img_size": config.sample_size,
+        "class_num": config.num_classes,
+        "attn_dropout": 0.0,
+        "proj_dropout": config.dropout,
+        "t_eps": config.t_eps,
+        "noise_scale": config.noise_scale,
+        "in_context_start": config.in_context_start,
         **(args or {}),
-    )
-    checkpoint = {"model": model, "args": recorded, "model_ema1": averages["ema1"], "model_ema2": averages["ema2"]}
+    }
+    checkpoint = {"model": model, "args": argparse.Namespace(**recorded), **averages}
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         write_atomically(path, lambda temporary: torch.save(checkpoint, temporary))

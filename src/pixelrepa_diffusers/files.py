@@ -20,7 +20,7 @@ MANIFEST = "manifest.json"
 
 
 class DamagedFolderError(ValueError):
-    """A folder that is incomplete or altered; the message names the first wrong file."""
+    """A folder that is incomplete or altered."""
 
 
 class FolderInUseError(RuntimeError):
@@ -56,16 +56,14 @@ def write_folder(
     """
     Write a folder atomically: call `write` with a temporary folder, sync it to disk and rename it into place.
 
-    With several processes every process calls this function, and the main one renames. An older folder of the same name
-    is replaced at the rename, so a kill or a power cut leaves the old folder or the new one, both complete.
+    A kill or a power cut leaves the older folder of that name, if any, or the new one, both complete.
 
     Args:
         folder (`Path`): Folder to write.
         write (`Callable`): Receives the temporary folder, on every process.
         is_main (`bool`, defaults to `True`): Whether this process creates and renames the folder.
         barrier (`Callable`, *optional*): Waits for all processes.
-        manifest (`bool`, defaults to `False`): Also write manifest.json, the sizes and checksums that
-            [`verify_folder`] compares.
+        manifest (`bool`, defaults to `False`): Also write manifest.json, the checksums that [`verify_folder`] compares.
 
     Raises:
         OSError: If the disk is full; names the folder and the free space.
@@ -89,8 +87,8 @@ def write_folder(
     barrier()
     if is_main:
         if manifest:
-            files = sorted(path.relative_to(temporary).as_posix() for path in temporary.rglob("*") if path.is_file())
-            fingerprints = {name: _fingerprint(temporary / name) for name in files}
+            files = sorted(path for path in temporary.rglob("*") if path.is_file())
+            fingerprints = {path.relative_to(temporary).as_posix(): _fingerprint(path) for path in files}
             (temporary / MANIFEST).write_text(json.dumps(fingerprints, indent=1), encoding="utf-8")
         for path in (*temporary.rglob("*"), temporary):
             _sync(path)
@@ -114,23 +112,21 @@ def verify_folder(folder: Path) -> None:
     Compare a folder with its manifest.json.
 
     Raises:
-        DamagedFolderError: If a file is missing or altered.
+        DamagedFolderError: Names a file that is missing or altered.
     """
-
-    def check(name: str, fingerprint: dict[str, int]) -> None:
-        if not (folder / name).is_file():
-            raise DamagedFolderError(f"{folder} is damaged: {name} is missing.")
-        if _fingerprint(folder / name) != fingerprint:
-            raise DamagedFolderError(f"{folder} is damaged: {name} was altered or cut off.")
-
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        with ThreadPoolExecutor() as pool:
-            list(pool.map(check, manifest.keys(), manifest.values()))
-    except DamagedFolderError:
-        raise
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8")).items()
     except (OSError, ValueError, AttributeError) as error:
         raise DamagedFolderError(f"{folder} is not a complete checkpoint: {MANIFEST}: {error}.") from error
+
+    def check(entry: tuple[str, dict]) -> None:
+        name, fingerprint = entry
+        path = folder / name
+        if not path.is_file() or _fingerprint(path) != fingerprint:
+            raise DamagedFolderError(f"{folder} is damaged: {name} is missing, cut off or altered.")
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(check, manifest))
 
 
 @contextlib.contextmanager
@@ -138,7 +134,7 @@ def only_writer(folder: Path) -> Iterator[None]:
     """
     Create `folder`, lock it against other runs, and remove what a killed run left half-written in it.
 
-    The lock is the file `.lock` in the folder, which stays. The operating system releases it when a process is killed.
+    The lock file `.lock` stays; the operating system releases the lock of a killed process.
 
     Raises:
         FolderInUseError: If another run is writing to the folder.

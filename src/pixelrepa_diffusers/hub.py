@@ -8,16 +8,17 @@ with BackgroundPusher("me/digits") as pusher:                  # during training
 import hashlib
 import json
 import logging
-import math
 import queue
 import re
 import shlex
 import threading
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import (
     CommitInfo,
     CommitOperationAdd,
@@ -26,32 +27,19 @@ from huggingface_hub import (
     HfApi,
     ModelCard,
     ModelCardData,
-    get_token,
 )
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-from safetensors import SafetensorError, safe_open
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError
 
 from .presets import matching_presets
+from .transformer_jit import JiTTransformer2DModel
 
-
-try:
-    from httpx2 import TransportError
-except ImportError:  # huggingface_hub before 2.0
-    from httpx import TransportError
 
 logger = logging.getLogger(__name__)
 
 CARD_TEMPLATE = Path(__file__).with_name("model_card_template.md")
 CARD_MARKER = "<!-- Written by pixelrepa_diffusers"  # a card with this text is replaced at the next publication
 
-ARCHITECTURE = (
-    "sample_size",
-    "patch_size",
-    "num_layers",
-    "num_attention_heads",
-    "attention_head_dim",
-    "bottleneck_dim",
-)
+SHAPE = ("sample_size", "patch_size", "num_layers", "num_attention_heads", "attention_head_dim", "bottleneck_dim")
 
 METHODS = {
     "none": "without alignment",
@@ -67,11 +55,33 @@ PAPER_RESULTS: dict[str, dict[str, tuple[float, float]]] = {
     "JiT-H/16": {"FID ↓": (1.86, 1.81), "Inception Score ↑": (303.4, 317.2)},
 }
 
-_FIGURE = re.compile(
-    r"\bIS\b|\b(?i:s?fid|kid|fd[- _]?dino|inception score|(?<!mixed )precision|recall|images?(/| per )s)"
+REQUIRED_FILES = (
+    "model_index.json",
+    "pipeline_pixelrepa.py",
+    "transformer/config.json",
+    "transformer/transformer_jit.py",
+    "transformer/[!.]*.safetensors",
 )
-_SECRET = re.compile(r'\bhf_[A-Za-z0-9]{16,}|"[\w-]*(token|secret|password|api_key)"\s*:\s*"[^"]+"', re.IGNORECASE)
-_LOCAL_PATH = re.compile(r"(?<!\S)([~.]{0,2}/[^,]*|(?!\w+://)[^\s,]+/[^\s,]+)")
+PUBLISHED_FILES = (
+    *("model_index.json", "pipeline_pixelrepa.py", "training_arguments.json", "samples.png", "README.md"),
+    *(
+        f"{part}/[!.]*.{suffix}"
+        for part in ("transformer", "guidance_head", "guidance_transformer")
+        for suffix in ("json", "py", "safetensors")
+    ),
+    *("scheduler/[!.]*.json", "scheduler/[!.]*.py", "adapter/[!.]*.json", "adapter/[!.]*.safetensors"),
+)
+# Of a pipeline that has these parts.
+GUIDANCE_FILES = {
+    "guidance_head": ("guidance_head/config.json", "guidance_head/guidance_jit.py", "guidance_head/[!.]*.safetensors"),
+    "guidance_transformer": tuple(f"guidance_{pattern}" for pattern in REQUIRED_FILES if "/" in pattern),
+}
+RETRY_WAITS = (2.0, 10.0, 30.0, 60.0)  # seconds between the tries of a publication
+
+_FIGURE = re.compile(r"\b(fid|inception\s+score|images per second|images/s)\b", re.IGNORECASE)
+_TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{16,}")
+_PATH = re.compile(r'(?<=")[^",]*/[^",]*')
+_LOGIN = "Log in with `hf auth login` or set HF_TOKEN. The token needs write permission for this repository."
 
 
 class PublishError(OSError):
@@ -87,7 +97,6 @@ def build_card(
     pipeline_config: Mapping[str, Any],
     training: Mapping[str, Any] | None = None,
     metrics: Mapping[str, Any] | None = None,
-    num_parameters: int | None = None,
     has_samples: bool = False,
     revision: str | None = None,
     description: str | None = None,
@@ -109,7 +118,6 @@ def build_card(
         pipeline_config (`dict`): Content of model_index.json.
         training (`dict`, *optional*): Content of training_arguments.json.
         metrics (`dict`, *optional*): Content of metrics.json, see [`read_metrics`].
-        num_parameters (`int`, *optional*): Number of parameters of the transformer.
         has_samples (`bool`, defaults to `False`): Whether samples.png lies beside the card.
         revision (`str`, *optional*): Branch that the usage example loads.
         description (`str`, *optional*): Free text below the summary. It may not state results.
@@ -119,17 +127,11 @@ def build_card(
         base_model (`str`, *optional*): Name or Hub id of the fine-tuned pipeline, with the same default.
         origin (`str`): Text in place of the training table when `training` is missing.
         license (`str`, *optional*): Licence identifier of the Hub. Without it the card states no licence.
-        license_name (`str`, *optional*): Name of the licence "other".
-        license_link (`str`, *optional*): Link to the licence "other".
-
-    Returns:
-        [`~huggingface_hub.ModelCard`]
+        license_name, license_link (`str`, *optional*): Name of and link to the licence "other".
 
     Raises:
-        ValueError: If the description states results, or the licence "other" lacks its name or link.
+        ValueError: If the description states results.
     """
-    if license == "other" and not (license_name and license_link):
-        raise ValueError('License "other" needs `license_name` and `license_link`.')
     if description and _FIGURE.search(description) and re.search(r"\d", description):
         raise ValueError(
             "The description states results without a source. Put measured figures into a metrics file instead."
@@ -139,16 +141,22 @@ def build_card(
     teacher = (teacher or training.get("teacher_model_name_or_path")) if objective not in (None, "none") else None
     dataset = _public_name(dataset or training.get("dataset_name"))
     base_model = _public_name(base_model or training.get("pretrained_model_name_or_path"))
-    id2label, num_classes = pipeline_config.get("id2label") or {}, transformer_config["num_classes"]
-    preset = next(iter(matching_presets({name: transformer_config[name] for name in ARCHITECTURE})), None)
+    with torch.device("meta"):
+        transformer = JiTTransformer2DModel.from_config(transformer_config)
+    config = transformer.config
+    preset = next(iter(matching_presets({name: config[name] for name in SHAPE})), None)
+    id2label, num_classes = pipeline_config.get("id2label") or {}, config.num_classes
     title = repo_id.rpartition("/")[2]
     conditioning = "Class-conditional" if num_classes > 1 else "Unconditional"
     example = "207" if num_classes == 1000 else "0"
     labels = [id2label[example].partition(",")[0] if example in id2label else 0, num_classes - 1]
-    measured = _rounded(metrics) if metrics else {}
+    # Few samples do not support many digits.
+    digits = 4 if metrics.get("num_samples", 0) >= 10_000 else 3
+    measured = {name: float(f"{value:.{digits}g}") for name, value in metrics.get("metrics", {}).items()}
+    task = "unconditional-image-generation"  # the Hub's task for images without a prompt
     data = ModelCardData(
         library_name="diffusers",
-        pipeline_tag="unconditional-image-generation",  # the Hub's task for images without a prompt
+        pipeline_tag=task,
         license=license,
         license_name=license_name,
         license_link=license_link,
@@ -164,7 +172,7 @@ def build_card(
         model_name=title if measured else None,
         eval_results=[
             EvalResult(
-                task_type="unconditional-image-generation",
+                task_type=task,
                 dataset_type=dataset if _is_hub_id(dataset) else "other",
                 dataset_name=dataset or metrics["reference"],
                 metric_type=name,
@@ -190,9 +198,9 @@ def build_card(
         self_guidance_scale=pipeline_config.get("self_guidance_scale"),
         autoguidance_scale=pipeline_config.get("autoguidance_scale"),
         has_samples=has_samples,
-        config=transformer_config,
+        config=config,
         preset=preset,
-        num_parameters=num_parameters,
+        num_parameters=transformer.num_parameters(),
         training=training,
         origin=origin,
         base_model=base_model,
@@ -208,7 +216,7 @@ def build_card(
 
 
 def card_for_folder(
-    folder: str | Path, repo_id: str, metrics: str | Path | Mapping[str, Any] | None = None, **options
+    folder: str | Path, repo_id: str, metrics: str | Path | Mapping[str, Any] | None = None, **card_options
 ) -> ModelCard:
     """
     Build the model card of a saved pipeline from the files of its folder.
@@ -217,28 +225,24 @@ def card_for_folder(
         folder (`str` or `Path`): Saved pipeline, with training_arguments.json and samples.png where they exist.
         repo_id (`str`): Repository that the usage example loads.
         metrics (`str`, `Path` or `dict`, *optional*): Metrics file or its content. Default: metrics.json of the folder.
-        options: Further arguments of [`build_card`].
-
-    Returns:
-        [`~huggingface_hub.ModelCard`]
+        card_options: Further arguments of [`build_card`].
     """
     folder = Path(folder)
     training = folder / "training_arguments.json"
     if (folder / "adapter").is_dir():  # kept by the conversion of a published checkpoint
-        options = {
+        card_options = {
             "objective": "pixelrepa",
             "origin": "The weights were converted from a published PixelREPA checkpoint. They are the work of its authors, "
             "and their licence applies. No record of the training run is part of this repository.",
-        } | options
+        } | card_options
     return build_card(
         repo_id,
         _read_json(folder / "transformer" / "config.json"),
         _read_json(folder / "model_index.json"),
         training=_read_json(training) if training.is_file() else None,
         metrics=metrics if isinstance(metrics, Mapping) else read_metrics(folder, metrics),
-        num_parameters=_count_parameters(folder / "transformer"),
         has_samples=(folder / "samples.png").is_file(),
-        **options,
+        **card_options,
     )
 
 
@@ -262,10 +266,9 @@ def read_metrics(folder: str | Path, path: str | Path | None = None) -> dict[str
     path = Path(path or Path(folder) / "metrics.json")
     record = _read_json(path)
     if "cells" in record:
-        cells = {cell: _read_json(cell) for cell in sorted(path.parent.glob("*/metrics.json"))}
-        path = next((cell for cell in cells if cells[cell]["metrics"].items() <= record["best"].items()), path)
-        record = cells.get(path, {})
+        path = path.parent / record["best"]["folder"] / "metrics.json"
         logger.info(f"Taking the best cell of the sweep: {path}")
+        record = _read_json(path)
     if missing := [name for name in ("metrics", "num_samples", "reference", "device") if not record.get(name)]:
         raise ValueError(
             f"{path} does not say {', '.join(missing)}. A figure needs its source: "
@@ -273,23 +276,18 @@ def read_metrics(folder: str | Path, path: str | Path | None = None) -> dict[str
         )
     if record.get("weights_sha256") not in (None, weights_sha256(Path(folder) / "transformer")):
         raise ValueError(f"{path} was measured with other weights than those in {folder}: measure again.")
-    return _without_paths({name: record[name] for name in record if name not in ("arguments", "command")})
+    text = json.dumps({name: record[name] for name in record if name not in ("arguments", "command")})
+    return json.loads(_PATH.sub(lambda match: match[0] if _is_hub_id(match[0]) else Path(match[0]).name, text))
 
 
 def weights_sha256(transformer: str | Path) -> str:
     """Hash the weights in a transformer's folder. A metrics.json names the weights it measured by this hash."""
     digest = hashlib.sha256()
-    for path in _weight_files(Path(transformer)):
+    for path in sorted(Path(transformer).glob("[!.]*.safetensors")):
         with path.open("rb") as file:
             while chunk := file.read(2**20):
                 digest.update(chunk)
     return digest.hexdigest()
-
-
-def _rounded(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Round figures to the digits that the number of samples supports."""
-    digits = 4 if metrics["num_samples"] >= 10_000 else 3
-    return {name: float(f"{value:.{digits}g}") for name, value in metrics["metrics"].items()}
 
 
 def _is_hub_id(name: str | None) -> bool:
@@ -297,76 +295,52 @@ def _is_hub_id(name: str | None) -> bool:
 
 
 def _public_name(name: str | None) -> str | None:
-    """A Hub id or a plain name; None for a path, or for what the trainer writes in place of one."""
-    return name if name and (_is_hub_id(name) or "/" not in name) and name != "a local folder" else None
+    return None if name == "a local folder" else name  # what the trainer writes in place of a path
 
 
-def _without_paths(value: Any) -> Any:
-    """Replace the local paths in a JSON value by their last part."""
-    if isinstance(value, Mapping):
-        return {name: _without_paths(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_without_paths(item) for item in value]
-    if isinstance(value, str):
-        return _LOCAL_PATH.sub(lambda path: path[0] if _is_hub_id(path[0]) else Path(path[0]).name, value)
-    return value
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 # ------------------------------------------------------------------------------------------------------- publishing
-
-
-def pipeline_files(folder: str | Path) -> list[str]:
-    """
-    List the files of a saved pipeline that are published: the pipeline with the code that loads it, its training
-    arguments, its samples and its README.md. Checkpoints, logs and other files are not.
-
-    Raises:
-        FileNotFoundError: If a part of the pipeline is missing.
-        ValueError: If the folder holds no PixelREPA pipeline, or a link that leads out of it.
-    """
-    folder = Path(folder)
-    if not (folder / "model_index.json").is_file():
-        raise FileNotFoundError(
-            f"{folder} is not a saved pipeline: it has no model_index.json. A training run saves one in pipeline/."
-        )
-    if _read_json(folder / "model_index.json").get("_class_name") != ["pipeline_pixelrepa", "PixelREPAPipeline"]:
-        raise ValueError(f"{folder} was not saved by PixelREPAPipeline.save_pretrained: the Hub could not load it.")
-    needed = {"pipeline_pixelrepa.py", "transformer/config.json", "transformer/transformer_jit.py"}
-    for part, module in (("guidance_head", "guidance_jit"), ("guidance_transformer", "transformer_jit")):
-        if part in _read_json(folder / "model_index.json"):
-            needed |= {f"{part}/config.json", f"{part}/{module}.py"}
-    for index in folder.glob("transformer/*.index*.json"):
-        needed |= {f"transformer/{Path(shard).name}" for shard in _read_json(index)["weight_map"].values()}
-    if missing := sorted(name for name in needed if not (folder / name).is_file()):
-        raise FileNotFoundError(f"{folder} is incomplete: it lacks {', '.join(missing)}.")
-
-    files = {"model_index.json", "training_arguments.json", "samples.png", "README.md", *needed}
-    for component in ("transformer", "scheduler", "adapter", "guidance_head", "guidance_transformer"):
-        for suffix in ("json", "py", "safetensors"):
-            files |= {f"{component}/{path.name}" for path in folder.glob(f"{component}/[!.]*.{suffix}")}
-    files = sorted(name for name in files if (folder / name).is_file())
-    # The cache of the Hub links to its blobs. Any other link could publish a private file.
-    inside = (folder.resolve(), folder.resolve().parent.parent / "blobs")
-    for name in files:
-        if not any((folder / name).resolve().is_relative_to(place) for place in inside):
-            raise ValueError(f"{folder / name} is a link that leads out of the folder: copy what is to be published.")
-    return files
 
 
 def published_files(
     folder: str | Path, repo_id: str, metrics: Mapping[str, Any] | None = None, **card_options
 ) -> dict[str, Path | bytes]:
     """
-    Collect the files of a repository, by their paths in it: the pipeline, its metrics and its card.
+    Collect the files of a repository, by their paths in it: the pipeline with the code that loads it, its training
+    arguments, samples, metrics and card. Checkpoints, logs and other files of the folder are not published.
 
     The card is built by [`card_for_folder`], unless the folder holds a README.md that this package did not write.
+
+    Raises:
+        FileNotFoundError: If a part of the pipeline is missing.
+        ValueError: If a file contains an access token, or is a link out of the folder.
     """
     folder = Path(folder)
-    files: dict[str, Path | bytes] = {name: folder / name for name in pipeline_files(folder)}
+    index, required = folder / "model_index.json", list(REQUIRED_FILES)
+    for part in _read_json(index) if index.is_file() else ():
+        required += GUIDANCE_FILES.get(part, ())
+    if missing := [pattern for pattern in required if not any(folder.glob(pattern))]:
+        raise FileNotFoundError(
+            f"{folder} is not a complete saved pipeline: it has no {', '.join(missing)}. A training run saves one in "
+            "pipeline/."
+        )
+    paths = [path for pattern in PUBLISHED_FILES for path in folder.glob(pattern)]
+    places = (folder.resolve(), (folder / "../../blobs").resolve())  # a snapshot in the Hub's cache links to its blobs
+    for path in paths:
+        if not any(path.resolve().is_relative_to(place) for place in places):
+            raise ValueError(f"{path} is a link out of the folder: replace it by a copy.")
+    files: dict[str, Path | bytes] = {path.relative_to(folder).as_posix(): path for path in paths}
     if metrics:
         files["metrics.json"] = (json.dumps(metrics, indent=1, ensure_ascii=False) + "\n").encode()
-    if "README.md" not in files or CARD_MARKER in (folder / "README.md").read_text(encoding="utf-8"):
+    if "README.md" not in files or CARD_MARKER in files["README.md"].read_text(encoding="utf-8"):
         files["README.md"] = str(card_for_folder(folder, repo_id, metrics or {}, **card_options)).encode()
+    for name, content in files.items():
+        is_text = name.endswith((".json", ".md"))
+        if is_text and _TOKEN.search(content if isinstance(content, bytes) else content.read_bytes()):
+            raise ValueError(f"{name} contains an access token: take it out and revoke it.")
     return files
 
 
@@ -378,15 +352,13 @@ def publish_folder(
     token: str | None = None,
     revision: str | None = None,
     metrics: str | Path | None = None,
-    attempts: int = 5,
-    retry_wait: float = 2.0,
     **card_options,
 ) -> CommitInfo:
     """
     Publish a saved pipeline and its card in one commit, so that a repository always holds a complete pipeline.
 
     Weights that the folder no longer has, such as shards of another split, are deleted in the same commit. Publishing
-    again without a change creates no commit.
+    again without a change creates no commit. When the Hub does not answer or has an error of its own, it is tried again.
 
     Args:
         folder (`str` or `Path`): Folder written by `PixelREPAPipeline.save_pretrained`; it is only read.
@@ -396,68 +368,34 @@ def publish_folder(
         revision (`str`, *optional*, defaults to main): Branch to publish to; created from main when missing.
         metrics (`str` or `Path`, *optional*): Metrics file, see [`read_metrics`]. Default: metrics.json of the folder,
             or else of the repository if it was measured with these weights.
-        attempts (`int`, defaults to 5): Tries when the Hub does not answer or has an error of its own.
-        retry_wait (`float`, defaults to 2.0): Seconds before the second try; doubled for each further one, up to 60.
         card_options: Further arguments of [`build_card`], such as `license` and `description`.
 
     Returns:
         [`~huggingface_hub.CommitInfo`]: The new commit, or the latest one when nothing had to change.
 
     Raises:
-        ValueError: For a folder that cannot be published, before any request.
-        FileNotFoundError: For an incomplete folder, before any request.
+        ValueError, FileNotFoundError: For a folder that cannot be published, before any request.
         PublishError: If the Hub refuses, or fails in every try. The repository is unchanged.
     """
-    folder = Path(folder)
+    folder, api = Path(folder), HfApi(token=token)
     record = read_metrics(folder, metrics)
-    _refuse_secrets(published_files(folder, repo_id, record, **card_options), token)
-    api = HfApi(token=token)
-    for attempt in range(1, attempts + 1):
+    published_files(folder, repo_id, record, **card_options)
+    for seconds in (*RETRY_WAITS, None):
         try:
             return _commit(api, folder, repo_id, private, revision, record, card_options)
-        except (HfHubHTTPError, LocalEntryNotFoundError, TransportError, RuntimeError) as caught:
+        except (HTTPError, LocalEntryNotFoundError, RuntimeError) as caught:
             # A failed upload of a file arrives wrapped in a RuntimeError.
-            error = caught.__cause__ if type(caught) is RuntimeError else caught
-            if not isinstance(error, HfHubHTTPError | LocalEntryNotFoundError | TransportError):
-                raise
-            status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-            if status is not None and status < 500 and status not in (408, 412, 429):
-                raise PublishError(
-                    f"The Hub refused to publish {folder} to {repo_id}: {error}\n{_advice(error)}"
-                ) from None
-            wait = min(retry_wait * 2 ** (attempt - 1), 60.0)
-            if attempt < attempts:
-                logger.warning(f"Publishing to {repo_id} failed ({error}). Try {attempt + 1} in {wait:g} s.")
-                time.sleep(wait)
+            error = caught.__cause__ or caught if type(caught) is RuntimeError else caught
+            status = error.response.status_code if isinstance(error, HfHubHTTPError) else 500
+            if status < 500 and status not in (408, 412, 429):
+                raise PublishError(f"The Hub refused to publish {folder} to {repo_id}: {error}\n{_LOGIN}") from None
+        if seconds is not None:
+            logger.warning(f"Publishing to {repo_id} failed ({error}). The next try follows in {seconds:g} s.")
+            time.sleep(seconds)
     raise PublishError(
-        f"{folder} could not be published to {repo_id} in {attempts} tries: {error}\n"
+        f"{folder} could not be published to {repo_id} in {len(RETRY_WAITS) + 1} tries: {error}\n"
         "The repository still holds its last complete commit. Publish again when the Hub answers."
     )
-
-
-def create_repository(repo_id: str, private: bool | None = None, token: str | None = None) -> str:
-    """
-    Create a model repository unless it exists, and check that the token may write there.
-
-    Returns:
-        `str`: Full id of the repository, "user/name".
-
-    Raises:
-        PublishError: If the token may not write there, or the Hub does not answer.
-    """
-    try:
-        api = HfApi(token=token)
-        full_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        api.auth_check(full_id, write=True)  # `exist_ok` also accepts a repository that only others may write to
-        return full_id
-    except (HfHubHTTPError, TransportError) as error:
-        raise PublishError(f"The Hub gives no access to {repo_id}: {error}\n{_advice(error)}") from None
-
-
-def publish_command(folder: str | Path, repo_id: str, **options: str | None) -> str:
-    """The shell command that publishes a folder. It holds no token: log in with `hf auth login` or set HF_TOKEN."""
-    flags = [word for name, value in options.items() if value is not None for word in (f"--{name}", value)]
-    return shlex.join(["pixelrepa-publish", str(folder), repo_id, *flags])
 
 
 def _commit(
@@ -496,145 +434,78 @@ def _commit(
     )
 
 
-class BackgroundPusher:
-    """
-    Publish folders from a background thread, for a training run that must neither wait nor fail.
-
-    A push that fails for good is logged with the command that repeats it. Leaving the context manager waits for queued
-    pushes, but not when the run has failed.
-
-    Args:
-        repo_id (`str`): Repository; created at once, so that a missing login shows before training.
-        private (`bool`, *optional*): Whether to create the repository private.
-        token (`str`, *optional*): Access token with write permission. Default: HF_TOKEN or `hf auth login`.
-        attempts (`int`, defaults to 5): See [`publish_folder`].
-        retry_wait (`float`, defaults to 10.0): See [`publish_folder`].
-        card_options: Further arguments of [`build_card`], such as `license`.
-
-    Raises:
-        PublishError: If the repository could not be created.
-    """
-
-    def __init__(
-        self,
-        repo_id: str,
-        *,
-        private: bool | None = None,
-        token: str | None = None,
-        attempts: int = 5,
-        retry_wait: float = 10.0,
-        **card_options,
-    ):
-        self.repo_id = create_repository(repo_id, private, token)
-        self._card_options = card_options
-        self._options = {"token": token, "attempts": attempts, "retry_wait": retry_wait, **card_options}
-        self._queue: queue.SimpleQueue[tuple[Path, str | None]] = queue.SimpleQueue()
-        self._states: dict[tuple[Path, str | None], str] = {}  # "pending" or "failed", in the order of the pushes
-        self._changed = threading.Condition()
-        threading.Thread(target=self._work, name="background-pusher", daemon=True).start()
-
-    @property
-    def pending(self) -> set[Path]:
-        """Folders that are queued or being uploaded: do not change or delete them."""
-        return {folder for folder, _ in self._in_state("pending")}
-
-    @property
-    def failed(self) -> set[Path]:
-        """Folders that could not be published: keep them for the logged commands."""
-        return {folder for folder, _ in self._in_state("failed")}
-
-    def push(self, folder: str | Path, revision: str | None = None) -> None:
-        """Queue a saved pipeline for a branch (default: main) and return at once."""
-        job = (Path(folder), revision)
-        with self._changed:
-            self._states[job] = "pending"
-        self._queue.put(job)
-
-    def finish(self, timeout: float = 600.0) -> list[str]:
-        """
-        Wait up to `timeout` seconds for what is queued.
-
-        Returns:
-            `list[str]`: The commands that publish what has not been published, each logged once as a warning.
-        """
-        with self._changed:
-            self._changed.wait_for(lambda: "pending" not in self._states.values(), timeout)
-        for job in self._in_state("pending"):
-            logger.warning(f"{job[0]} is not on the Hub yet. To finish the job: {self._command(job)}")
-        return [self._command(job) for job in self._in_state("failed", "pending")]
-
-    def __enter__(self) -> "BackgroundPusher":
-        return self
-
-    def __exit__(self, exception_type, *_) -> None:
-        self.finish(600.0 if exception_type is None else 0.0)
-
-    def _in_state(self, *states: str) -> list[tuple[Path, str | None]]:
-        with self._changed:
-            return [job for job, state in self._states.items() if state in states]
-
-    def _command(self, job: tuple[Path, str | None]) -> str:
-        return publish_command(job[0], self.repo_id, revision=job[1], **self._card_options)
-
-    def _work(self) -> None:
-        while True:
-            job = self._queue.get()
-            try:
-                commit = publish_folder(job[0], self.repo_id, revision=job[1], **self._options)
-            except Exception as error:  # the run continues whatever happens here
-                logger.warning(f"{job[0]} was not published: {error}\nTo finish the job: {self._command(job)}")
-                outcome = "failed"
-            else:
-                logger.info(f"Published {job[0]}: {commit.commit_url}")
-                outcome = "published"
-            with self._changed:
-                self._states[job] = outcome
-                self._changed.notify_all()
-
-
-def _refuse_secrets(files: Mapping[str, Path | bytes], token: str | None) -> None:
-    for name, source in files.items():
-        if not name.endswith((".safetensors", ".png")):
-            text = (source if isinstance(source, bytes) else source.read_bytes()).decode()
-            if _SECRET.search(text) or any(secret in text for secret in (token, get_token()) if secret):
-                raise ValueError(f"{name} contains an access token or a password: take it out and revoke it.")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    files = sorted(folder.glob("[!.]*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"{folder} holds no safetensors weights.")
-    return files
-
-
-def _count_parameters(folder: Path) -> int:
-    sizes = {}  # by name, because variants such as fp16 hold the same tensors
-    for path in _weight_files(folder):
-        try:
-            with safe_open(path, framework="np") as file:
-                sizes |= {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged: {error}. Save the pipeline again.") from None
-    return sum(sizes.values())
-
-
 def _unsharded(name: str) -> str:
     """Name of a weights file without its shard: shards and their index get the name of the unsharded file."""
     name = re.sub(r"-\d{5}-of-\d{5}(?=\.safetensors$)", "", name)
     return re.sub(r"\.safetensors\.index(\.\w+)?\.json$", r"\1.safetensors", name)
 
 
-def _advice(error: Exception) -> str:
-    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-    if status == 401 or isinstance(error, RepositoryNotFoundError):
-        return "Log in with `hf auth login`, or set HF_TOKEN to a token with write permission for this repository."
-    if status == 403:
-        return "The token has no write permission for this repository: use one that has, or another name."
-    return "See the message above."
+class BackgroundPusher:
+    """
+    Publish folders from a background thread, for a training run that must neither wait nor fail.
+
+    A push that fails for good is logged with the command that repeats it. Leaving the context manager waits up to ten
+    minutes for queued pushes, but not when the run has failed.
+
+    Args:
+        repo_id (`str`): Repository; created at once, so that a missing login shows before training.
+        private (`bool`, *optional*): Whether to create the repository private.
+        token (`str`, *optional*): Access token with write permission. Default: HF_TOKEN or `hf auth login`.
+        card_options: Further arguments of [`build_card`], such as `license`.
+
+    Raises:
+        PublishError: If the token may not write to the repository, or the Hub does not answer.
+    """
+
+    def __init__(self, repo_id: str, *, private: bool | None = None, token: str | None = None, **card_options):
+        api = HfApi(token=token)
+        try:
+            self.repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            api.auth_check(self.repo_id, write=True)  # `exist_ok` also accepts a repository of somebody else
+        except HTTPError as error:
+            raise PublishError(f"The Hub gives no access to {repo_id}: {error}\n{_LOGIN}") from None
+        self._token, self._card_options = token, card_options
+        self._queue: queue.SimpleQueue[tuple[Path, str | None]] = queue.SimpleQueue()
+        self._pushes: dict[tuple[Path, str | None], Future] = {}
+        threading.Thread(target=self._work, name="background-pusher", daemon=True).start()
+
+    @property
+    def unpublished(self) -> set[Path]:
+        """Folders that are queued, being uploaded or could not be published: do not change or delete them."""
+        return {folder for (folder, _), push in self._pushes.items() if not push.done() or push.exception()}
+
+    def push(self, folder: str | Path, revision: str | None = None) -> None:
+        """Queue a saved pipeline for a branch (default: main) and return at once."""
+        job = (Path(folder), revision)
+        self._pushes[job] = Future()
+        self._queue.put(job)
+
+    def __enter__(self) -> "BackgroundPusher":
+        return self
+
+    def __exit__(self, exception_type, *_) -> None:
+        _, unfinished = wait(self._pushes.values(), timeout=600.0 if exception_type is None else 0.0)
+        for job, push in self._pushes.items():
+            if push in unfinished:
+                self._warn(job, "is not on the Hub yet.")
+
+    def _warn(self, job: tuple[Path, str | None], problem: str) -> None:
+        options = {"revision": job[1], **self._card_options}
+        flags = [word for name, value in options.items() if value is not None for word in (f"--{name}", value)]
+        command = shlex.join(["pixelrepa-publish", str(job[0]), self.repo_id, *flags])  # without the token
+        logger.warning(f"{job[0]} {problem}\nTo finish the job: {command}")
+
+    def _work(self) -> None:
+        while True:
+            folder, revision = job = self._queue.get()
+            push = self._pushes[job]
+            try:
+                commit = publish_folder(
+                    folder, self.repo_id, token=self._token, revision=revision, **self._card_options
+                )
+            except Exception as error:  # the run continues whatever happens here
+                self._warn(job, f"was not published: {error}")
+                push.set_exception(error)
+            else:
+                logger.info(f"Published {folder}: {commit.commit_url}")
+                push.set_result(commit)

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import glob
 import io
-import logging
 import math
-import os
-import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -20,37 +16,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 
-__all__ = [
-    "DECODING_ERRORS",
-    "IMAGE_SUFFIXES",
-    "BadImageError",
-    "center_crop_adm",
-    "list_classes",
-    "list_images",
-    "make_grid",
-    "open_image",
-    "read_image",
-    "to_rgb",
-    "to_uint8",
-]
-
-logger = logging.getLogger(__name__)
-
 IMAGE_SUFFIXES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-
-# Pillow's decoders raise all of these for damaged bytes.
-DECODING_ERRORS = (
-    OSError,
-    SyntaxError,
-    TypeError,
-    ValueError,
-    EOFError,
-    LookupError,
-    ArithmeticError,
-    struct.error,
-    Image.DecompressionBombError,
-)
-
 SMALLEST_CELL = 64  # pixels; smaller images are enlarged in a grid
 
 
@@ -60,34 +26,36 @@ class BadImageError(ValueError):
 
 def list_images(source: str | Path) -> list[Path]:
     """
-    List image files in a fixed order.
+    List image files, recognized by their suffix (`IMAGE_SUFFIXES`, in any case), sorted by path.
 
-    Every command follows the same rules: files are recognized by their suffix (`IMAGE_SUFFIXES`, in any case), sub-folders
-    are searched, names that start with a dot are skipped, and symbolic links are followed.
+    Sub-folders are searched, links are followed, and names that start with a dot are skipped.
 
     Args:
         source (`str` or `Path`): A folder, or a pattern such as `images/0*.png`.
 
-    Returns:
-        `list[Path]`: The files, sorted by path.
-
     Raises:
         FileNotFoundError: If there are none.
-        ValueError: If a link is broken or leads back to a folder above it.
     """
-    source = Path(source)
-    if source.is_dir():
-        ignored = collections.Counter()
-        paths = [Path(path) for path in _find_images(str(source), ignored)]
-        _report_ignored(source, ignored)
+    if Path(source).is_dir():
+        paths = list(_walk(Path(source)))
     else:
         matches = map(Path, glob.glob(str(source), recursive=True))
-        paths = sorted(path for path in matches if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+        paths = sorted(path for path in matches if path.suffix.lower() in IMAGE_SUFFIXES)
     if not paths:
         raise FileNotFoundError(
             f"No images ({', '.join(IMAGE_SUFFIXES)}) at {source}: give a folder, or a pattern such as 'images/*.png'."
         )
     return paths
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.suffix.lower() in IMAGE_SUFFIXES:
+            yield path
+        elif path.is_dir():
+            yield from _walk(path)
 
 
 def list_classes(folder: str | Path) -> dict[str, list[Path]]:
@@ -98,49 +66,18 @@ def list_classes(folder: str | Path) -> dict[str, list[Path]]:
         `dict[str, list[Path]]`: The files of each class. Classes are sorted by name, so that a class's position is its label.
 
     Raises:
-        ValueError: If there are no class folders, one of them has no images, or an image lies outside them.
+        ValueError: If there are no class folders, or an image lies outside them.
+        FileNotFoundError: If the folder does not exist, or a class has no images.
     """
-    folder, classes, ignored = Path(folder), {}, collections.Counter()
-    for entry in sorted(folder.iterdir()):
-        if entry.is_dir() and not entry.name.startswith("."):
-            classes[entry.name] = [Path(path) for path in _find_images(str(entry), ignored)]
-            if not classes[entry.name]:
-                raise ValueError(
-                    f"Class folder {entry} has no images ({', '.join(IMAGE_SUFFIXES)}): fill or remove it."
-                )
-        elif entry.suffix.lower() in IMAGE_SUFFIXES and not entry.name.startswith("."):
-            raise ValueError(
-                f"{entry} lies outside the class folders of {folder}: move every image into the sub-folder of its class, "
-                "or pass --unconditional."
-            )
-    if not classes:
-        raise ValueError(f"{folder} has no sub-folders: it needs one per class, or --unconditional.")
-    _report_ignored(folder, ignored)
-    return classes
-
-
-def _find_images(folder: str, ignored: collections.Counter, ancestors: tuple = ()) -> Iterator[str]:
-    status = os.stat(folder)
-    identity = status.st_dev, status.st_ino
-    if identity in ancestors:
-        raise ValueError(f"{folder} links back to a folder above it: remove the link.")
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        suffix = Path(entry.name).suffix
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            yield from _find_images(entry.path, ignored, (*ancestors, identity))
-        elif suffix.lower() not in IMAGE_SUFFIXES:
-            ignored[suffix or entry.name] += 1
-        elif entry.is_file():
-            yield entry.path
-        else:
-            raise ValueError(f"{entry.path} is a broken link: remove it.")
-
-
-def _report_ignored(folder: Path, ignored: collections.Counter) -> None:
-    if ignored:
-        logger.warning("Ignored files in %s without an image suffix: %s", folder, dict(ignored))
+    entries = [path for path in sorted(Path(folder).iterdir()) if not path.name.startswith(".")]
+    folders = [path for path in entries if path.is_dir()]
+    loose = [path.name for path in entries if path.suffix.lower() in IMAGE_SUFFIXES]
+    if loose or not folders:
+        raise ValueError(
+            f"{folder} needs a sub-folder of images for each class, but holds {loose[0] if loose else 'no sub-folders'}: "
+            "move every image into the sub-folder of its class, or pass --unconditional."
+        )
+    return {path.name: list_images(path) for path in folders}
 
 
 @contextlib.contextmanager
@@ -157,18 +94,10 @@ def open_image(file: str | Path | BinaryIO, name: str | None = None) -> Iterator
     """
     try:
         with Image.open(file) as image:
-            _check_num_pixels(*image.size)
             yield image
-    except DECODING_ERRORS as error:
+    except Exception as error:  # Pillow's decoders raise errors of many kinds for damaged bytes
         reason = "unknown image format" if isinstance(error, UnidentifiedImageError) else error
         raise BadImageError(f"Bad image {name or file}: {reason}") from error
-
-
-def _check_num_pixels(width: float, height: float, what: str = "it has") -> None:
-    # Pillow itself only warns between its limit and twice its limit.
-    limit = Image.MAX_IMAGE_PIXELS
-    if limit is not None and width * height > limit:
-        raise Image.DecompressionBombError(f"{what} {width:.0f}×{height:.0f} pixels, more than the limit of {limit}")
 
 
 def read_image(
@@ -188,8 +117,7 @@ def read_image(
         `torch.Tensor`: `torch.uint8` of shape (3, H, W), see [`to_rgb`].
 
     Raises:
-        BadImageError: If the image is damaged, too large, or of an undefined range.
-        OSError: If the file cannot be read.
+        BadImageError: If the image is damaged, of an undefined range, or too large for Pillow.
     """
     if isinstance(image, bytes):
         name = name or f"of {len(image)} bytes"
@@ -213,11 +141,8 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     Convert an opened image to upright 8-bit RGB.
 
     The EXIF orientation is applied, transparency is laid over white, and 16-bit grayscale is scaled by 255/65535. Other
-    modes follow Pillow's conversion; colour profiles are ignored. Animations contribute their first frame.
-
-    Raises:
-        ValueError: If the image is floating point or 32-bit, which have no defined range.
-        One of `DECODING_ERRORS`: If its bytes are damaged.
+    modes follow Pillow's conversion; colour profiles are ignored. Animations contribute their first frame. Floating-point
+    and 32-bit images, which have no defined range, are a `ValueError`.
     """
     picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith(("I", "F")):
@@ -243,8 +168,6 @@ def center_crop_adm(image: Image.Image, size: int) -> Image.Image:
         image (`PIL.Image.Image`): An image with 8-bit channels; the result has the same mode.
         size (`int`): Side of the result in pixels.
     """
-    scale = size / min(image.size)
-    _check_num_pixels(scale * image.width, scale * image.height, "resized for the crop it would have")
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
@@ -259,11 +182,8 @@ def to_uint8(images: torch.Tensor, value_range: tuple[float, float] = (-1.0, 1.0
 
     Args:
         images (`torch.Tensor`): Images of any shape; values outside `value_range` are clipped.
-        value_range (`tuple[float, float]`, *optional*, defaults to `(-1.0, 1.0)`): Values of black and white. (-1, 1) is the
-            range of the model, (0, 1) that of a pipeline with `output_type="pt"`.
-
-    Returns:
-        `torch.Tensor`: `torch.uint8` of the same shape.
+        value_range (`tuple[float, float]`, defaults to `(-1.0, 1.0)`): Values of black and white: (-1, 1) for the model,
+            (0, 1) for a pipeline with `output_type="pt"`.
 
     Raises:
         ValueError: If there are NaN or infinite values, which would become arbitrary pixels.

@@ -48,14 +48,7 @@ def drop_labels(
 
 
 def interpolate(images: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-    """
-    Equation (1), the path z = t·x + (1 − t)·e from noise to image.
-
-    Args:
-        images (`torch.Tensor` of shape `(batch_size, channels, height, width)`): x in [-1, 1].
-        noise (`torch.Tensor` of the same shape): e, already multiplied by the model's `noise_scale`.
-        timestep (`torch.Tensor` of shape `(batch_size,)`): t in [0, 1].
-    """
+    """Equation (1), z = t·x + (1 − t)·e: images x (B, C, H, W), `noise` e times `noise_scale`, `timestep` t (B,)."""
     t = timestep.view(-1, 1, 1, 1)
     return t * images + (1 - t) * noise
 
@@ -81,8 +74,7 @@ class PixelREPAObjective(nn.Module):
     r"""
     Transformer, projector and loss as one module, to be passed to `accelerator.prepare`.
 
-    It draws no random numbers. Both losses come from one forward pass of the transformer, which always receives unmasked
-    tokens.
+    It draws no random numbers. Both losses come from one forward pass of the transformer, which receives unmasked tokens.
 
     Args:
         transformer (`JiTTransformer2DModel`): The model to train; its config provides `noise_scale` and `t_eps`.
@@ -112,9 +104,10 @@ class PixelREPAObjective(nn.Module):
         super().__init__()
         if projector is not None:
             check_projector_fits(projector, transformer)
-        num_layers = transformer.config.num_layers
-        if alignment_depth is not None and not 0 <= alignment_depth < num_layers:
-            raise ValueError(f"`alignment_depth` must lie in [0, {num_layers - 1}], got {alignment_depth}.")
+        if alignment_depth is not None and not 0 <= alignment_depth < transformer.config.num_layers:
+            raise ValueError(
+                f"`alignment_depth` must be less than {transformer.config.num_layers}, got {alignment_depth}."
+            )
         self.transformer = transformer
         self.projector = projector
         self.alignment_weight = alignment_weight
@@ -140,11 +133,7 @@ class PixelREPAObjective(nn.Module):
             noise (`torch.Tensor`, shaped like `pixel_values`): Unit noise; it is multiplied by `noise_scale` here.
             teacher_features (`torch.Tensor` of shape `(batch_size, num_patches, teacher_dim)`, *optional*): f(x), in any
                 floating type. None turns alignment off for this call.
-            keep_mask (`torch.BoolTensor` of shape `(batch_size, num_patches)`, *optional*): Passed to the projector, see
-                [`draw_keep_mask`].
-
-        Raises:
-            `ValueError`: If `teacher_features` do not match the projector's output, or there is no projector.
+            keep_mask (`torch.BoolTensor` of shape `(batch_size, num_patches)`, *optional*): See [`draw_keep_mask`].
         """
         images = pixel_values.float()
         noisy = interpolate(images, self.transformer.config.noise_scale * noise.float(), timestep)  # (1)
@@ -169,8 +158,6 @@ class PixelREPAObjective(nn.Module):
                 loss = loss + 0.0 * unused.float().sum()
             return PixelREPAObjectiveOutput(loss=loss, denoising_loss=denoising_loss)
 
-        if self.projector is None:
-            raise ValueError("`teacher_features` need a projector; this objective was built without one.")
         predicted = self.projector(output.alignment_states, timestep, class_labels, keep_mask)  # (B, N, F)
         if predicted.shape != teacher_features.shape:  # cosine_similarity would broadcast
             raise ValueError(

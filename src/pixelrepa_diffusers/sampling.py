@@ -1,6 +1,8 @@
 """What the sampling commands share: solvers by name, pipelines from folders, checkpoints and the Hub, seeded noise."""
 
+import itertools
 import json
+import os
 import platform
 from collections.abc import Iterable
 from pathlib import Path
@@ -32,28 +34,30 @@ SCHEDULERS = {
     "dpmpp_2m": lambda: DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
 }
 
-# Optional components of a pipeline, in folders of these names.
-GUIDANCE_PARTS = {"guidance_head": JiTGuidanceHead, "guidance_transformer": JiTTransformer2DModel}
+# Models beside the transformer that guidance may need; a pipeline saves them in folders of these names.
+GUIDANCE_MODELS = {"guidance_head": JiTGuidanceHead, "guidance_transformer": JiTTransformer2DModel}
 
 DTYPES = ["float32", "bfloat16", "float16"]
 
-_SETTINGS = (
-    "id2label",
-    "guidance_scale",
-    "guidance_interval",
-    "self_guidance_scale",
-    "self_guidance_interval",
-    "autoguidance_scale",
-    "autoguidance_interval",
-)
+# Guidance settings of a call, which are saved with a pipeline, by the component they need.
+GUIDANCE_SETTINGS = {
+    "transformer": ("guidance_scale", "guidance_interval"),
+    "guidance_head": ("self_guidance_scale", "self_guidance_interval"),
+    "guidance_transformer": ("autoguidance_scale", "autoguidance_interval"),
+}
+
+
+def saved_guidance(pipeline: PixelREPAPipeline) -> dict[str, Any]:
+    """The saved guidance settings, without those of components that the pipeline lacks."""
+    parts = [part for part in GUIDANCE_SETTINGS if getattr(pipeline, part, None) is not None]
+    return {name: pipeline.config[name] for part in parts for name in GUIDANCE_SETTINGS[part]}
 
 
 def describe_pipeline(
     name_or_path: str, revision: str | None = None, guidance_transformer: str | None = None
 ) -> PixelREPAPipeline:
     """
-    Build a pipeline without its weights (on the meta device, with the method's own scheduler), to check labels and
-    settings before anything large is downloaded or read.
+    Build a pipeline without its weights (on the meta device), to check labels and settings before anything large is read.
 
     Args:
         name_or_path (`str`): Folder of a saved pipeline or a training checkpoint, or a Hub id.
@@ -61,34 +65,32 @@ def describe_pipeline(
         guidance_transformer (`str`, *optional*): Folder of a second transformer, for autoguidance.
 
     Raises:
-        `OSError`: If there is no pipeline under this name; a training run's folder is answered with what to pass instead.
+        `OSError`: If there is no pipeline under this name; the message for a training run's folder names what to pass.
     """
-    folder = Path(name_or_path)
-    if folder.exists() and not _is_checkpoint(folder) and not (folder / "model_index.json").is_file():
+    folder, parts = Path(name_or_path), {}
+    if _is_checkpoint(folder):
+        settings, config = _read_settings(folder), JiTTransformer2DModel.load_config(transformer_folder(folder))
+    elif folder.exists() and not (folder / "model_index.json").is_file():
         raise FileNotFoundError(f"{folder} is not a saved pipeline: it has no model_index.json.{_suggestion(folder)}")
-    parts = {}
-    try:
-        if _is_checkpoint(folder):
-            config, settings = JiTTransformer2DModel.load_config(transformer_folder(folder)), _read_settings(folder)
-        else:
+    else:
+        try:
             settings = PixelREPAPipeline.load_config(name_or_path, revision=revision)
             config = JiTTransformer2DModel.load_config(name_or_path, subfolder="transformer", revision=revision)
-            for name, part in GUIDANCE_PARTS.items():
+            for name, part in GUIDANCE_MODELS.items():
                 if name in settings:
-                    parts[name] = part, part.load_config(name_or_path, subfolder=name, revision=revision)
-    except OSError as error:
-        if folder.is_dir():
-            raise
-        raise OSError(
-            f"{name_or_path!r} is neither a folder on this machine nor a pipeline that the Hub could deliver: {error}"
-        ) from error
+                    parts[name] = part.load_config(name_or_path, subfolder=name, revision=revision)
+        except OSError as error:
+            raise OSError(
+                f"{name_or_path} is neither a folder with a pipeline nor one that the Hub could deliver: {error}"
+            ) from error
     if guidance_transformer is not None:
-        parts["guidance_transformer"] = JiTTransformer2DModel, JiTTransformer2DModel.load_config(guidance_transformer)
+        parts["guidance_transformer"] = JiTTransformer2DModel.load_config(guidance_transformer)
     with torch.device("meta"):
         transformer = JiTTransformer2DModel.from_config(config)
-        parts = {name: part.from_config(part_config) for name, (part, part_config) in parts.items()}
-    settings = {name: settings[name] for name in _SETTINGS if name in settings}
-    return PixelREPAPipeline(transformer, JiTFlowMatchScheduler(), **settings, **parts)
+        parts = {name: GUIDANCE_MODELS[name].from_config(part) for name, part in parts.items()}
+    known = ("id2label", *itertools.chain(*GUIDANCE_SETTINGS.values()))
+    saved = {name: settings[name] for name in known if name in settings}
+    return PixelREPAPipeline(transformer, JiTFlowMatchScheduler(), **saved, **parts)
 
 
 def fetch_pipeline(name_or_path: str, revision: str | None = None) -> tuple[Path, str | None]:
@@ -100,27 +102,33 @@ def fetch_pipeline(name_or_path: str, revision: str | None = None) -> tuple[Path
 
 
 def load_pipeline(
-    folder: Path, dtype: torch.dtype, transformer: Path | None = None, guidance_transformer: str | None = None
+    folder: Path, dtype: str, transformer: Path | None = None, guidance_transformer: str | None = None
 ) -> PixelREPAPipeline:
     """
-    Load a saved pipeline or a training checkpoint, optionally with the weights of another `transformer` folder and with a
-    second transformer for autoguidance.
+    A saved pipeline or training checkpoint on this process's device, or other folders in the places of its transformer and
+    its guidance transformer.
     """
-    parts = {}
+    transformer, settings = transformer or transformer_folder(folder), {"dtype": getattr(torch, dtype)}
+    parts = {"transformer": JiTTransformer2DModel.from_pretrained(transformer, **settings)}
     if guidance_transformer is not None:
-        parts["guidance_transformer"] = JiTTransformer2DModel.from_pretrained(guidance_transformer, dtype=dtype)
-    transformer = JiTTransformer2DModel.from_pretrained(transformer or transformer_folder(folder), dtype=dtype)
+        parts["guidance_transformer"] = JiTTransformer2DModel.from_pretrained(guidance_transformer, **settings)
     if _is_checkpoint(folder):
-        return PixelREPAPipeline(transformer, JiTFlowMatchScheduler(), **_read_settings(folder), **parts)
-    return PixelREPAPipeline.from_pretrained(folder, transformer=transformer, dtype=dtype, **parts)
+        pipeline = PixelREPAPipeline(scheduler=JiTFlowMatchScheduler(), **_read_settings(folder), **parts)
+    else:
+        pipeline = PixelREPAPipeline.from_pretrained(folder, **settings, **parts)
+    process = accelerate.PartialState()
+    # None disables the bar outside a terminal: nested bars would write a line per refresh into a log.
+    disable = None if process.is_local_main_process else True
+    pipeline.set_progress_bar_config(leave=False, position=1, desc="steps", disable=disable)
+    return pipeline.to(process.device)
 
 
 def transformer_folder(folder: Path) -> Path:
     """The weights to sample: those of a saved pipeline, or a training checkpoint's first EMA where it has one."""
     if _is_checkpoint(folder):
-        for decay in (_read_progress(folder)["arguments"].get("ema_decays") or [])[:1]:
-            if (folder / f"transformer_ema_{decay}").is_dir():
-                return folder / f"transformer_ema_{decay}"
+        ema = folder / f"transformer_ema_{_read_progress(folder)['arguments']['ema_decays'][0]}"
+        if ema.is_dir():
+            return ema
     return folder / "transformer"
 
 
@@ -129,10 +137,7 @@ def _is_checkpoint(folder: Path) -> bool:
 
 
 def _read_progress(folder: Path) -> dict[str, Any]:
-    try:
-        return json.loads((folder / "progress.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{folder / 'progress.json'} is damaged: {error}") from error
+    return json.loads((folder / "progress.json").read_text(encoding="utf-8"))
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:
@@ -143,12 +148,9 @@ def _read_settings(folder: Path) -> dict[str, Any]:
 def _suggestion(path: Path) -> str:
     if path.is_file():
         return " Convert a published checkpoint with pixelrepa-convert."
-    if (path / "pipeline" / "model_index.json").is_file():
-        return f" It is a training run: pass {path / 'pipeline'}."
-    checkpoints = [folder for folder in path.glob("checkpoint-*") if _is_checkpoint(folder)]
-    if checkpoints:
-        return f" It is a training run: pass {max(checkpoints, key=lambda folder: folder.stat().st_mtime)}."
-    return ""
+    candidates = [path / "pipeline", *sorted(path.glob("checkpoint-*"), key=os.path.getmtime, reverse=True)]
+    run = [folder for folder in candidates if (folder / "model_index.json").is_file() or _is_checkpoint(folder)]
+    return f" It is a training run: pass {run[0]}." if run else ""
 
 
 def seeded(seeds: Iterable[int]) -> list[torch.Generator]:
@@ -174,9 +176,7 @@ def compile_transformer(transformer: JiTTransformer2DModel, cuda_graphs: bool = 
 def check_cuda_graphs(cuda_graphs: bool, device: torch.device) -> None:
     """Refuse --cuda_graphs without a GPU; torch would silently ignore it."""
     if cuda_graphs and device.type != "cuda":
-        raise ValueError(
-            f"--cuda_graphs needs a GPU, this run is on {device}. Leave it out; --compile works anywhere."
-        )
+        raise ValueError(f"--cuda_graphs needs a GPU, this run is on {device}; --compile works anywhere.")
 
 
 def device_name(device: torch.device) -> str:

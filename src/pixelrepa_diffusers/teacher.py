@@ -23,22 +23,23 @@ from transformers import (
 )
 
 
-_SUPPORTED = (
-    "Supported are transformers vision encoders with square patches of RGB pixels and one token per patch in their last "
-    "hidden state: DINOv2 (with or without registers), DINOv3 ViT, SigLIP, SigLIP 2, CLIP, ViT, DeiT, I-JEPA, …"
-)
+def _side(size: int | Sequence[int]) -> int:
+    """The side of a square given as one number or as two equal ones."""
+    return size if isinstance(size, int) else size[0]
 
 
-def _square_side(size: int | Sequence[int]) -> int | None:
-    """The side of a square given as one number or as two equal ones, else None."""
-    sides = {size} if isinstance(size, int) else set(size or ())
-    return sides.pop() if len(sides) == 1 else None
+def _unsupported(config: PretrainedConfig) -> ValueError:
+    return ValueError(
+        f"A model of type {config.model_type!r} cannot be the teacher. Supported are transformers vision encoders with "
+        "square patches of RGB pixels and one token per patch in their last hidden state: DINOv2 (with or without "
+        "registers), DINOv3 ViT, SigLIP, SigLIP 2, CLIP, ViT, DeiT, I-JEPA, …"
+    )
 
 
 def _check_supported(config: PretrainedConfig) -> None:
-    """Refuse encoders without square RGB patches, by their configuration alone."""
-    if getattr(config, "num_channels", None) != 3 or not _square_side(getattr(config, "patch_size", None)):
-        raise ValueError(f"A model of type {config.model_type!r} cannot be the teacher. {_SUPPORTED}")
+    """Refuse encoders without RGB patches, by their configuration alone."""
+    if getattr(config, "num_channels", None) != 3 or not hasattr(config, "patch_size"):
+        raise _unsupported(config)
 
 
 def read_normalization(
@@ -57,12 +58,8 @@ def read_normalization(
 
 
 def _resample_patch_kernel(kernel: torch.Tensor, patch_size: int) -> torch.Tensor:
-    """
-    Resize a patch kernel (F, 3, p, p) to (F, 3, patch_size, patch_size) as in FlexiViT (arXiv 2212.08013, section 3.4).
-
-    With R the antialiased bicubic resize of a patch, the new kernel is pinv(Rᵀ)·kernel: its products with resized patches
-    are closest to those of the old kernel with the original patches. R is separable, and so is its pseudo-inverse.
-    """
+    """Resize a patch kernel (F, 3, p, p) to another side p, as in FlexiViT (arXiv 2212.08013, section 3.4)."""
+    # The new kernel is pinv(Rᵀ)·kernel with R the antialiased bicubic resize, which is separable.
     identity = torch.eye(kernel.shape[-1], dtype=torch.float64)[None, None]
     resize = F.interpolate(identity, (patch_size, kernel.shape[-1]), mode="bicubic", antialias=True)[0, 0]
     pseudo_inverse = torch.linalg.pinv(resize.T)  # (new p, old p)
@@ -73,45 +70,36 @@ def _resample_patch_kernel(kernel: torch.Tensor, patch_size: int) -> torch.Tenso
 def _resample_positions(table: torch.Tensor, num_prefix: int, grid_size: int) -> torch.Tensor:
     """Resize a position table (P + g², F) to (P + G², F) by antialiased bicubic interpolation; prefix rows are kept."""
     prefix, grid = table[:num_prefix], table[num_prefix:].float()
-    native_grid = math.isqrt(len(grid))
-    grid = grid.T.unflatten(1, (native_grid, native_grid))[None]  # (1, F, g, g)
+    grid = grid.T.unflatten(1, (math.isqrt(len(grid)), -1))[None]  # (1, F, g, g)
     grid = F.interpolate(grid, (grid_size, grid_size), mode="bicubic", antialias=True)  # (1, F, G, G)
     return torch.cat([prefix, grid[0].flatten(1).T.to(table)])
 
 
-def _interpolate_positions_natively(
-    model: PreTrainedModel, num_prefix: int, side: int, grid_size: int
-) -> torch.Tensor:
+def _interpolate_positions_natively(model: PreTrainedModel, num_tokens: int, side: int) -> torch.Tensor:
     """The position table (1, P + N, F) that `model` itself interpolates for images of `side` pixels."""
     embeddings = next((module for module in model.modules() if hasattr(module, "interpolate_pos_encoding")), None)
     if embeddings is None:
-        raise ValueError(
-            f"{type(model).__name__} cannot interpolate its position table to {grid_size}×{grid_size} tokens. Use "
-            "mode='resample', or a student with the teacher's own token grid."
-        )
-    states = torch.zeros(1, num_prefix + grid_size**2, model.config.hidden_size, device=model.device)
-    return embeddings.interpolate_pos_encoding(states.to(model.dtype), side, side)
+        raise _unsupported(model.config)
+    states = torch.zeros(1, num_tokens, model.config.hidden_size, device=model.device, dtype=model.dtype)
+    return embeddings.interpolate_pos_encoding(states, side, side)
 
 
 def _naflex_to_fixed_grid(model: PreTrainedModel, grid_size: int | None) -> SiglipVisionModel:
     """
-    Convert a SigLIP 2 NaFlex tower to the SigLIP tower that equals it on square images.
+    Convert a SigLIP 2 NaFlex tower, which takes patches cut outside the model, to a SigLIP tower.
 
-    The NaFlex tower takes patches cut outside the model and resizes its position table in a loop over the batch, which
-    neither compiles nor avoids synchronization. On square images only the layout of its kernel differs from SigLIP.
-    With `grid_size` its table is resized to that grid by its own rule; None keeps the stored one.
+    On square images only the layout of its kernel differs, and the rule that resizes its table to `grid_size`, if given.
     """
-    patch_size, native_grid = _square_side(model.config.patch_size), math.isqrt(model.config.num_patches)
+    patch_size, native_grid = _side(model.config.patch_size), math.isqrt(model.config.num_patches)
+    kernel_name, table_name = "embeddings.patch_embedding.weight", "embeddings.position_embedding.weight"
     state_dict = model.state_dict()
-    kernel = state_dict["embeddings.patch_embedding.weight"].unflatten(1, (patch_size, patch_size, 3))
-    state_dict["embeddings.patch_embedding.weight"] = kernel.permute(0, 3, 1, 2).contiguous()  # (F, 3, p, p)
+    kernel = state_dict[kernel_name].unflatten(1, (patch_size, patch_size, 3))
+    state_dict[kernel_name] = kernel.permute(0, 3, 1, 2).contiguous()  # (F, 3, p, p)
     if grid_size is not None:
-        table = state_dict["embeddings.position_embedding.weight"].unflatten(0, (native_grid, native_grid))
-        state_dict["embeddings.position_embedding.weight"] = model.embeddings.resize_positional_embeddings(
-            table, torch.tensor([[grid_size, grid_size]]), max_length=grid_size**2
-        )[0]
-    fields = {key: value for key, value in model.config.to_dict().items() if key != "model_type"}
-    config = SiglipVisionConfig(**{**fields, "image_size": patch_size * (grid_size or native_grid)})
+        table, shape = state_dict[table_name].unflatten(0, (native_grid, -1)), torch.tensor([[grid_size, grid_size]])
+        state_dict[table_name] = model.embeddings.resize_positional_embeddings(table, shape, grid_size**2)[0]
+    fields = {**model.config.to_dict(), "image_size": patch_size * (grid_size or native_grid)}
+    config = SiglipVisionConfig(**{key: value for key, value in fields.items() if key != "model_type"})
     return SiglipVisionModel.from_pretrained(None, config=config, state_dict=state_dict, dtype=model.dtype)
 
 
@@ -120,27 +108,22 @@ def _adapt_weights(
 ) -> dict[str, torch.Tensor]:
     """Resize the patch kernel and the position table of `model` to the shapes of `target`, which is on the meta device."""
     patch_size, input_size = target.config.patch_size, target.config.image_size
-    native_grid = _square_side(model.config.image_size) // _square_side(model.config.patch_size)
+    native_grid = _side(model.config.image_size) // _side(model.config.patch_size)
     # Cloned because `from_pretrained` takes the tensors themselves: training `model` would train the teacher.
     state_dict = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for name, expected in target.state_dict().items():
         tensor = state_dict[name]
         if tensor.shape == expected.shape:
             continue
-        num_prefix = tensor.shape[-2] - native_grid**2  # if it is a position table
+        num_tokens, num_prefix = expected.shape[-2], tensor.shape[-2] - native_grid**2  # of a position table
         if tensor.ndim == 4 and expected.shape[-2:] == (patch_size, patch_size):
             state_dict[name] = _resample_patch_kernel(tensor, patch_size)
-        elif tensor.ndim > 3 or num_prefix < 0 or expected.shape[-2] != num_prefix + grid_size**2:
-            raise ValueError(
-                f"{type(model).__name__} cannot be adapted to {grid_size}×{grid_size} tokens: {name} would change from "
-                f"{tuple(tensor.shape)} to {tuple(expected.shape)}. {_SUPPORTED}"
-            )
+        elif tensor.ndim > 3 or num_prefix < 0 or num_tokens != num_prefix + grid_size**2:
+            raise _unsupported(model.config)
         elif mode == "resample":
-            table = _resample_positions(tensor.flatten(0, -2), num_prefix, grid_size)
-            state_dict[name] = table.view(expected.shape)
+            state_dict[name] = _resample_positions(tensor.flatten(0, -2), num_prefix, grid_size).view(expected.shape)
         else:
-            table = _interpolate_positions_natively(model, num_prefix, input_size, grid_size)
-            state_dict[name] = table.view(expected.shape)
+            state_dict[name] = _interpolate_positions_natively(model, num_tokens, input_size).view(expected.shape)
     return state_dict
 
 
@@ -152,26 +135,20 @@ class SemanticTeacher(nn.Module):
 
     - `"resample"`, as in the published PixelREPA: the patch kernel is resized to the student's patch size,
       `image_size / grid_size`, with the pseudo-inverse of the bicubic resize (FlexiViT, arXiv 2212.08013), the position
-      table to the student's grid by antialiased bicubic interpolation. Images pass unresized (bilinear resize to
-      `image_size` if they have another size). Rotary positions (DINOv3) need no resampling.
+      table to the student's grid by antialiased bicubic interpolation. Images of another size are resized (bilinear).
     - `"resize"`, as in REPA: images are resized (bicubic) to the teacher's patch size × `grid_size` pixels; kernel and
       position handling are the teacher's own.
 
-    The encoder is deliberately not a registered submodule: a parent module cannot train it, unfreeze it, pass it to an
-    optimizer or DDP, or save it. `.to()` still moves it. It computes in its own `dtype`, also under autocast.
+    The encoder is deliberately not a registered submodule: a parent module cannot train, unfreeze or save it, but `.to()`
+    moves it. It computes in its own `dtype`, also under autocast.
 
     Args:
         model (`PreTrainedModel`): The vision encoder; the teacher keeps an adapted copy.
         grid_size (`int`): Side G of the student's token grid.
-        image_size (`int`): Image side in pixels; a multiple of `grid_size` in mode `"resample"`.
+        image_size (`int`): Image side in pixels, a multiple of `grid_size`; unused in mode `"resize"`.
         image_mean, image_std (`Sequence[float]` of length 3): Normalization of images in [0, 1].
         mode (`str`, *optional*, defaults to `"resample"`): `"resample"` or `"resize"`.
         dtype (`torch.dtype`, *optional*, defaults to the model's): Compute dtype. Resampling precedes the cast.
-
-    Attributes:
-        model (`PreTrainedModel`): The adapted encoder.
-        feature_dim (`int`): Feature width F.
-        grid_size (`int`): Side G of the token grid.
 
     Raises:
         `ValueError`: If the encoder is not supported, or cannot be adapted to the grid.
@@ -190,17 +167,13 @@ class SemanticTeacher(nn.Module):
         super().__init__()
         if mode not in ("resample", "resize"):
             raise ValueError(f"`mode` must be 'resample' or 'resize', got {mode!r}.")
-        if mode == "resample" and image_size % grid_size:
-            raise ValueError(
-                f"`image_size` must be a multiple of `grid_size` in mode 'resample', got {image_size} and {grid_size}."
-            )
         _check_supported(model.config)
         if model.config.model_type == "siglip2_vision_model":
             model = _naflex_to_fixed_grid(model, grid_size if mode == "resize" else None)
 
         self.grid_size = grid_size
         self.interpolation = "bilinear" if mode == "resample" else "bicubic"
-        patch_size = image_size // grid_size if mode == "resample" else _square_side(model.config.patch_size)
+        patch_size = image_size // grid_size if mode == "resample" else _side(model.config.patch_size)
         self.input_size = patch_size * grid_size
 
         # A model of the same class for these patches and this grid; its shapes show which weights must be adapted.
@@ -208,7 +181,13 @@ class SemanticTeacher(nn.Module):
         config.patch_size, config.image_size = patch_size, self.input_size
         with torch.device("meta"):
             target = type(model)(config).eval()
-        self._inspect_output(target)
+            pixel_values = torch.zeros(1, 3, self.input_size, self.input_size, dtype=target.dtype)
+            states = target(pixel_values).last_hidden_state
+        if states.ndim != 3 or states.shape[1] < grid_size**2:
+            raise _unsupported(config)
+        self.feature_dim, self.num_prefix_tokens = states.shape[2], states.shape[1] - grid_size**2
+        # CLIP applies its final LayerNorm to the class token alone; the target is normalized patch tokens.
+        self.final_norm = "post_layernorm" if "clip" in config.model_type else None
         state_dict = _adapt_weights(model, target, grid_size, mode)
         adapted = type(model).from_pretrained(None, config=config, state_dict=state_dict, dtype=dtype or model.dtype)
         # Not through `setattr`, which would register it; see the class docstring.
@@ -218,22 +197,6 @@ class SemanticTeacher(nn.Module):
         mean, std = (torch.tensor(values, device=model.device).view(1, 3, 1, 1) for values in (image_mean, image_std))
         self.pixel_scale, self.pixel_shift = 0.5 / std, (0.5 - mean) / std
         self.train(False)
-
-    def _inspect_output(self, target: PreTrainedModel) -> None:
-        """Run `target`, a model on the meta device, for its feature width, prefix tokens and final norm."""
-        norms = [(name, module) for name, module in target.named_children() if isinstance(module, nn.LayerNorm)]
-        dims_seen = []
-        handles = [norms[-1][1].register_forward_hook(lambda m, x, y: dims_seen.append(y.ndim))] if norms else []
-        pixel_values = torch.zeros(1, 3, self.input_size, self.input_size, dtype=target.dtype, device="meta")
-        states = target(pixel_values).last_hidden_state
-        for handle in handles:
-            handle.remove()
-        if states.ndim != 3 or states.shape[1] < self.grid_size**2:
-            raise ValueError(f"{type(target).__name__} has fewer tokens than patches. {_SUPPORTED}")
-        self.feature_dim = states.shape[-1]
-        self.num_prefix_tokens = states.shape[1] - self.grid_size**2
-        # CLIP applies its final LayerNorm to the class token alone; the target is normalized patch tokens.
-        self.final_norm = norms[-1][0] if 2 in dims_seen else None
 
     @classmethod
     def from_pretrained(
@@ -252,12 +215,12 @@ class SemanticTeacher(nn.Module):
         Args:
             name_or_path (`str`): For example `"facebook/dinov2-base"`.
             grid_size, image_size, mode, dtype: See [`SemanticTeacher`].
-            trust_remote_code (`bool`, *optional*, defaults to `False`): Allow an encoder to run its own code.
+            trust_remote_code (`bool`, *optional*, defaults to `False`): Allow the encoder to run its own code.
             hub_kwargs: `revision`, `cache_dir`, `token`, `local_files_only`, `subfolder`.
 
         Raises:
             `OSError`: If configuration, weights or image processor are not found.
-            `ValueError`: If the encoder is not supported (found before its weights are read) or lacks weights.
+            `ValueError`: If the encoder is not supported or lacks weights.
         """
         # Never None: transformers would ask on the terminal whether to run a folder's own code.
         hub_kwargs["trust_remote_code"] = trust_remote_code
@@ -269,8 +232,7 @@ class SemanticTeacher(nn.Module):
             name_or_path, config=config, dtype="auto", output_loading_info=True, **hub_kwargs
         )
         # Pooling heads come after the tokens and are absent from some checkpoints; anything else would be random.
-        missing = sorted(key for key in loading_info["missing_keys"] if "pooler" not in key)
-        if missing:
+        if missing := sorted(key for key in loading_info["missing_keys"] if "pooler" not in key):
             raise ValueError(f"{name_or_path} lacks weights of {type(model).__name__}, among them {missing[:3]}.")
         return cls(model, grid_size, image_size, image_mean, image_std, mode=mode, dtype=dtype)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,8 +20,9 @@ from .. import JiTFlowMatchScheduler, PixelREPAPipeline
 from ..adapter import MaskedTransformerAdapter
 from ..cli import flag, parse, run
 from ..conversion import load_original_checkpoint, read_original_checkpoint, save_original_checkpoint
-from ..files import only_writer, write_folder
+from ..files import write_folder
 from ..presets import imagenet_id2label, matching_presets
+from ..sampling import DTYPES
 
 
 @dataclass
@@ -53,26 +54,11 @@ class ConvertArguments:
     noise_scale: float | None = flag(
         None, "Standard deviation of the training noise, if the checkpoint does not record it.", gt=0
     )
-    dtype: str = flag("float32", "Dtype of the saved weights.", choices=["float32", "bfloat16", "float16"])
+    dtype: str = flag("float32", "Dtype of the saved weights.", choices=DTYPES)
     max_shard_size: str = flag("10GB", "Maximum size of a weight file; larger weights are split.")
 
     pipeline: Path | None = flag(None, "With --to_original: the folder of the pipeline.")
     output_path: Path | None = flag(None, "With --to_original: the new .pth file.")
-
-
-def check_flags(args: ConvertArguments) -> None:
-    """Refuse missing flags, flags of the other direction, and a wrong guidance interval."""
-    backward = ["pipeline", "output_path"]
-    forward = [field.name for field in fields(args) if field.name not in ("to_original", *backward)]
-    needed, other = (backward, forward) if args.to_original else (["checkpoint_path", "output_dir"], backward)
-    direction = "with" if args.to_original else "without"
-    if missing := [f"--{name}" for name in needed if getattr(args, name) is None]:
-        raise ValueError(f"{' and '.join(missing)} needed {direction} --to_original.")
-    if unused := [f"--{name}" for name in other if getattr(args, name) != getattr(ConvertArguments, name)]:
-        raise ValueError(f"{', '.join(unused)} has no effect {direction} --to_original.")
-    interval = args.guidance_interval
-    if interval and not (len(interval) == 2 and interval[0] < interval[1]):
-        raise ValueError(f"--guidance_interval must be LOW HIGH with LOW < HIGH, got {interval}.")
 
 
 def read_id2label(path: Path) -> dict[str, str]:
@@ -84,24 +70,21 @@ def read_id2label(path: Path) -> dict[str, str]:
 
 def choose_guidance(
     args: ConvertArguments, config: dict, is_pixelrepa: bool, recorded: argparse.Namespace
-) -> tuple[float, tuple[float, float], str]:
+) -> tuple[float, tuple[float, ...], str]:
     """(scale, interval, source): from the flags, else the paper's for these sizes, else the checkpoint's args."""
-    scale, source = getattr(recorded, "cfg", 1.0), "the checkpoint's args" if "cfg" in recorded else "default"
+    scale, source = getattr(recorded, "cfg", 1.0), "the checkpoint's args"
     interval = (getattr(recorded, "interval_min", 0.1), getattr(recorded, "interval_max", 1.0))
     for name, preset in matching_presets(config).items():
         scale = preset.guidance_scale if is_pixelrepa else preset.guidance_scale_jit
         interval, source = preset.guidance_interval, f"the paper's for {name}"
-        if getattr(recorded, "cfg", scale) != scale:
-            source += f"; the checkpoint's args have {recorded.cfg}"
     if args.guidance_scale is not None:
         scale, source = args.guidance_scale, "--guidance_scale"
     return scale, tuple(args.guidance_interval or interval), source
 
 
 def from_original(args: ConvertArguments) -> None:
-    output_dir = args.output_dir.resolve()
-    if output_dir.exists() and (output_dir.is_file() or any(path.name != ".lock" for path in output_dir.iterdir())):
-        raise FileExistsError(f"--output_dir {output_dir} exists and is not empty. Nothing is overwritten.")
+    if args.output_dir.exists() and any(args.output_dir.iterdir()):
+        raise FileExistsError(f"--output_dir {args.output_dir} exists and is not empty. Nothing is overwritten.")
     id2label = read_id2label(args.id2label) if args.id2label else None
     transformer, adapter = load_original_checkpoint(
         args.checkpoint_path, args.weights, args.in_context_start, args.noise_scale
@@ -125,20 +108,19 @@ def from_original(args: ConvertArguments) -> None:
         if adapter is not None:
             adapter.save_pretrained(folder / "adapter", max_shard_size=args.max_shard_size)
 
-    with only_writer(output_dir):
-        write_folder(output_dir, save)
+    write_folder(args.output_dir.resolve(), save)
 
-    sizes = [f"{name} {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M" for name, model in models.items()]
+    sizes = [f"{name} {model.num_parameters() / 1e6:.2f} M" for name, model in models.items()]
     names = "without" if id2label is None else f"with {len(id2label)}"
     label = str((id2label or {}).get("0", 0))
     command = ["pixelrepa-generate", "--pipeline", str(args.output_dir), "--class_labels", label, "--seeds", "0-7"]
     print(
         f"{args.checkpoint_path}, weights {args.weights} → {args.output_dir}, {args.dtype}\n"
-        f"  {'PixelREPA' if adapter is not None else 'JiT'}, parameters: {', '.join(sizes)}\n"
+        f"  {'JiT' if adapter is None else 'PixelREPA'}, parameters: {', '.join(sizes)}\n"
         f"  {config.sample_size}×{config.sample_size} px, patch {config.patch_size}, {config.num_classes} classes {names} "
         f"names, class tokens before block {config.in_context_start}\n"
         f"  noise scale {config.noise_scale}, t_eps {config.t_eps}, {scheduler.config.solver} solver\n"
-        f"  guidance {pipe.config.guidance_scale} on {tuple(pipe.config.guidance_interval)} ({source})\n"
+        f"  guidance {scale} on {interval} ({source})\n"
         "The weights keep the licence of their authors; name it with --license when you publish them.\n"
         f"Next: {shlex.join([*command, '--output_dir', 'images'])}"
     )
@@ -166,11 +148,10 @@ def to_original(args: ConvertArguments) -> None:
 
 
 def main(args: ConvertArguments) -> None:
-    check_flags(args)
-    if args.to_original:
-        to_original(args)
-    else:
-        from_original(args)
+    needed = ["pipeline", "output_path"] if args.to_original else ["checkpoint_path", "output_dir"]
+    if missing := [f"--{name}" for name in needed if getattr(args, name) is None]:
+        raise ValueError(f"{' and '.join(missing)} needed {'with' if args.to_original else 'without'} --to_original.")
+    to_original(args) if args.to_original else from_original(args)
 
 
 def cli() -> None:

@@ -3,13 +3,14 @@
     accelerate launch pipelines/evaluate.py --pipeline FOLDER_OR_HUB_ID --metrics fid inception_score \\
         --inception_reference jit_in256_stats.npz --batch_size 128 --dtype bfloat16 --output_dir evaluation
 
-Several values of a sampling flag make a sweep: one folder per cell, sweep.csv, sweep.json and plots. Run the same command
+Several values of a sampling flag make a sweep: one folder per cell, sweep.csv, sweep.json and a plot. Run the same command
 again after an interruption: finished cells are kept, a started one resumes after its last --chunk_size images.
 """
 
 import contextlib
 import csv
 import hashlib
+import io
 import itertools
 import json
 import shlex
@@ -21,16 +22,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 
-from .. import JiTTransformer2DModel, PixelREPAPipeline
+from .. import PixelREPAPipeline
 from ..cli import check_launch, flag, parse, run
 from ..evaluation import (
     HIGHER_IS_BETTER,
     METRICS,
     InceptionNetwork,
-    MakeImages,
     VisionEncoderNetwork,
     accumulate,
     file_images,
@@ -50,6 +49,7 @@ from ..sampling import (
     device_name,
     fetch_pipeline,
     load_pipeline,
+    saved_guidance,
     transformer_folder,
     versions,
 )
@@ -100,55 +100,55 @@ SAMPLING = (
     "transformers", "schedulers", "num_inference_steps", "guidance_scales", "guidance_intervals", "revision",
     "self_guidance_scales", "self_guidance_intervals", "autoguidance_scales", "guidance_transformer",
 )  # fmt: skip
-AXES = (
-    "transformer", "scheduler", "num_inference_steps", "guidance_interval", "guidance_scale",
-    "self_guidance_interval", "self_guidance_scale", "autoguidance_scale",
-)  # fmt: skip
-SHORT_NAMES = ("", "", "steps-", "interval-", "guidance-", "self-interval-", "self-", "auto-")
+# Axes of a sweep, and their prefixes in the names of the cells.
+AXES = {
+    "transformer": "",
+    "scheduler": "",
+    "num_inference_steps": "steps-",
+    "guidance_interval": "interval-",
+    "guidance_scale": "guidance-",
+    "self_guidance_interval": "self-interval-",
+    "self_guidance_scale": "self-",
+    "autoguidance_scale": "auto-",
+}
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One combination of a sweep. `transformer` and `scheduler` are None for the pipeline's own."""
+    """
+    One combination of a sweep. `transformer` and `scheduler` are None for the pipeline's own; self-guidance and autoguidance
+    for a pipeline that has none.
+    """
 
     transformer: str | None
     scheduler: str | None
     num_inference_steps: int
     guidance_interval: tuple[float, float]
     guidance_scale: float
-    self_guidance_interval: tuple[float, float] = (0.0, 1.0)
-    self_guidance_scale: float = 0.0
-    autoguidance_scale: float = 1.0
+    self_guidance_interval: tuple[float, float] | None = None
+    self_guidance_scale: float | None = None
+    autoguidance_scale: float | None = None
 
     def labels(self) -> dict[str, str]:
         """Position on each axis, as a text."""
-        intervals = (self.guidance_interval, self.self_guidance_interval)
-        interval, self_interval = (f"{low:g}-{high:g}" for low, high in intervals)
+        numbers = {name: value if isinstance(value, list) else [value] for name, value in self.sampling().items()}
         return {
             "transformer": "-".join(Path(self.transformer).resolve().parts[-2:]) if self.transformer else "own",
             "scheduler": self.scheduler or "own",
-            "num_inference_steps": str(self.num_inference_steps),
-            "guidance_interval": interval,
-            "guidance_scale": f"{self.guidance_scale:g}",
-            "self_guidance_interval": self_interval,
-            "self_guidance_scale": f"{self.self_guidance_scale:g}",
-            "autoguidance_scale": f"{self.autoguidance_scale:g}",
+            **{name: "-".join(f"{number:g}" for number in values) for name, values in numbers.items()},
         }
 
-    def model_guidance(self) -> dict[str, Any]:
-        """Settings of self-guidance and autoguidance where they apply; evaluations without them name none."""
-        settings = {}
-        if self.self_guidance_scale != 0:
-            settings["self_guidance_scale"] = float(self.self_guidance_scale)
-            settings["self_guidance_interval"] = list(self.self_guidance_interval)
-        if self.autoguidance_scale != 1:
-            settings["autoguidance_scale"] = float(self.autoguidance_scale)
-        return settings
+    def sampling(self) -> dict[str, Any]:
+        settings = {axis: getattr(self, axis) for axis in AXES if axis not in ("transformer", "scheduler")}
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in settings.items()
+            if value is not None
+        }
 
     def name(self, axes: Sequence[str]) -> str:
         """Short name by the given axes, such as "heun_steps-50_guidance-1.5"."""
-        parts = zip(AXES, SHORT_NAMES, self.labels().values(), strict=True)
-        return "_".join(short + label for axis, short, label in parts if axis in axes)
+        return "_".join(AXES[axis] + label for axis, label in self.labels().items() if axis in axes)
 
 
 def main(args: EvaluateArguments) -> list[dict[str, Any]]:
@@ -180,59 +180,32 @@ def main(args: EvaluateArguments) -> list[dict[str, Any]]:
             "images": Path(args.images).name,
             "listing_sha256": hashlib.sha256(json.dumps(listing).encode()).hexdigest(),  # names and sizes
         }
-        record = evaluator.measure(args.output_dir, make_images, source)
-        accelerator.print(json.dumps(record["metrics"], indent=1))
-        return [record]
+        return [evaluator.measure(args.output_dir, make_images, source)]
 
 
 def plan_cells(args: EvaluateArguments, plan: PixelREPAPipeline, num_samples: int) -> list[Cell]:
     """All combinations, each checked against the pipeline's description before any weights are read."""
-
-    def intervals(name: str) -> list[tuple[float, float]]:
-        texts = getattr(args, f"{name}s")
-        return [tuple(plan.config[name])] if texts is None else [parse_interval(f"{name}s", text) for text in texts]
-
+    saved = saved_guidance(plan)
+    intervals = [parse_interval("guidance_intervals", text) for text in args.guidance_intervals or []]
+    self_intervals = [parse_interval("self_guidance_intervals", text) for text in args.self_guidance_intervals or []]
     combinations = itertools.product(
         args.transformers or [None],
         args.schedulers or [None],
         args.num_inference_steps or [50],
-        intervals("guidance_interval"),
-        args.guidance_scales or [plan.config.guidance_scale],
-        intervals("self_guidance_interval"),
-        args.self_guidance_scales or [plan.config.self_guidance_scale],
-        args.autoguidance_scales or [plan.config.autoguidance_scale],
+        intervals or [tuple(saved["guidance_interval"])],
+        args.guidance_scales or [saved["guidance_scale"]],
+        self_intervals or [tuple(saved["self_guidance_interval"]) if plan.guidance_head else None],
+        args.self_guidance_scales or [saved.get("self_guidance_scale")],
+        args.autoguidance_scales or [saved.get("autoguidance_scale")],
     )
     cells = [Cell(*values) for values in combinations]
-    names = [cell.name(AXES) for cell in cells]
-    if repeated := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"The sweep has {repeated[0]} more than once: give each value once.")
+    if len({cell.name(AXES) for cell in cells}) < len(cells):
+        raise ValueError("Two cells of the sweep have the same name: give each value once.")
     for cell in cells:
-        cell_images(plan, num_samples, args.seed, cell)
-    own = plan.transformer.config
-    for folder in args.transformers or []:
-        if not Path(folder).is_dir():
-            raise FileNotFoundError(f"--transformers: there is no folder {folder}.")
-        config = JiTTransformer2DModel.load_config(folder)
-        for name in ("num_classes", "sample_size", "in_channels", "noise_scale"):
-            if config[name] != own[name]:
-                raise ValueError(
-                    f"--transformers: {folder} has {name} {config[name]}, the pipeline's transformer has {own[name]}."
-                )
+        if cell.transformer and not Path(cell.transformer).is_dir():
+            raise FileNotFoundError(f"--transformers: there is no folder {cell.transformer}.")
+        pipeline_images(plan, num_samples, args.seed, **cell.sampling())
     return cells
-
-
-def cell_images(pipe: PixelREPAPipeline, num_samples: int, seed: int, cell: Cell) -> MakeImages:
-    return pipeline_images(
-        pipe,
-        num_samples,
-        seed,
-        cell.num_inference_steps,
-        cell.guidance_scale,
-        cell.guidance_interval,
-        self_guidance_scale=cell.self_guidance_scale,
-        self_guidance_interval=cell.self_guidance_interval,
-        autoguidance_scale=cell.autoguidance_scale,
-    )
 
 
 def parse_interval(name: str, text: str) -> tuple[float, float]:
@@ -251,12 +224,11 @@ class Evaluator:
             raise ValueError("A metric in the teacher's space needs --teacher.")
         self.args, self.accelerator, self.num_samples = args, accelerator, num_samples
         references = {name: getattr(args, f"{name}_reference") for name in ("inception", "dinov2", "teacher")}
+        encoder = VisionEncoderNetwork.from_pretrained
         networks = {
             "inception": partial(InceptionNetwork, args.inception_weights),
-            "dinov2": partial(VisionEncoderNetwork.from_pretrained, args.dinov2),
-            "teacher": partial(
-                VisionEncoderNetwork.from_pretrained, args.teacher, args.teacher_image_size, args.teacher_pooling
-            ),
+            "dinov2": partial(encoder, args.dinov2),
+            "teacher": partial(encoder, args.teacher, args.teacher_image_size, args.teacher_pooling),
         }
         with accelerator.local_main_process_first():  # which downloads
             self.spaces = open_spaces(args.metrics, num_samples, networks, references, accelerator.device)
@@ -271,12 +243,11 @@ class Evaluator:
                 name: {"count": reference.count, "sha256": reference.sha256} for name, reference in compared.items()
             },
         }
-        descriptions = [
-            f"{Path(references[name]).name} (sha256 {reference.sha256[:12]}, {name})"
-            for name, reference in compared.items()
+        described = [
+            f"{Path(references[name]).name} (sha256 {compared[name].sha256[:12]}, {name})" for name in compared
         ]
         self.facts = {
-            "reference": ", ".join(descriptions) or "none is needed",
+            "reference": ", ".join(described) or "none is needed",
             "device": device_name(accelerator.device),
             "versions": versions(),
             "arguments": json.loads(json.dumps(asdict(args), default=str)),
@@ -324,6 +295,7 @@ class Evaluator:
                 write_atomically(folder / "grid.png", lambda temporary: grid.save(temporary, "PNG"))
             write_json(path, record)
             state_path.unlink(missing_ok=True)
+        accelerator.print(f"{folder.name}: {json.dumps(record['metrics'])}")
         accelerator.wait_for_everyone()
         return record
 
@@ -336,17 +308,18 @@ def measure_cells(
     with accelerator.local_main_process_first():
         folder, commit = fetch_pipeline(args.pipeline, args.revision)
     names = plan.config.id2label or {}
-    labels = [index % num_classes for index in range(min(args.max_grid_images, evaluator.num_samples))]
-    labels = [names.get(str(label), str(label)).split(",")[0] for label in labels]
-    records, is_sweep = [], len(cells) > 1
+    labels = [str(index % num_classes) for index in range(min(args.max_grid_images, evaluator.num_samples))]
+    labels = [names.get(label, label).split(",")[0] for label in labels]
+    axes = [axis for axis in AXES if len({getattr(cell, axis) for cell in cells}) > 1]
+    guides = {
+        "guidance_head": folder / "guidance_head",
+        "guidance_transformer": Path(args.guidance_transformer or folder / "guidance_transformer"),
+    }
+    guide_weights = {f"{name}_sha256": weights_sha256(path) for name, path in guides.items() if path.is_dir()}
+    records = []
     for transformer, group in itertools.groupby(cells, key=lambda cell: cell.transformer):
         source = transformer_folder(folder) if transformer is None else Path(transformer)
-        pipe = load_pipeline(folder, getattr(torch, args.dtype), source, args.guidance_transformer)
-        pipe.to(accelerator.device)
-        # None disables the bar outside a terminal: nested bars would write a line per refresh into a log.
-        pipe.set_progress_bar_config(
-            leave=False, position=1, desc="steps", disable=not accelerator.is_local_main_process or None
-        )
+        pipe = load_pipeline(folder, args.dtype, source, args.guidance_transformer)
         if args.compile:
             compile_transformer(pipe.transformer)
         own_scheduler, weights = pipe.scheduler, weights_sha256(source)
@@ -357,35 +330,17 @@ def measure_cells(
                 "revision": commit,
                 "transformer": cell.labels()["transformer"],
                 "weights_sha256": weights,
+                **guide_weights,
                 "scheduler": {"_class_name": type(pipe.scheduler).__name__, **pipe.scheduler.config},
-                "num_inference_steps": cell.num_inference_steps,
-                "guidance_scale": float(cell.guidance_scale),
-                "guidance_interval": list(cell.guidance_interval),
-                **cell.model_guidance(),
+                **cell.sampling(),
                 "seeds": f"{args.seed}-{args.seed + evaluator.num_samples - 1}",
                 "dtype": args.dtype,
             }
-            make_images = cell_images(pipe, evaluator.num_samples, args.seed, cell)
-            target = args.output_dir / cell.name(varying_axes(cells)) if is_sweep else args.output_dir
-            records.append(evaluator.measure(target, make_images, settings, labels))
-            if is_sweep and accelerator.is_main_process:
-                write_tables(args.output_dir, cells, records)
-    if not is_sweep:
-        accelerator.print(json.dumps(records[0]["metrics"], indent=1))
-    elif accelerator.is_main_process:
-        plot_lines(args.output_dir / "sweep.png", cells, records)
-        if {"guidance_scale", "guidance_interval"} <= set(varying_axes(cells)):
-            plot_heatmap(args.output_dir / "heatmap.png", cells, records)
-        print_table(cells, records)
+            make_images = pipeline_images(pipe, evaluator.num_samples, args.seed, **cell.sampling())
+            records.append(evaluator.measure(args.output_dir / cell.name(axes), make_images, settings, labels))
+            if axes and accelerator.is_main_process:
+                write_sweep(args.output_dir, axes, cells, records)
     return records
-
-
-# Tables and plots of a sweep
-
-
-def varying_axes(cells: list[Cell]) -> list[str]:
-    """Axes with several values."""
-    return [axis for axis in AXES if len({getattr(cell, axis) for cell in cells}) > 1]
 
 
 def best(records: list[dict[str, Any]]) -> int:
@@ -395,101 +350,44 @@ def best(records: list[dict[str, Any]]) -> int:
     return pick(range(len(records)), key=lambda index: records[index]["metrics"][metric])
 
 
-def rows(cells: list[Cell], records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Folder, position and metrics of the measured cells, which come first in `cells`."""
-    axes = varying_axes(cells)
-    return [
+def write_sweep(output_dir: Path, axes: list[str], cells: list[Cell], records: list[dict[str, Any]]) -> None:
+    """Tables and plot of the measured cells, which come first in `cells`."""
+    rows = [
         {"folder": cell.name(axes), **cell.labels(), **record["metrics"], "seconds": record["seconds"]}
         for cell, record in zip(cells, records, strict=False)
     ]
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, rows[0])
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(output_dir / "sweep.csv", lambda file: file.write_bytes(text.getvalue().encode()))
+    write_json(output_dir / "sweep.json", {"cells": rows, "best": rows[best(records)]})
+    if len(records) == len(cells):
+        plot(output_dir / "sweep.png", axes, cells, records)
+        print(f"The best cell is {rows[best(records)]['folder']}; all are in {output_dir / 'sweep.csv'}.")
 
 
-def write_tables(output_dir: Path, cells: list[Cell], records: list[dict[str, Any]]) -> None:
-    table = rows(cells, records)
-
-    def write_csv(path: Path) -> None:
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, table[0])
-            writer.writeheader()
-            writer.writerows(table)
-
-    write_atomically(output_dir / "sweep.csv", write_csv)
-    write_json(output_dir / "sweep.json", {"cells": table, "best": table[best(records)]})
-
-
-def print_table(cells: list[Cell], records: list[dict[str, Any]]) -> None:
-    table = [
-        {
-            name: f"{value:.6g}" if isinstance(value, float) else value
-            for name, value in row.items()
-            if name not in AXES
-        }
-        for row in rows(cells, records)
-    ]
-    widths = {name: max(len(name), *(len(row[name]) for row in table)) for name in table[0]}
-    for index, row in enumerate([{name: name for name in widths}, *table], start=-1):
-        mark = "  ← best" if index == best(records) else ""
-        print("  ".join(row[name].rjust(width) for name, width in widths.items()) + mark)
-
-
-def plot_lines(path: Path, cells: list[Cell], records: list[dict[str, Any]]) -> None:
-    """The first metric over guidance scale or steps; one line per combination of the other axes."""
-    from matplotlib.figure import Figure  # slow to import
-
-    metric, varying = next(iter(records[0]["metrics"])), varying_axes(cells)
-    numeric = [axis for axis in ("guidance_scale", "num_inference_steps") if axis in varying]
-    x_axis = numeric[0] if numeric else varying[0]
-    lines: dict[str, list] = {}
-    for cell, record in zip(cells, records, strict=True):
-        x = getattr(cell, x_axis) if numeric else cell.labels()[x_axis]
-        name = cell.name([axis for axis in varying if axis != x_axis])
-        lines.setdefault(name, []).append((x, record["metrics"][metric]))
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axis = figure.subplots()
-    for name, points in lines.items():
-        axis.plot(*zip(*(sorted(points) if numeric else points), strict=True), marker="o", label=name)
-    axis.set_xlabel(x_axis.replace("_", " "))
-    axis.set_ylabel(metric)
-    if len(lines) > 1:
-        figure.legend(loc="outside right upper", fontsize=8)
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
-
-
-def plot_heatmap(path: Path, cells: list[Cell], records: list[dict[str, Any]]) -> None:
-    """The first metric over guidance scale and interval; one panel per combination of the other axes."""
+def plot(path: Path, axes: list[str], cells: list[Cell], records: list[dict[str, Any]]) -> None:
+    """The first metric over a guidance scale or steps; one line per combination of the other axes."""
     from matplotlib.figure import Figure  # slow to import
 
     metric = next(iter(records[0]["metrics"]))
-    others = [axis for axis in varying_axes(cells) if not axis.startswith("guidance")]
-    scales, intervals = ([cell.labels()[axis] for cell in cells] for axis in ("guidance_scale", "guidance_interval"))
-    scales, intervals = list(dict.fromkeys(scales)), list(dict.fromkeys(intervals))
-    panels: dict[str, dict] = {}
-    for cell, record in zip(cells, records, strict=True):
-        position = cell.labels()["guidance_interval"], cell.labels()["guidance_scale"]
-        panels.setdefault(cell.name(others), {})[position] = record["metrics"][metric]
-    values = [record["metrics"][metric] for record in records]
+    scales = ("guidance_scale", "self_guidance_scale", "autoguidance_scale", "num_inference_steps")
+    numeric = [axis for axis in scales if axis in axes]
+    x_axis = (numeric or axes)[0]
+    lines: dict[str, list] = {}
+    for cell, record in zip(cells, records, strict=False):
+        x = getattr(cell, x_axis) if numeric else cell.labels()[x_axis]
+        line = cell.name([axis for axis in axes if axis != x_axis])
+        lines.setdefault(line, []).append((x, record["metrics"][metric]))
 
-    width, height = 2.5 + 0.9 * len(scales), 1.5 + 0.6 * len(intervals)
-    figure = Figure(figsize=(width, height * len(panels)), layout="constrained")
-    axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
-    for axis, (name, panel) in zip(axes, panels.items(), strict=True):
-        image = axis.imshow(
-            [[panel[interval, scale] for scale in scales] for interval in intervals],
-            aspect="auto",
-            vmin=min(values),
-            vmax=max(values),
-            cmap="viridis" if metric.startswith(HIGHER_IS_BETTER) else "viridis_r",
-        )
-        for (interval, scale), value in panel.items():
-            x, y = scales.index(scale), intervals.index(interval)
-            axis.text(x, y, f"{value:.4g}", ha="center", va="center", bbox={"facecolor": "white", "alpha": 0.7})
-        axis.set_xticks(range(len(scales)), scales)
-        axis.set_yticks(range(len(intervals)), intervals)
-        axis.set_xlabel("guidance scale")
-        axis.set_ylabel("guidance interval")
-        axis.set_title(name or metric)
-    figure.colorbar(image, ax=axes, label=metric)
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axis = figure.subplots()
+    for line, points in lines.items():
+        axis.plot(*zip(*(sorted(points) if numeric else points), strict=True), marker="o", label=line)
+    axis.set(xlabel=x_axis.replace("_", " "), ylabel=metric)
+    if len(lines) > 1:
+        figure.legend(loc="outside right upper", fontsize=8)
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
 
 

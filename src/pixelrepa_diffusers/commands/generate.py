@@ -7,6 +7,7 @@ GPUs (`accelerate launch pipelines/generate.py ...`) make the same files as one,
 """
 
 import contextlib
+import itertools
 import json
 import re
 import shlex
@@ -14,7 +15,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from PIL import Image, PngImagePlugin
 from tqdm.auto import tqdm
@@ -25,6 +25,7 @@ from ..files import only_writer, write_atomically, write_json
 from ..images import make_grid
 from ..sampling import (
     DTYPES,
+    GUIDANCE_SETTINGS,
     SCHEDULERS,
     check_cuda_graphs,
     compile_transformer,
@@ -32,6 +33,7 @@ from ..sampling import (
     device_name,
     fetch_pipeline,
     load_pipeline,
+    saved_guidance,
     seeded,
     versions,
 )
@@ -50,18 +52,14 @@ class GenerateArguments:
 
     scheduler: str | None = flag(None, "Replaces the saved scheduler.", choices=list(SCHEDULERS))
     num_inference_steps: int = flag(50, "Sampling steps; heun evaluates the model 2N - 1 times.", ge=1)
-    guidance_scale: float | None = flag(None, "Default: the scale saved with the pipeline.", ge=0, lt=float("inf"))
-    guidance_interval: list[float] | None = flag(
-        None, "LOW HIGH: guide where LOW < t < HIGH. Default: as saved.", ge=0, le=1
-    )
-    self_guidance_scale: float | None = flag(
-        None, "Scale of the guidance head; 0 turns it off. Default: as saved.", ge=0, lt=float("inf")
-    )
-    self_guidance_interval: list[float] | None = flag(None, "LOW HIGH, likewise. Default: as saved.", ge=0, le=1)
+    guidance_scale: float | None = flag(None, "Default: the scale saved with the pipeline.")
+    guidance_interval: list[float] | None = flag(None, "LOW HIGH: guide where LOW < t < HIGH. Default: as saved.")
+    self_guidance_scale: float | None = flag(None, "Scale of the guidance head; 0 turns it off. Default: as saved.")
+    self_guidance_interval: list[float] | None = flag(None, "LOW HIGH, likewise. Default: as saved.")
     autoguidance_scale: float | None = flag(
-        None, "Scale of the second transformer; 1 turns it off. Default: as saved.", ge=0, lt=float("inf")
+        None, "Scale of the second transformer; 1 turns it off. Default: as saved."
     )
-    autoguidance_interval: list[float] | None = flag(None, "LOW HIGH, likewise. Default: as saved.", ge=0, le=1)
+    autoguidance_interval: list[float] | None = flag(None, "LOW HIGH, likewise. Default: as saved.")
     guidance_transformer: str | None = flag(None, "Folder of a second transformer, for autoguidance.")
 
     dtype: str = flag("float32", "Data type of the network.", choices=DTYPES)
@@ -70,13 +68,6 @@ class GenerateArguments:
     batch_size: int = flag(8, "Images per batch and process.", ge=1)
     max_grid_images: int = flag(256, "No grid.png for more images than this.", ge=0)
     overwrite: bool = flag(False, "Replace files of an earlier run in --output_dir.")
-
-
-INTERVALS = ("guidance_interval", "self_guidance_interval", "autoguidance_interval")
-CALL_SETTINGS = (
-    "num_inference_steps", "guidance_scale", "guidance_interval",
-    "self_guidance_scale", "self_guidance_interval", "autoguidance_scale", "autoguidance_interval",
-)  # fmt: skip
 
 
 def parse_numbers(texts: list[str], name: str) -> list[int]:
@@ -94,9 +85,7 @@ def select_classes(texts: list[str] | None, pipeline: PixelREPAPipeline) -> list
     """Distinct class ids of --class_labels."""
     num_classes = pipeline.transformer.config.num_classes
     if texts is None and num_classes > 1:
-        raise ValueError(
-            f"This model has {num_classes} classes: name some with --class_labels (--list_classes prints them all)."
-        )
+        raise ValueError(f"Name some of the {num_classes} classes with --class_labels; --list_classes prints them.")
     if texts is None or texts == ["all"]:
         return list(range(num_classes))
     labels: list[int | str] = []
@@ -111,152 +100,102 @@ def main(args: GenerateArguments) -> list[Path]:
     check_launch(accelerator.num_processes)
     check_cuda_graphs(args.cuda_graphs, accelerator.device)
     plan = describe_pipeline(args.pipeline, args.revision, args.guidance_transformer)
-    names = plan.config.id2label or {}
+    known = plan.config.id2label or {}
+    names = [known.get(str(label), str(label)) for label in range(plan.transformer.config.num_classes)]
     if args.list_classes:
-        for label in range(plan.transformer.config.num_classes):
-            accelerator.print(label, names.get(str(label), ""))
+        for label, name in enumerate(names):
+            accelerator.print(label, name)
         return []
 
-    for name in INTERVALS:
-        interval = getattr(args, name)
-        if interval is not None and not (len(interval) == 2 and interval[0] < interval[1]):
-            raise ValueError(f"--{name} takes LOW HIGH with LOW < HIGH, got {interval}.")
-    seeds = parse_numbers(args.seeds, "seeds")
-    labels = select_classes(args.class_labels, plan)
-    settings = guidance_settings(args, plan)
+    seeds, labels = parse_numbers(args.seeds, "seeds"), select_classes(args.class_labels, plan)
+    given = {name: getattr(args, name) for name in itertools.chain(*GUIDANCE_SETTINGS.values())}
+    sampling = {"num_inference_steps": args.num_inference_steps, **saved_guidance(plan)}
+    sampling |= {name: value for name, value in given.items() if value is not None}
     plan.check_inputs(
-        labels, **settings, generator=None, latents=None, output_type="pil", callback_on_step_end_tensor_inputs=[]
+        labels, **sampling, generator=None, latents=None, output_type="pil", callback_on_step_end_tensor_inputs=[]
     )
     images = {args.output_dir / f"{label:04d}_{seed:06d}.png": (label, seed) for label in labels for seed in seeds}
-    grid_path = args.output_dir / "grid.png" if len(images) <= args.max_grid_images else None
-    record_path = args.output_dir / "arguments.json"
-    existing = [path for path in (*images, record_path, grid_path) if path is not None and path.exists()]
+    grid_path, record_path = args.output_dir / "grid.png", args.output_dir / "arguments.json"
+    existing = [path for path in (*images, grid_path, record_path) if path.exists()]
     if existing and not args.overwrite:
-        raise FileExistsError(
-            f"{len(existing)} of the files to write already exist, the first is {existing[0]}. Choose another "
-            "--output_dir, or pass --overwrite to replace them."
-        )
+        raise FileExistsError(f"{existing[0]} exists. Choose another --output_dir, or pass --overwrite to replace it.")
     accelerator.wait_for_everyone()  # every process looks before any writes
 
     with only_writer(args.output_dir) if accelerator.is_main_process else contextlib.nullcontext():
-        pipe, revision = open_pipeline(args, accelerator)
-        settings |= {
+        with accelerator.local_main_process_first():  # which downloads
+            folder, revision = fetch_pipeline(args.pipeline, args.revision)
+        pipe = load_pipeline(folder, args.dtype, guidance_transformer=args.guidance_transformer)
+        if args.scheduler:
+            pipe.scheduler = SCHEDULERS[args.scheduler]()
+        if args.compile or args.cuda_graphs:
+            compile_transformer(pipe.transformer, args.cuda_graphs)
+        settings = {
+            **sampling,
             "pipeline": args.pipeline,
             "revision": revision,
             "scheduler": {"_class_name": type(pipe.scheduler).__name__, **pipe.scheduler.config},
             "dtype": args.dtype,
+            "guidance_transformer": args.guidance_transformer,
         }
-        if args.guidance_transformer is not None:
-            settings["guidance_transformer"] = args.guidance_transformer
         if accelerator.is_main_process:
             record = {
                 **asdict(args),
                 **settings,
                 "output_dir": str(args.output_dir),
-                "class_labels": {label: names.get(str(label), str(label)) for label in labels},
+                "class_labels": {label: names[label] for label in labels},
                 "seeds": seeds,
                 "num_processes": accelerator.num_processes,
                 "device": device_name(accelerator.device),
                 "versions": versions(),
             }
             write_json(record_path, record)
-        write_images(args, accelerator, pipe, images, settings)
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process and grid_path is not None:
-            write_grid(grid_path, images, names, columns=len(seeds) if 1 < len(seeds) <= 16 else None)
-    grid_note = "grid.png" if grid_path else f"no grid.png (more than --max_grid_images {args.max_grid_images})"
-    accelerator.print(f"{args.output_dir}: {len(images)} images, {grid_note}, arguments.json.")
-    return list(images)
 
-
-def guidance_settings(args: GenerateArguments, plan: PixelREPAPipeline) -> dict[str, Any]:
-    """Arguments of the pipeline call: those given, else those saved; guidance that the pipeline lacks is left out."""
-    names = ["guidance_scale", "guidance_interval"]
-    for part, prefix in (("guidance_head", "self_guidance"), ("guidance_transformer", "autoguidance")):
-        own = [f"{prefix}_scale", f"{prefix}_interval"]
-        if getattr(plan, part) is not None or any(getattr(args, name) is not None for name in own):
-            names += own
-    given = {name: plan.config[name] if getattr(args, name) is None else getattr(args, name) for name in names}
-    settings = {name: list(value) if name in INTERVALS else value for name, value in given.items()}
-    return {"num_inference_steps": args.num_inference_steps, **settings}
-
-
-def open_pipeline(args: GenerateArguments, accelerator: Accelerator) -> tuple[PixelREPAPipeline, str | None]:
-    """The pipeline on this process's device, as --dtype, --scheduler and --compile say, and its commit on the Hub."""
-    with accelerator.local_main_process_first():
-        folder, revision = fetch_pipeline(args.pipeline, args.revision)
-    pipe = load_pipeline(folder, getattr(torch, args.dtype), guidance_transformer=args.guidance_transformer)
-    pipe.to(accelerator.device)
-    if args.scheduler:
-        pipe.scheduler = SCHEDULERS[args.scheduler]()
-    if args.compile or args.cuda_graphs:
-        compile_transformer(pipe.transformer, args.cuda_graphs)
-    # None disables the bar outside a terminal: nested bars would write a line per refresh into a log.
-    pipe.set_progress_bar_config(
-        leave=False, position=1, desc="steps", disable=not accelerator.is_local_main_process or None
-    )
-    return pipe, revision
-
-
-def write_images(
-    args: GenerateArguments,
-    accelerator: Accelerator,
-    pipe: PixelREPAPipeline,
-    images: dict[Path, tuple[int, int]],
-    settings: dict[str, Any],
-) -> None:
-    """Generate this process's share of the images; `images` maps path to (class id, seed)."""
-    items = list(images.items())
-    batches = [items[start : start + args.batch_size] for start in range(0, len(items), args.batch_size)]
-    # Processes share whole batches, so the bits of a batch do not depend on their number.
-    mine = batches[accelerator.process_index :: accelerator.num_processes]
-    names = pipe.config.id2label or {}
-    share = f"images of process 0 of {accelerator.num_processes}"
-    with tqdm(total=sum(map(len, mine)), desc=share, disable=not accelerator.is_main_process or None) as progress:
-        for batch in mine:
-            made = pipe(
-                [label for _, (label, _) in batch],
-                **{name: settings[name] for name in CALL_SETTINGS if name in settings},
-                generator=seeded(seed for _, (_, seed) in batch),
-            ).images
+        items = list(images.items())
+        batches = [items[start : start + args.batch_size] for start in range(0, len(items), args.batch_size)]
+        # Processes share whole batches, so the bits of a batch do not depend on their number.
+        mine = batches[accelerator.process_index :: accelerator.num_processes]
+        share = f"batches of process 0 of {accelerator.num_processes}"
+        for batch in tqdm(mine, desc=share, disable=None if accelerator.is_main_process else True):
+            generators = seeded(seed for _, (_, seed) in batch)
+            made = pipe([label for _, (label, _) in batch], generator=generators, **sampling).images
             for (path, (label, seed)), image in zip(batch, made, strict=True):
-                facts = {"class_id": label, "class_name": names.get(str(label), str(label)), "seed": seed}
+                facts = {"class_id": label, "class_name": names[label], "seed": seed}
                 info = png_info({**settings, **facts}, args.scheduler)
                 write_atomically(path, lambda file, image=image, info=info: image.save(file, "PNG", pnginfo=info))
-                progress.update()
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process and len(images) <= args.max_grid_images:
+            pictures = [Image.open(path).convert("RGB") for path in images]  # which closes the file
+            captions = [f"{names[label].split(',')[0]} · {seed}" for label, seed in images.values()]
+            grid = make_grid(pictures, captions, columns=len(seeds) if 1 < len(seeds) <= 16 else None)
+            write_atomically(grid_path, lambda file: grid.save(file, "PNG"))
+    skipped = "" if len(images) <= args.max_grid_images else " (no grid.png: more than --max_grid_images)"
+    accelerator.print(f"{args.output_dir}: {len(images)} images{skipped}.")
+    return list(images)
 
 
 def png_info(facts: dict[str, Any], scheduler: str | None) -> PngImagePlugin.PngInfo:
     """Text chunks of one image: its settings, library versions, and the command that makes it again."""
-    command = [
-        "pixelrepa-generate", "--pipeline", facts["pipeline"],
-        "--class_labels", str(facts["class_id"]), "--seeds", str(facts["seed"]),
-        "--num_inference_steps", str(facts["num_inference_steps"]), "--guidance_scale", repr(facts["guidance_scale"]),
-        "--guidance_interval", *map(repr, facts["guidance_interval"]), "--dtype", facts["dtype"],
-    ]  # fmt: skip
-    for name in CALL_SETTINGS[3:]:
-        if name in facts:
-            value = facts[name]
-            command += [f"--{name}", *map(repr, value if isinstance(value, list) else [value])]
-    command += ["--guidance_transformer", facts["guidance_transformer"]] if "guidance_transformer" in facts else []
-    command += ["--revision", facts["revision"]] if facts["revision"] else []
-    command += ["--scheduler", scheduler] if scheduler else []
-    command += ["--output_dir", "again"]
+    flags = {
+        "pipeline": facts["pipeline"],
+        "revision": facts["revision"],
+        "class_labels": facts["class_id"],
+        "seeds": facts["seed"],
+        "scheduler": scheduler,
+        "num_inference_steps": facts["num_inference_steps"],
+        **{name: facts.get(name) for name in itertools.chain(*GUIDANCE_SETTINGS.values())},
+        "guidance_transformer": facts["guidance_transformer"],
+        "dtype": facts["dtype"],
+        "output_dir": "again",
+    }
+    command = ["pixelrepa-generate"]
+    for name, value in flags.items():
+        if value is not None:
+            command += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     info = PngImagePlugin.PngInfo()
     for key, value in {**facts, "command": shlex.join(command), "versions": versions()}.items():
         if value is not None:
             info.add_itxt(key, value if isinstance(value, str) else json.dumps(value))
     return info
-
-
-def write_grid(path: Path, images: dict[Path, tuple[int, int]], names: dict[str, str], columns: int | None) -> None:
-    pictures = []
-    for file in images:
-        with Image.open(file) as image:
-            pictures.append(image.convert("RGB"))
-    labels = [f"{names.get(str(label), str(label)).split(',')[0]} · {seed}" for label, seed in images.values()]
-    grid = make_grid(pictures, labels, columns=columns)
-    write_atomically(path, lambda temporary: grid.save(temporary, "PNG"))
 
 
 def cli() -> None:

@@ -9,22 +9,22 @@ accepts every source that training accepts. With `--on_bad_image skip` bad image
 
 The folder takes 3 · resolution² bytes per image. It holds `data-00000.arrow`, … (columns `pixels`: `uint8` (3, resolution,
 resolution) as bytes, `label`, `name`), which `datasets` also loads; `prepared.json` with the resolution, classes, file sizes
-and skipped images; and `SHA256SUMS` for `sha256sum -c`. The folder is written as `.NAME.incomplete` and renamed when complete.
+and skipped images; and `SHA256SUMS` for `sha256sum -c`. It is written as `.NAME.incomplete` and renamed when complete.
 """
 
 from __future__ import annotations
 
 import collections
-import hashlib
 import itertools
 import os
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
 from datasets.arrow_writer import ArrowWriter
+from huggingface_hub.utils.sha import sha_fileobj
 from tqdm import tqdm
 
 from ..cli import flag, parse, run
@@ -37,7 +37,6 @@ FEATURES = datasets.Features(
     {"pixels": datasets.Value("binary"), "label": datasets.Value("int64"), "name": datasets.Value("string")}
 )
 FILE_BYTES = 1 << 30
-BATCH_BYTES = 1 << 24
 
 
 @dataclass(kw_only=True)
@@ -47,50 +46,34 @@ class PrepareArguments(DataArguments):
     num_threads: int = flag(os.cpu_count() or 1, "Threads that decode and crop (default: one per core).", ge=1)
 
 
-def crop_example(example: Example, resolution: int) -> dict | BadImageError:
-    """A row to store. A bad image is returned, not raised, because the main thread decides what to do with it."""
-    try:
-        pixels = read_pixels(example, resolution)
-    except BadImageError as error:
-        return error
-    return {"pixels": pixels.numpy().tobytes(), "label": example.label, "name": example.name}
-
-
-def crop_all(examples: Iterable[Example], resolution: int, num_threads: int) -> Iterator[dict | BadImageError]:
+def crop_all(examples: Iterable[Example], resolution: int, num_threads: int) -> Iterator[tuple[Example, Future]]:
     """Crop in threads, in the order of the examples and a few examples ahead of the consumer."""
     with ThreadPoolExecutor(num_threads) as pool:
         pending = collections.deque()
         for example in examples:
-            pending.append(pool.submit(crop_example, example, resolution))
+            pending.append((example, pool.submit(read_pixels, example, resolution)))
             if len(pending) > 8 * num_threads:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+                yield pending.popleft()
+        yield from pending
 
 
-def write_rows(rows: Iterable[dict], folder: Path, resolution: int) -> tuple[dict[str, int], int]:
-    """Write `data-*.arrow` files of about 1 GiB; return the size of each and the number of rows."""
-    image_bytes = 3 * resolution * resolution
-    rows_per_file = max(1, FILE_BYTES // image_bytes)
-    batch_size = max(1, BATCH_BYTES // image_bytes)
-    rows, files, count = iter(rows), {}, 0
+def write_rows(rows: Iterator[dict], folder: Path, rows_per_file: int) -> dict[str, int]:
+    """Write `data-*.arrow` files; return the size of each."""
+    files = {}
     for row in rows:
         path = folder / f"data-{len(files):05d}.arrow"
-        with ArrowWriter(features=FEATURES, path=str(path), writer_batch_size=batch_size) as writer:
+        with ArrowWriter(features=FEATURES, path=str(path), writer_batch_size=100) as writer:
             for member in itertools.chain([row], itertools.islice(rows, rows_per_file - 1)):
                 writer.write(member)
-            written, _ = writer.finalize()
+            writer.finalize()
         files[path.name] = path.stat().st_size
-        count += written
-    return files, count
+    return files
 
 
 def checksum(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    """Line of `sha256sum` for a file."""
+    with path.open("rb") as file:
+        return f"{sha_fileobj(file).hex()}  {path.name}\n"
 
 
 def main(args: PrepareArguments) -> None:
@@ -100,34 +83,35 @@ def main(args: PrepareArguments) -> None:
     source = open_source(args)
     if source.resolution is not None:
         raise ValueError(f"{args.train_data_dir} is prepared already, at resolution {source.resolution}.")
-
-    class_names = None if source.id2label is None else list(source.id2label.values())
     manifest = {
         "resolution": args.resolution,
         "num_classes": source.num_classes,
-        "class_names": class_names,
+        "class_names": source.id2label and list(source.id2label.values()),
         "skipped": [],
+        "files": {},
+        "num_images": 0,
     }
 
     def good_rows() -> Iterator[dict]:
         total = len(source) if hasattr(source, "__len__") else None
-        for row in tqdm(crop_all(source, args.resolution, args.num_threads), total=total, unit="image", disable=None):
-            if isinstance(row, BadImageError):
+        crops = crop_all(source, args.resolution, args.num_threads)
+        for example, crop in tqdm(crops, total=total, unit="image", disable=None):
+            try:
+                pixels = crop.result().numpy().tobytes()
+            except BadImageError as error:
                 if args.on_bad_image == "error":
-                    raise row
-                tqdm.write(f"Skipped: {row}")
-                manifest["skipped"].append(str(row))
+                    raise
+                tqdm.write(f"Skipped: {error}")
+                manifest["skipped"].append(str(error))
                 continue
-            if args.train_data_dir is not None:
-                row["name"] = os.path.relpath(row["name"], args.train_data_dir)
-            yield row
+            manifest["num_images"] += 1
+            name = os.path.relpath(example.name, args.train_data_dir) if args.train_data_dir else example.name
+            yield {"pixels": pixels, "label": example.label, "name": name}
 
     def write(folder: Path) -> None:
-        manifest["files"], manifest["num_images"] = write_rows(good_rows(), folder, args.resolution)
-        if not manifest["num_images"]:
-            raise ValueError("No image could be stored: the source is empty or all its images are bad.")
+        manifest["files"] = write_rows(good_rows(), folder, max(1, FILE_BYTES // (3 * args.resolution**2)))
         write_json(folder / MANIFEST, manifest)
-        sums = [f"{checksum(folder / name)}  {name}\n" for name in (*manifest["files"], MANIFEST)]
+        sums = [checksum(folder / name) for name in (*manifest["files"], MANIFEST)]
         (folder / "SHA256SUMS").write_text("".join(sums))
 
     write_folder(output, write)

@@ -9,12 +9,14 @@ Images are read and center-cropped (ADM) as in training, and then resized by the
 (`accelerate launch -m pixelrepa_diffusers.commands.prepare_reference ...`) the statistics change by rounding only.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
 from ..cli import check_launch, flag, parse, run
@@ -26,10 +28,8 @@ from ..evaluation import (
     VisionEncoderNetwork,
     extract,
     gather,
-    network_name,
-    network_sha256,
 )
-from ..training.data import DataArguments, ImageSource, open_source, read_pixels
+from ..training.data import DataArguments, Example, ImageSource, open_source, read_pixels
 
 
 @dataclass
@@ -60,30 +60,22 @@ class ReferenceArguments:
     dataloader_num_workers: int = flag(4, "Workers per process that read images.", ge=0)
 
 
-class CroppedImages(Dataset):
-    """Some images of a source as uint8 (3, resolution, resolution)."""
-
-    def __init__(self, source: ImageSource, indices: list[int], resolution: int):
-        self.source, self.indices, self.resolution = source, indices, resolution
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, position: int) -> torch.Tensor:
-        return read_pixels(self.source[self.indices[position]], self.resolution)
+def read_batch(resolution: int, examples: Sequence[Example]) -> torch.Tensor:
+    """Center crops, uint8 (B, 3, resolution, resolution)."""
+    return torch.stack([read_pixels(example, resolution) for example in examples])
 
 
 def open_images(args: ReferenceArguments) -> ImageSource:
     """Open the images of `args` as training does."""
     names = ("train_data_dir", "dataset_name", "dataset_config_name", "dataset_split", "cache_dir", "image_column")
-    source = open_source(DataArguments(**{name: getattr(args, name) for name in names}, unconditional=True))
+    same = {name: getattr(args, name) for name in names}
+    source = open_source(DataArguments(**same, unconditional=True, max_train_samples=args.num_samples))
     if source.resolution not in (None, args.resolution):
         raise ValueError(
-            f"--resolution is {args.resolution}, but {args.train_data_dir} was prepared at {source.resolution} pixels: use "
-            "that value, or the original images."
+            f"--resolution is {args.resolution}, but {args.train_data_dir} was prepared at {source.resolution} pixels."
         )
-    if len(source) < max(args.num_samples or 0, 2):
-        raise ValueError(f"--num_samples: there are only {len(source)} images, {args.num_samples or 2} are needed.")
+    if args.num_samples not in (None, len(source)):
+        raise ValueError(f"--num_samples is {args.num_samples}, but there are only {len(source)} images.")
     return source
 
 
@@ -104,10 +96,9 @@ def main(args: ReferenceArguments) -> FeatureStatistics:
     network.to(accelerator.device)
 
     # Strided by hand: a loader prepared by accelerate repeats images to make the processes even.
-    num_samples = args.num_samples or len(source)
-    indices = [place * len(source) // num_samples for place in range(num_samples)]
     loader = DataLoader(
-        CroppedImages(source, indices[accelerator.process_index :: accelerator.num_processes], args.resolution),
+        Subset(source, range(accelerator.process_index, len(source), accelerator.num_processes)),
+        collate_fn=partial(read_batch, args.resolution),
         batch_size=args.batch_size,
         num_workers=args.dataloader_num_workers,
         pin_memory=accelerator.device.type == "cuda",
@@ -119,9 +110,7 @@ def main(args: ReferenceArguments) -> FeatureStatistics:
         if args.keep_features:
             bank.update(features)
 
-    statistics = FeatureStatistics.from_moments(
-        gather(moments), gather(bank) if args.keep_features else None, network_name(network), network_sha256(network)
-    )
+    statistics = FeatureStatistics.from_moments(gather(moments), gather(bank) if args.keep_features else None, network)
     if accelerator.is_main_process:
         args.output_file.parent.mkdir(parents=True, exist_ok=True)
         statistics.save(args.output_file)

@@ -9,7 +9,7 @@ t = 0.2 and denoised by each pipeline. The result is the Fréchet distance betwe
 
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,15 +33,7 @@ from ..evaluation import (
 from ..files import write_atomically, write_json
 from ..images import list_classes, read_image, to_uint8
 from ..objective import interpolate
-from ..sampling import (
-    DTYPES,
-    describe_pipeline,
-    device_name,
-    fetch_pipeline,
-    load_pipeline,
-    seeded,
-    versions,
-)
+from ..sampling import DTYPES, describe_pipeline, device_name, fetch_pipeline, load_pipeline, seeded, versions
 
 
 @dataclass
@@ -97,9 +89,21 @@ class Item:
     number: int
 
 
+def read_items(items: Sequence[Item], size: int) -> torch.Tensor:
+    return torch.stack([read_image(item.path, size) for item in items])
+
+
+def originals(items: Sequence[Item], size: int):
+    return lambda indices: read_items([items[index] for index in indices], size)
+
+
 def find_classes(args: ProbeArguments) -> tuple[dict[int, list[Item]], int]:
-    """Return the images of the probed classes, and the number of all classes."""
+    """Images of the probed classes, and the image size of the pipelines."""
     folders = list_classes(args.data_dir)
+    configs = [describe_pipeline(name).transformer.config for name in args.pipelines]
+    size = configs[0].sample_size
+    if {(config.num_classes, config.sample_size) for config in configs} != {(len(folders), size)}:
+        raise ValueError(f"The pipelines must have one image size, and the {len(folders)} classes of {args.data_dir}.")
     chosen = range(len(folders))
     if len(folders) > args.max_classes:
         chosen = sorted(random.Random(args.seed).sample(chosen, args.max_classes))
@@ -108,44 +112,25 @@ def find_classes(args: ProbeArguments) -> tuple[dict[int, list[Item]], int]:
         if label in chosen:
             if len(paths) < 2 * args.images_per_class:
                 raise ValueError(
-                    f"Class {name} has {len(paths)} images: near and far images would overlap. Give --images_per_class "
-                    f"at most {len(paths) // 2}."
+                    f"Class {name} has {len(paths)} images: give --images_per_class at most {len(paths) // 2}, or near "
+                    "and far images overlap."
                 )
             classes[label] = [Item(path, label, number + index) for index, path in enumerate(paths)]
         number += len(paths)
-    return classes, len(folders)
-
-
-def image_size(args: ProbeArguments, num_classes: int) -> int:
-    """The one image size of all pipelines, which must fit the data."""
-    sizes = set()
-    for name in args.pipelines:
-        config = describe_pipeline(name).transformer.config
-        if config.num_classes != num_classes or config.in_channels != 3:
-            raise ValueError(
-                f"{name} makes {config.in_channels}-channel images of {config.num_classes} classes; {args.data_dir} has "
-                f"RGB images of {num_classes} classes. Give the data it was trained on."
-            )
-        sizes.add(config.sample_size)
-    if len(sizes) > 1:
-        raise ValueError(f"The pipelines make images of {sorted(sizes)} pixels; compare those of one size.")
-    return sizes.pop()
+    return classes, size
 
 
 def split_by_distance(
     args: ProbeArguments, accelerator: Accelerator, classes: dict[int, list[Item]], size: int, teacher
 ) -> dict[str, list[Item]]:
-    """
-    Near and far images of every class, by Euclidean distance to the mean feature of the class.
-
-    Each class is processed by one process, so the split does not depend on their number.
-    """
+    """Near and far images of every class, by Euclidean distance to the mean feature of the class."""
+    # Each class is processed by one process, so the split does not depend on their number.
     mine = list(classes.items())[accelerator.process_index :: accelerator.num_processes]
     split = {}
     for label, items in tqdm(mine, desc="centroids", disable=not accelerator.is_main_process or None):
         features = []
         for start in range(0, len(items), args.batch_size):
-            images = torch.stack([read_image(item.path, size) for item in items[start : start + args.batch_size]])
+            images = read_items(items[start : start + args.batch_size], size)
             features.append(extract(teacher, images)["features"].cpu().double())
         features = torch.cat(features)  # (images of the class, D)
         order = (features - features.mean(dim=0)).norm(dim=1).argsort(stable=True).tolist()
@@ -161,7 +146,7 @@ def noised_and_denoised(args: ProbeArguments, pipeline: PixelREPAPipeline, items
 
     def make_images(indices: Sequence[int]) -> torch.Tensor:
         batch = [items[index] for index in indices]
-        images = torch.stack([read_image(item.path, config.sample_size) for item in batch]).float() / 127.5 - 1
+        images = read_items(batch, config.sample_size).float() / 127.5 - 1
         generators = seeded(args.seed + item.number for item in batch)
         noise = torch.stack([torch.randn(images.shape[1:], generator=generator) for generator in generators])
         z = interpolate(images, config.noise_scale * noise, torch.full((len(batch),), args.time))
@@ -177,14 +162,11 @@ def noised_and_denoised(args: ProbeArguments, pipeline: PixelREPAPipeline, items
     return make_images
 
 
-def load_probed(name: str, folder: Path, args: ProbeArguments) -> PixelREPAPipeline:
-    """A pipeline whose solver starts at `args.time`."""
-    pipe = load_pipeline(folder, getattr(torch, args.dtype))
-    if not isinstance(pipe.scheduler, JiTFlowMatchScheduler):
-        raise ValueError(f"{name} has a {type(pipe.scheduler).__name__}; the probe needs a JiTFlowMatchScheduler.")
-    pipe.scheduler = LateScheduler.from_config(pipe.scheduler.config)
+def load_probed(folder: Path, args: ProbeArguments) -> PixelREPAPipeline:
+    """A pipeline whose solver, Heun's unless its own scheduler names another, starts at `args.time`."""
+    pipe = load_pipeline(folder, args.dtype)
+    pipe.scheduler = LateScheduler(solver=pipe.scheduler.config.get("solver", "heun"))
     pipe.scheduler.start_time = args.time
-    pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
@@ -194,23 +176,18 @@ def main(args: ProbeArguments) -> dict[str, Any]:
     check_launch(accelerator.num_processes)
     steps = args.time * args.num_inference_steps
     if abs(steps - round(steps)) > 1e-6:
-        raise ValueError(
-            f"--time {args.time} must lie on the grid of {args.num_inference_steps} steps, k/{args.num_inference_steps}."
-        )
+        raise ValueError(f"--time {args.time} must lie on the grid of {args.num_inference_steps} steps.")
     names = args.names or args.pipelines
     if len(names) != len(args.pipelines) or len(set(names)) < len(names):
         raise ValueError(f"--names: give one name per pipeline, all different; got {names}.")
-    classes, num_classes = find_classes(args)
-    size = image_size(args, num_classes)
-    path = args.output_dir / "probe.json"
-    if path.exists() and not args.overwrite:
-        raise FileExistsError(f"{path} exists. Choose another --output_dir, or pass --overwrite to replace it.")
+    classes, size = find_classes(args)
+    if (args.output_dir / "probe.json").exists() and not args.overwrite:
+        raise FileExistsError(f"{args.output_dir} has a probe: choose another --output_dir, or pass --overwrite.")
     accelerator.wait_for_everyone()  # every process looks before any writes
 
     with accelerator.local_main_process_first():  # which downloads
         folders = [fetch_pipeline(name)[0] for name in args.pipelines]
-        teacher = VisionEncoderNetwork.from_pretrained(args.teacher, args.image_size, args.pooling)
-        network = teacher
+        teacher = network = VisionEncoderNetwork.from_pretrained(args.teacher, args.image_size, args.pooling)
         if args.network == "inception":
             network = InceptionNetwork(args.inception_weights)
         elif args.network != "teacher":
@@ -219,19 +196,15 @@ def main(args: ProbeArguments) -> dict[str, Any]:
     subsets = split_by_distance(args, accelerator, classes, size, teacher)
     space = FeatureSpace("teacher", network, ("fd_teacher",))
 
-    def measure(make_images: Callable[[Sequence[int]], torch.Tensor], subset: str, description: str):
-        tally = accumulate(
-            make_images, len(subsets[subset]), [space], args.batch_size, description=f"{description}, {subset}"
-        )
+    def measure(make_images, subset: str, name: str):
+        count, description = len(subsets[subset]), f"{name}, {subset}"
+        tally = accumulate(make_images, count, [space], args.batch_size, description=description)
         return feature_statistics(tally, space)
 
-    def originals(items: list[Item]) -> Callable[[Sequence[int]], torch.Tensor]:
-        return lambda indices: torch.stack([read_image(items[index].path, size) for index in indices])
-
-    real = {subset: measure(originals(items), subset, "real images") for subset, items in subsets.items()}
+    real = {subset: measure(originals(items, size), subset, "real images") for subset, items in subsets.items()}
     distances = {}
     for name, folder in zip(names, folders, strict=True):
-        pipe = load_probed(name, folder, args).to(accelerator.device)
+        pipe = load_probed(folder, args)
         distances[name] = {
             subset: measure(noised_and_denoised(args, pipe, items), subset, name).distance(real[subset])
             for subset, items in subsets.items()
@@ -287,8 +260,9 @@ def plot(path: Path, record: dict[str, Any]) -> None:
         )
         axis.bar_label(bars, fmt="%.3g")
     axis.set_xticks(range(2), ["near the class centroid", "far from it"])
-    axis.set_ylabel("Fréchet distance to the originals")
-    axis.set_title(f"noised to t = {record['arguments']['time']:g}, denoised", fontsize=10)
+    axis.set(
+        ylabel="Fréchet distance to the originals", title=f"noised to t = {record['arguments']['time']:g}, denoised"
+    )
     axis.legend(fontsize=8)
     axis.margins(y=0.15)
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))

@@ -11,21 +11,20 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn as nn
 from accelerate import PartialState
-from PIL import ExifTags
 from tqdm.auto import tqdm
 
-from ..files import write_atomically
 from ..images import open_image, read_image, to_uint8
 from ..pipeline_pixelrepa import PixelREPAPipeline
-from ..sampling import seeded
+from ..sampling import saved_guidance, seeded
 from .networks import extract, network_name, network_sha256
-from .reference import ARCHIVE_ERRORS, FeatureStatistics, load_reference
+from .reference import FeatureStatistics, load_reference, write_arrays
 from .statistics import FeatureBank, FeatureMoments, InceptionScoreSums, gather, precision_recall
 
 
@@ -43,13 +42,6 @@ HIGHER_IS_BETTER = ("inception_score", "precision", "recall")
 NEIGHBOUR = 3  # k of precision and recall
 SCORE_SPLITS = 10  # of the Inception Score
 MINIMUM_IMAGES = {"moments": 2, "scores": SCORE_SPLITS, "banks": NEIGHBOUR + 1}
-
-# Flags of pixelrepa-evaluate that choose the network of a space.
-NETWORK_FLAGS = {
-    "inception": "--inception_weights",
-    "dinov2": "--dinov2",
-    "teacher": "--teacher, --teacher_image_size and --teacher_pooling",
-}
 
 # Maps image numbers to torch.uint8 (B, 3, H, W).
 MakeImages = Callable[[Sequence[int]], torch.Tensor]
@@ -109,7 +101,7 @@ def open_spaces(
             continue
         if references.get(name) is None:
             raise ValueError(
-                f"{metric} needs --{name}_reference (in training: --eval_reference), which pixelrepa-prepare-reference makes."
+                f"{metric} needs --{name}_reference (in training: --eval_reference): see pixelrepa-prepare-reference."
             )
         if name not in loaded:
             loaded[name] = load_reference(references[name])
@@ -121,11 +113,7 @@ def open_spaces(
         network, reference = networks[name]().to(device), loaded.get(name)
         if reference is not None:
             width = extract(network, torch.zeros(1, 3, 32, 32, dtype=torch.uint8))["features"].shape[1]
-            advice = (
-                f"Set {NETWORK_FLAGS[name]} (in training: --eval_network, --eval_image_size and --eval_pooling) as for the "
-                "reference, or make it again with pixelrepa-prepare-reference."
-            )
-            reference.check_network(network_name(network), network_sha256(network), width, advice)
+            reference.check_network(network_name(network), network_sha256(network), width)
         own_metrics = tuple(metric for metric in metrics if METRICS[metric][0] == name)
         spaces.append(FeatureSpace(name, network, own_metrics, reference))
     return spaces
@@ -135,12 +123,9 @@ class Tally:
     """The accumulators of every space by (kind, space), and the first images for a grid."""
 
     def __init__(self, spaces: Sequence[FeatureSpace], num_images: int, num_shown: int = 0):
-        new = {
-            "moments": FeatureMoments,
-            "scores": lambda: InceptionScoreSums(num_images, SCORE_SPLITS),
-            "banks": FeatureBank,
-        }
-        self.accumulators = {(kind, space.name): new[kind]() for space in spaces for kind in sorted(space.kinds)}
+        scores = partial(InceptionScoreSums, num_images, SCORE_SPLITS)
+        new = {"moments": FeatureMoments, "scores": scores, "banks": FeatureBank}
+        self.accumulators = {(kind, space.name): new[kind]() for space in spaces for kind in space.kinds}
         self.num_shown = num_shown
         self.shown: dict[int, np.ndarray] = {}
 
@@ -167,18 +152,10 @@ class Tally:
         """Write the state after `done` images, with the settings they were made with, as plain arrays."""
         arrays = {"done": done, "settings": json.dumps(settings, sort_keys=True)}
         for (kind, space), accumulator in self.accumulators.items():
-            if kind == "banks":
-                arrays[f"banks/{space}"] = accumulator.features
-            else:
-                state = {name: value for name, value in vars(accumulator).items() if value is not None}
-                arrays |= {f"{kind}/{space}/{name}": value for name, value in state.items()}
+            state = {"features": accumulator.features} if kind == "banks" else vars(accumulator)
+            arrays |= {f"{kind}/{space}/{name}": value for name, value in state.items()}
         arrays |= {f"shown/{index}": image for index, image in self.shown.items()}
-
-        def write(temporary: Path) -> None:
-            with temporary.open("wb") as file:
-                np.savez(file, **arrays)
-
-        write_atomically(path, write)
+        write_arrays(path, **arrays)
 
     def load(self, path: Path, settings: dict) -> int:
         """Restore what `save` wrote and return the number of images done."""
@@ -186,16 +163,16 @@ class Tally:
             with np.load(path, allow_pickle=False) as file:
                 arrays = dict(file)
             stored = json.loads(str(arrays["settings"]))
-        except ARCHIVE_ERRORS as error:
+        except Exception as error:  # numpy raises many types
             raise ValueError(f"{path} is damaged ({error!r}): remove it to start this evaluation again.") from error
         _check_settings(path, stored, settings)
         for (kind, space), accumulator in self.accumulators.items():
             if kind == "banks":
-                accumulator.update(arrays[f"banks/{space}"])
+                accumulator.update(arrays[f"banks/{space}/features"])
                 continue
             for name in vars(accumulator):
-                if (value := arrays.get(f"{kind}/{space}/{name}")) is not None:
-                    setattr(accumulator, name, value if value.ndim else value.item())
+                value = arrays[f"{kind}/{space}/{name}"]
+                setattr(accumulator, name, value if value.ndim else value.item())
         self.shown = {int(key.removeprefix("shown/")): arrays[key] for key in arrays if key.startswith("shown/")}
         return int(arrays["done"])
 
@@ -205,8 +182,8 @@ def finished_record(path: Path, settings: dict) -> dict | None:
     if not path.is_file():
         return None
     try:
-        record = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}): remove it to measure again.") from error
     _check_settings(path, {name: record.get(name) for name in settings}, settings)
     return record
@@ -244,14 +221,13 @@ def accumulate(
         batch_size (`int`): Images that are made, and go through the networks, at once.
         num_shown (`int`, *optional*, defaults to 0): Number of first images that are kept for a grid.
         state_path (`Path`, *optional*): File that is written every `chunk_size` images, and resumed from if it exists.
-        settings (`dict`, *optional*): JSON values that determine the images and features; they must equal a resumed state's.
+        settings (`dict`, *optional*): JSON values that determine images and features; a resumed state must have the same.
         chunk_size (`int`, *optional*, defaults to 5000): Images between two states.
         description (`str`, *optional*, defaults to `"images"`): Title of the progress bar.
     """
     process, settings = PartialState(), settings or {}
-    total, start = Tally(spaces, num_images, num_shown), 0
-    if state_path is not None and state_path.exists():
-        start = total.load(state_path, settings)
+    total = Tally(spaces, num_images, num_shown)
+    start = total.load(state_path, settings) if state_path is not None and state_path.exists() else 0
     batches = [range(first, min(first + batch_size, num_images)) for first in range(start, num_images, batch_size)]
     # Chunks are whole rounds of all processes, so that none waits for another.
     chunk = -(-chunk_size // (batch_size * process.num_processes)) * process.num_processes
@@ -289,10 +265,7 @@ def results(tally: Tally, spaces: Sequence[FeatureSpace]) -> dict[str, float]:
 
 def feature_statistics(tally: Tally, space: FeatureSpace) -> FeatureStatistics:
     """Mean and covariance of a tally's features; the space has a Fréchet distance among its metrics."""
-    moments = tally.accumulators["moments", space.name]
-    return FeatureStatistics.from_moments(
-        moments, network=network_name(space.network), network_sha256=network_sha256(space.network)
-    )
+    return FeatureStatistics.from_moments(tally.accumulators["moments", space.name], network=space.network)
 
 
 def pipeline_images(
@@ -317,26 +290,16 @@ def pipeline_images(
         model_guidance: Arguments of self-guidance and autoguidance, with the same defaults.
 
     Raises:
-        ValueError: If the pipeline or the settings cannot be evaluated; raised before an image is made.
+        ValueError: For unsuitable settings, before an image is made.
     """
     config = pipeline.transformer.config
-    if config.in_channels != 3:
-        raise ValueError(f"The feature networks take RGB images; this model makes {config.in_channels} channels.")
     if num_images % config.num_classes:
-        nearest = max(1, round(num_images / config.num_classes)) * config.num_classes
         raise ValueError(
-            f"The number of images must be a multiple of the model's {config.num_classes} classes, got {num_images}. The "
-            f"nearest is {nearest}."
+            f"The number of images must be a multiple of the model's {config.num_classes} classes, got {num_images}."
         )
-    saved = pipeline.config
-    names = ("self_guidance_scale", "self_guidance_interval", "autoguidance_scale", "autoguidance_interval")
-    settings = {
-        "guidance_scale": saved.guidance_scale if guidance_scale is None else guidance_scale,
-        "guidance_interval": tuple(saved.guidance_interval if guidance_interval is None else guidance_interval),
-        "num_inference_steps": num_inference_steps,
-        **{name: saved[name] for name in names},
-        **model_guidance,
-    }
+    given = {"guidance_scale": guidance_scale, "guidance_interval": guidance_interval, **model_guidance}
+    settings = {"num_inference_steps": num_inference_steps, **saved_guidance(pipeline)}
+    settings |= {name: value for name, value in given.items() if value is not None}
     pipeline.check_inputs(
         0, **settings, generator=None, latents=None, output_type="pt", callback_on_step_end_tensor_inputs=[]
     )
@@ -359,7 +322,7 @@ def evaluate_pipeline(
     """
     Measure a pipeline; every process must call this function with the same weights, and gets the metrics.
 
-    No global random state is used, so it may run inside training. `sampling` are arguments of [`pipeline_images`].
+    Global random state is not used. `sampling` are arguments of [`pipeline_images`].
     """
     make_images = pipeline_images(pipeline, num_images, **sampling)
     return results(accumulate(make_images, num_images, spaces, batch_size), spaces)
@@ -367,16 +330,14 @@ def evaluate_pipeline(
 
 def file_images(paths: Sequence[Path]) -> MakeImages:
     """Image files of one size by number, as RGB."""
-    first_of_size = {}
-    for path in paths:  # headers only
-        with open_image(path) as image:
-            width, height = image.size
-            if image.getexif().get(ExifTags.Base.Orientation, 1) >= 5:  # rotated by 90°
-                width, height = height, width
-            first_of_size.setdefault((width, height), path)
-    if len(first_of_size) > 1:
-        examples = list(first_of_size.items())[:2]
-        sizes = ", ".join(f"{path} has {width}×{height} pixels" for (width, height), path in examples)
+    path_of_size = {}
+    for path in paths:
+        with open_image(path) as image:  # header only
+            path_of_size.setdefault(image.size, path)
+    if len(path_of_size) > 1:
+        sizes = ", ".join(
+            f"{path} has {width}×{height} pixels" for (width, height), path in [*path_of_size.items()][:2]
+        )
         raise ValueError(
             f"The images must have one size: {sizes}. Choose some with a pattern such as 'images/0*.png'."
         )

@@ -1,8 +1,7 @@
 """
-Feature networks: modules that map uint8 images (B, 3, H, W) to features.
+Feature networks: modules in eval mode that resize and normalize uint8 images (B, 3, H, W) themselves.
 
-A feature network is any `nn.Module` in eval mode that resizes and normalizes uint8 images itself. It returns features
-(B, D), or a dictionary with `features` and, for a classifier, `logits` (B, C).
+They return features (B, D), or a dictionary with `features` and, for a classifier, `logits` (B, C).
 """
 
 from __future__ import annotations
@@ -29,16 +28,15 @@ def stack_images(images: torch.Tensor | np.ndarray | Sequence[Image.Image | np.n
 
     Args:
         images (`torch.Tensor`, `np.ndarray` or `list`):
-            A `torch.uint8` tensor (B, 3, H, W), a uint8 array (B, H, W, 3), or a list of PIL images and uint8 arrays
-            (H, W, 3).
+            A `torch.uint8` batch, a uint8 array (B, H, W, 3), or a list of PIL images and uint8 arrays (H, W, 3).
     """
     if not isinstance(images, torch.Tensor):
         arrays = [np.asarray(to_rgb(image) if isinstance(image, Image.Image) else image) for image in images]
         images = torch.from_numpy(np.stack(arrays)).movedim(-1, 1)
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+    if images.dtype != torch.uint8 or images.shape[1] != 3:
         raise ValueError(
-            f"Metrics take RGB images of 8 bits, torch.uint8 (B, 3, H, W), got {images.dtype} {tuple(images.shape)}. Round "
-            "floating point images with pixelrepa_diffusers.images.to_uint8."
+            f"Metrics take 8-bit RGB images, got {images.dtype} {tuple(images.shape)}. Round floating point images with "
+            "pixelrepa_diffusers.images.to_uint8."
         )
     return images
 
@@ -58,7 +56,7 @@ def extract(network: nn.Module, images: torch.Tensor | np.ndarray | Sequence) ->
 
 
 def network_name(network: nn.Module) -> str:
-    """Name of a feature network: its `description` if it has one, else its class."""
+    """The `description` of a feature network if it has one, else its class."""
     return getattr(network, "description", type(network).__qualname__)
 
 
@@ -75,16 +73,17 @@ class InceptionNetwork(nn.Module):
     """
     The Inception network of FID and Inception Score: torch-fidelity's port of the 2015 TensorFlow graph.
 
-    Needs `pip install "pixelrepa-diffusers[eval]"`. Features are the 2048 pooled activations; logits are the 1008 outputs
-    without bias.
+    Features are the 2048 pooled activations; logits are the 1008 outputs without bias.
 
     Args:
         weights (`str` or `os.PathLike`, *optional*):
             torch-fidelity's `weights-inception-2015-12-05-6726825d.pth`; downloaded by default.
-        layer (`str`, *optional*, defaults to `"2048"`): Layer of the features, `"64"`, `"192"`, `"768"` or `"2048"`.
     """
 
-    def __init__(self, weights: str | os.PathLike | None = None, layer: str = "2048"):
+    settings = "inception-v3-compat 2048"
+    description = f"torch-fidelity {settings}"
+
+    def __init__(self, weights: str | os.PathLike | None = None):
         super().__init__()
         if weights is not None:
             # torch-fidelity unpickles without restrictions, so first make sure that the file holds only tensors.
@@ -100,10 +99,8 @@ class InceptionNetwork(nn.Module):
                 "install the torchvision that matches torch (same release, both for CUDA or both for the CPU)."
             ) from error
         self.model = FeatureExtractorInceptionV3(
-            "inception-v3-compat", [layer, "logits_unbiased"], feature_extractor_weights_path=weights
+            "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=weights
         )
-        self.settings = f"inception-v3-compat {layer}"
-        self.description = f"torch-fidelity {self.settings}"
         self.eval()
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -115,15 +112,13 @@ class VisionEncoderNetwork(nn.Module):
     """
     A vision encoder of transformers as feature network: DINOv2, SigLIP, the vision tower of CLIP, a teacher's folder, …
 
-    The defaults of [`~VisionEncoderNetwork.from_pretrained`] are FD-DINOv2 (https://huggingface.co/papers/2306.04675): the
-    class token of DINOv2 ViT-L/14 for images resized to 224×224 by an antialiased bicubic filter.
+    The defaults of [`~VisionEncoderNetwork.from_pretrained`] are FD-DINOv2 (https://huggingface.co/papers/2306.04675).
 
     Args:
         model (`PreTrainedModel`): Maps pixel values to `last_hidden_state` (B, tokens, D).
         image_mean (`Sequence[float]`): Mean of each channel, for images in [0, 1].
         image_std (`Sequence[float]`): Standard deviation of each channel.
-        image_size (`int`, *optional*, defaults to 224):
-            Side in pixels that images are resized to, a multiple of the patch size.
+        image_size (`int`, *optional*, defaults to 224): Side that images are resized to (antialiased bicubic).
         pooling (`str`, *optional*, defaults to `"class"`): `"class"` token or mean of the `"patches"`.
     """
 
@@ -157,14 +152,12 @@ class VisionEncoderNetwork(nn.Module):
         name_or_path: str | os.PathLike = "facebook/dinov2-large",
         image_size: int = 224,
         pooling: str = "class",
-        **hub_kwargs,
     ) -> VisionEncoderNetwork:
-        """Load the encoder and its normalization from a folder or the Hub; `hub_kwargs` are `revision`, `cache_dir`, …"""
+        """Load the encoder and its normalization from a folder or the Hub."""
         # Without the argument, transformers asks on the terminal whether to run the code of a repository.
-        hub_kwargs = {"trust_remote_code": False, **hub_kwargs}
-        model = AutoModel.from_pretrained(name_or_path, **hub_kwargs)
+        model = AutoModel.from_pretrained(name_or_path, trust_remote_code=False)
         model = getattr(model, "vision_model", model)  # CLIP and SigLIP
-        return cls(model, *read_normalization(name_or_path, **hub_kwargs), image_size, pooling)
+        return cls(model, *read_normalization(name_or_path), image_size, pooling)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         size = (self.image_size, self.image_size)

@@ -4,32 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
-import pickle
 import warnings
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-from numpy._core.multiarray import _reconstruct
+import torch.nn as nn
 
 from ..files import write_atomically
+from .networks import network_name, network_sha256
 from .statistics import FeatureBank, FeatureMoments, frechet_distance
-
-
-# What `np.load` raises for damaged archives.
-ARCHIVE_ERRORS = (ValueError, TypeError, KeyError, OSError, EOFError, RuntimeError, MemoryError, zipfile.BadZipFile)
-
-# The parts of a pickled numpy array; `weights_only=True` refuses everything else.
-_NUMPY_GLOBALS = [
-    np.dtype,
-    np.ndarray,
-    type(np.dtype(np.float32)),
-    type(np.dtype(np.float64)),
-    (_reconstruct, "numpy.core.multiarray._reconstruct"),  # written by numpy 1
-    (_reconstruct, "numpy._core.multiarray._reconstruct"),
-]
 
 
 @dataclass
@@ -58,15 +42,15 @@ class FeatureStatistics:
 
     @classmethod
     def from_moments(
-        cls,
-        moments: FeatureMoments,
-        bank: FeatureBank | None = None,
-        network: str | None = None,
-        network_sha256: str | None = None,
+        cls, moments: FeatureMoments, bank: FeatureBank | None = None, network: nn.Module | None = None
     ) -> FeatureStatistics:
-        """Statistics of accumulated features; `bank` holds the same images."""
-        features = None if bank is None else bank.features
-        return cls(moments.mean, moments.covariance, moments.count, network, network_sha256, features)
+        """Statistics of accumulated features of `network`; `bank` holds the same images."""
+        statistics = cls(
+            moments.mean, moments.covariance, moments.count, features=None if bank is None else bank.features
+        )
+        if network is not None:
+            statistics.network, statistics.network_sha256 = network_name(network), network_sha256(network)
+        return statistics
 
     @property
     def sha256(self) -> str:
@@ -77,9 +61,8 @@ class FeatureStatistics:
         """
         [`frechet_distance`] to `other`; with Inception features it is the FID.
 
-        Equal to torch-fidelity's up to the float32 rounding of its means (relative 1e-6), and to 1e-11 when both are given
-        float64 features. Warns when a set has no more images than dimensions: its covariance is singular, and the distance
-        is biased upwards.
+        Equal to torch-fidelity's up to the float32 rounding of its means (relative 1e-6). Warns when a set has no more images
+        than dimensions.
 
         Raises:
             ValueError: If the statistics come from different networks.
@@ -93,70 +76,57 @@ class FeatureStatistics:
                 )
         return frechet_distance(self.mu, self.sigma, other.mu, other.sigma)
 
-    def check_network(
-        self,
-        network: str | None,
-        sha256: str | None,
-        width: int,
-        advice: str = "Use one network, image size and pooling for both.",
-    ) -> None:
+    def check_network(self, network: str | None, sha256: str | None, width: int) -> None:
         """Raise a `ValueError` unless features of `network` can be compared with these statistics."""
         if width != len(self.mu) or len({self.network_sha256, sha256} - {None}) > 1:
             raise ValueError(
                 f"Features of different networks cannot be compared: {self.network or 'unknown'} (width {len(self.mu)}) and "
-                f"{network or 'unknown'} (width {width}). {advice}"
+                f"{network or 'unknown'} (width {width}). Use the weights, image size and pooling of the reference, or make "
+                "it again with pixelrepa-prepare-reference."
             )
 
     def require_features(self) -> np.ndarray:
         """The features, or a `ValueError` that says how to store them."""
         if self.features is None:
             raise ValueError(
-                "The reference statistics hold no features, which precision and recall compare: make them with "
-                "pixelrepa-prepare-reference --keep_features."
+                "Precision and recall need a reference with features: make it with pixelrepa-prepare-reference --keep_features."
             )
         return self.features
 
     def save(self, path: str | os.PathLike) -> None:
         """Write a `.npz` file with `mu` and `sigma`, which every FID program reads, and the other fields that are known."""
-        known = {name: value for name, value in vars(self).items() if value is not None}
-
-        def write(temporary: Path) -> None:
-            with temporary.open("wb") as file:
-                np.savez(file, **known)
-
-        write_atomically(Path(path), write)
+        write_arrays(Path(path), **{name: value for name, value in vars(self).items() if value is not None})
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> FeatureStatistics:
         """
-        Read statistics from a file, without running code from it.
-
-        Args:
-            path (`str` or `os.PathLike`):
-                A `.npz` file with `mu` and `sigma` (the published `jit_in256_stats.npz`, files of ADM, pytorch-fid, clean-fid
-                and [`~FeatureStatistics.save`]), or torch-fidelity's cache `…-stat-fid-2048.pt`.
+        Read a `.npz` file with `mu` and `sigma`, without running code from it: the published `jit_in256_stats.npz`, files of
+        ADM, pytorch-fid, clean-fid and [`~FeatureStatistics.save`].
 
         Raises:
             ValueError: If the file is damaged or holds something else.
         """
         try:
-            if Path(path).suffix == ".pt":
-                with torch.serialization.safe_globals(_NUMPY_GLOBALS):
-                    stored = torch.load(path, map_location="cpu", weights_only=True)
-            else:
-                with np.load(path, allow_pickle=False) as file:
-                    stored = {name: file[name] for name in cls.__dataclass_fields__ if name in file}
-            statistics = cls(stored["mu"], stored["sigma"], features=stored.get("features"))
-            for name, convert in (("count", int), ("network", str), ("network_sha256", str)):
-                if name in stored:
-                    setattr(statistics, name, convert(stored[name]))
+            with np.load(path, allow_pickle=False) as file:
+                stored = {name: file[name] for name in file.keys() & cls.__dataclass_fields__.keys()}
+            statistics = cls(**{name: value if value.ndim else value.item() for name, value in stored.items()})
             mu, sigma = statistics.mu, statistics.sigma
-            if sigma.shape != mu.shape * 2 or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+            if sigma.shape != mu.shape * 2 or not np.isfinite(sigma).all():
                 raise ValueError(f"they must be finite, of shapes (D,) and (D, D), got {mu.shape} and {sigma.shape}")
-        except (*ARCHIVE_ERRORS, pickle.UnpicklingError) as error:
+        except Exception as error:  # numpy raises many types
             raise ValueError(f"{path} cannot be read as reference statistics (mu and sigma): {error!r}") from error
         return statistics
 
 
 def load_reference(reference: FeatureStatistics | str | os.PathLike) -> FeatureStatistics:
     return reference if isinstance(reference, FeatureStatistics) else FeatureStatistics.load(reference)
+
+
+def write_arrays(path: Path, **arrays) -> None:
+    """Write a `.npz` file atomically."""
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:  # numpy would change the suffix of a path
+            np.savez(file, **arrays)
+
+    write_atomically(path, write)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import datasets
@@ -19,12 +20,11 @@ from .statistics import FeatureBank, FeatureMoments, InceptionScoreSums, gather,
 _INPUTS = """
 Args:
     images: PIL images or uint8 arrays (H, W, 3) of one size, or a torch.uint8 tensor (B, 3, H, W); or instead
-    features: an array or tensor (B, D) computed elsewhere ({row}).
-{options}
+    features: an array or tensor (B, D) computed elsewhere; logits for the Inception Score.
+    {options}
 Pass batches to `add_batch(images=…)` or `add_batch(features=…)` and then call `compute(…)`, or pass everything to `compute`.
 Under accelerate every process adds its own images and calls `compute`, and every process gets the result.
 """
-_REFERENCE = "    reference: a FeatureStatistics or the path of one, see pixelrepa-prepare-reference.\n"
 
 
 class StreamingMetric(evaluate.Metric):
@@ -42,8 +42,7 @@ class StreamingMetric(evaluate.Metric):
 
     summary: str
     citation_text: str
-    row = "one row per image"
-    options = _REFERENCE
+    options = "reference: a FeatureStatistics or the path of one, see pixelrepa-prepare-reference."
     output = "features"  # the output of the network that is accumulated
     default_network = InceptionNetwork
     new_accumulator = FeatureMoments
@@ -57,7 +56,7 @@ class StreamingMetric(evaluate.Metric):
         return evaluate.MetricInfo(
             description=self.summary,
             citation=self.citation_text,
-            inputs_description=_INPUTS.format(row=self.row, options=self.options),
+            inputs_description=_INPUTS.format(options=self.options),
             features=[
                 datasets.Features({"images": datasets.Image()}),
                 datasets.Features({"features": datasets.Sequence(datasets.Value("float32"))}),
@@ -66,47 +65,31 @@ class StreamingMetric(evaluate.Metric):
 
     def _reset(self) -> None:
         self._accumulator = self.new_accumulator()
-        self._used_network = False
+        self._origin = None  # the network that the features come from, if it is known
 
     def add_batch(self, *, images: Sequence | None = None, features: Any | None = None) -> None:
         """Add images, or features computed elsewhere."""
-        if (images is None) == (features is None):
-            raise ValueError("Give either images or features.")
         if features is not None:
             self._accumulator.update(features)
             return
         if self.network is None:
             self.network = self.default_network()
-        self._used_network = True
+        self._origin = self.network
         for start in range(0, len(images), self.batch_size):
             outputs = extract(self.network, images[start : start + self.batch_size])
-            if self.output not in outputs:
-                raise ValueError(f"{self.name} needs {self.output}, the network returns {sorted(outputs)}.")
             self._accumulator.update(outputs[self.output])
 
-    def add(self, *, images: Any | None = None, features: Any | None = None) -> None:
+    def add(self, **example: Any) -> None:
         """Add one image, or the features of one."""
-        self.add_batch(
-            images=None if images is None else [images],
-            features=None if features is None else np.asarray(features)[None],
-        )
+        self.add_batch(**{name: [value] for name, value in example.items()})
 
-    def compute(
-        self,
-        *,
-        predictions: None = None,
-        references: None = None,
-        images: Sequence | None = None,
-        features: Any | None = None,
-        **options,
-    ) -> dict[str, float]:
+    def compute(self, *, images: Sequence | None = None, features: Any | None = None, **options) -> dict[str, float]:
         """The metric of everything added since the last successful `compute`."""
-        # `evaluate.combine` passes these two to every metric, as None.
-        if predictions is not None or references is not None:
-            raise ValueError(f"{self.name} takes `images` or `features`, and its statistics as `reference`.")
         if images is not None or features is not None:
             self.add_batch(images=images, features=features)
-        result = self._compute(gather(self._accumulator), self.network if self._used_network else None, **options)
+        # `evaluate.combine` passes `predictions` and `references` to every metric, as None.
+        options = {name: value for name, value in options.items() if name not in ("predictions", "references")}
+        result = self._compute(gather(self._accumulator), **options)
         self._reset()
         return result
 
@@ -118,9 +101,8 @@ class FID(StreamingMetric):
     citation_text = "Heusel et al., GANs Trained by a Two Time-Scale Update Rule, 2017, arXiv 1706.08500"
     result = "fid"
 
-    def _compute(self, moments, network, reference) -> dict[str, float]:
-        origin = (network_name(network), network_sha256(network)) if network is not None else (None, None)
-        statistics = FeatureStatistics.from_moments(moments, None, *origin)
+    def _compute(self, moments, reference) -> dict[str, float]:
+        statistics = FeatureStatistics.from_moments(moments, network=self._origin)
         return {self.result: statistics.distance(load_reference(reference))}
 
 
@@ -139,17 +121,13 @@ class InceptionScore(StreamingMetric):
 
     summary = "Inception Score: how confident and how varied the predictions of a classifier are; higher is better."
     citation_text = "Salimans et al., Improved Techniques for Training GANs, 2016, arXiv 1606.03498"
-    row = "the logits of one image"
     options = (
-        "    splits (int, 10), shuffle_seed (int or None, 2020): see InceptionScoreSums. Images are numbered in the order they\n"
-        "        are added in, process by process.\n"
+        "splits (int, 10), shuffle_seed (int or None, 2020): see InceptionScoreSums; images count process by process."
     )
     output = "logits"
+    new_accumulator = staticmethod(partial(FeatureBank, np.float32))
 
-    def new_accumulator(self) -> FeatureBank:
-        return FeatureBank(np.float32)
-
-    def _compute(self, bank, network, splits: int = 10, shuffle_seed: int | None = 2020) -> dict[str, float]:
+    def _compute(self, bank, splits: int = 10, shuffle_seed: int | None = 2020) -> dict[str, float]:
         logits = bank.features
         sums = InceptionScoreSums(len(logits), splits, shuffle_seed)
         for indices in np.array_split(np.arange(len(logits)), -(-len(logits) // 1024)):
@@ -166,20 +144,21 @@ class PrecisionRecall(StreamingMetric):
     summary = "Improved precision and recall: share of images inside the k-nearest-neighbour balls of the other set."
     citation_text = "Kynkäänniemi et al., Improved Precision and Recall Metric, 2019, arXiv 1904.06991"
     options = (
-        "    reference: features (M, D), or a FeatureStatistics that has features, or the path of one.\n"
-        "    k (int, 3): the neighbour that a ball reaches to.\n"
+        "reference: features (M, D), or a FeatureStatistics that has features, or the path of one.\n"
+        "    k (int, 3): the neighbour that a ball reaches to."
     )
     new_accumulator = FeatureBank
 
-    def _compute(self, bank, network, reference, k: int = 3) -> dict[str, float]:
-        features = bank.features
+    def _compute(self, bank, reference, k: int = 3) -> dict[str, float]:
+        network, device = self._origin, "cpu"
         if not isinstance(reference, np.ndarray | torch.Tensor):
             statistics = load_reference(reference)
-            if network is not None:
-                statistics.check_network(network_name(network), network_sha256(network), features.shape[1])
             reference = statistics.require_features()
-        device = next(network.parameters()).device if network is not None else "cpu"
-        return precision_recall(features, reference, k=k, device=device)
+            if network is not None:
+                statistics.check_network(network_name(network), network_sha256(network), bank.features.shape[1])
+        if network is not None:
+            device = next(network.parameters()).device
+        return precision_recall(bank.features, reference, k=k, device=device)
 
 
 MODULES = {"fid": FID, "inception_score": InceptionScore, "precision_recall": PrecisionRecall, "fd_dinov2": FDDINOv2}

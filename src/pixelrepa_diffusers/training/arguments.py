@@ -22,7 +22,7 @@ from .data import DataArguments
 
 @dataclass
 class ModelArguments:
-    """Architecture. Arguments that are not given come from the preset."""
+    """Model (changes results). Arguments that are not given come from the preset."""
 
     preset: str = flag("JiT-B/16", "Variant of the papers, or the small one of the demo.", choices=list(PRESETS))
     pretrained_model_name_or_path: str | None = flag(
@@ -45,7 +45,7 @@ class ModelArguments:
 
 @dataclass
 class ObjectiveArguments:
-    """Objective."""
+    """Objective (changes results)."""
 
     objective: Literal["pixelrepa", "none", "repa", "irepa"] = flag(
         "pixelrepa", "pixelrepa; none: plain JiT; repa: an MLP on every token; irepa: a convolution over the grid."
@@ -73,7 +73,7 @@ class ObjectiveArguments:
 
 @dataclass
 class OptimizationArguments:
-    """Optimization."""
+    """Optimization (changes results)."""
 
     seed: int = flag(0, "Seed of the weights and of every random draw.", ge=0, lt=2**63)
     train_batch_size: int = flag(128, "Images per process and micro-step.", ge=1)
@@ -106,7 +106,7 @@ class OptimizationArguments:
 
 @dataclass
 class PerformanceArguments:
-    """Performance."""
+    """Performance (changes rounding at most)."""
 
     mixed_precision: Literal["no", "fp16", "bf16"] | None = flag(None, "Default: accelerate's configuration.")
     allow_tf32: bool = flag(False, "Use TF32 for float32 matrix products.")
@@ -122,7 +122,7 @@ class PerformanceArguments:
 
 @dataclass
 class BookkeepingArguments:
-    """Outputs. None of these changes the weights."""
+    """Bookkeeping (changes no weights)."""
 
     output_dir: str = flag("outputs/pixelrepa", "Folder for checkpoints, samples, curves and the final pipeline.")
     checkpointing_steps: int = flag(5000, "Steps between checkpoints.", ge=1)
@@ -170,16 +170,6 @@ class BookkeepingArguments:
     dry_run_processes: int | None = flag(None, "Number of processes assumed by --dry_run.", ge=1)
 
 
-GROUPS = {
-    "data (changes results)": DataArguments,
-    "model (changes results)": ModelArguments,
-    "objective (changes results)": ObjectiveArguments,
-    "optimization (changes results)": OptimizationArguments,
-    "performance (changes rounding at most)": PerformanceArguments,
-    "bookkeeping": BookkeepingArguments,
-}
-
-
 @dataclass
 class TrainingArguments(
     BookkeepingArguments,
@@ -202,15 +192,9 @@ class TrainingArguments(
         if self.teacher_cache_dir is not None and (self.streaming or not self.center_crop):
             raise ValueError("--teacher_cache_dir needs --center_crop and no --streaming.")
         if self.eval_steps and len({METRICS[metric][0] for metric in self.eval_metrics}) > 1:
-            raise ValueError(
-                f"--eval_metrics {' '.join(self.eval_metrics)} need several feature networks; training keeps one in "
-                "memory. Choose metrics of one network, and use pixelrepa-evaluate for the others."
-            )
+            raise ValueError("--eval_metrics need several feature networks: choose metrics of one network.")
         if self.eval_steps and self.eval_reference is None and self.eval_metrics != ["inception_score"]:
-            raise ValueError(
-                f"--eval_metrics {' '.join(self.eval_metrics)} need --eval_reference, statistics of real images. "
-                "Compute them with pixelrepa-prepare-reference."
-            )
+            raise ValueError("--eval_metrics need --eval_reference, a file written by pixelrepa-prepare-reference.")
 
     def saved(self) -> dict:
         """Arguments that may be written to disk or sent to a tracker: all but the token."""
@@ -243,12 +227,12 @@ class TrainingArguments(
                 f"The warmup ({warmup} steps) is not shorter than the run ({steps} steps): the learning rate never "
                 "reaches its peak. Set --lr_warmup_steps."
             )
-        initial_weights = self.ema_decays[0] ** steps if self.use_ema else 0.0
-        if initial_weights > 0.1:
-            decay = f"smaller --ema_decays, such as {1 - 5 / steps:.4f}"
+        initial = self.ema_decays[0] ** steps if self.use_ema else 0.0
+        if initial > 0.1:
+            cure = f"smaller --ema_decays, such as {1 - 5 / steps:.4f}" if steps > 10 else "--use_ema false"
             warnings.append(
                 f"After {steps} steps the EMA weights with decay {self.ema_decays[0]}, which are sampled and published, "
-                f"still consist of {initial_weights:.0%} initial weights. Set {decay if steps > 10 else '--use_ema false'}."
+                f"still consist of {initial:.0%} initial weights. Set {cure}."
             )
         return warnings
 
@@ -263,38 +247,27 @@ def parse_arguments(argv: list[str] | None = None) -> TrainingArguments:
         SystemExit: With status 2 and a message, for unknown names and wrong values on the command line or in a file.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    for title, group in GROUPS.items():
-        group._argument_group_name = title
-    parser = HfArgumentParser(list(GROUPS.values()), description="Train a JiT with PixelREPA.", allow_abbrev=False)
+    groups = TrainingArguments.__bases__[::-1]
+    for group in groups:
+        group._argument_group_name = group.__doc__.split(".")[0].lower()
+    parser = HfArgumentParser(groups, description="Train a JiT with PixelREPA.", allow_abbrev=False)
     parser.add_argument("--config", help="YAML file of arguments; the command line takes precedence.")
     config = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])[0].config
-    if config is not None:
-        try:
-            argv = [*_to_argv(_read_config(Path(config))), *argv]
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            parser.error(f"--config {config}: {error}")
-    *groups, _, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-    if unknown:
-        parser.error(f"unknown arguments: {' '.join(unknown)}. See --help.")
     try:
-        return TrainingArguments(**{name: value for group in groups for name, value in vars(group).items()})
-    except ValueError as error:
+        words = []
+        for name, value in ({} if config is None else _read_config(Path(config))).items():
+            if value is not None:
+                words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+        parsed = vars(parser.parse_args(words + argv))
+        del parsed["config"]
+        return TrainingArguments(**parsed)
+    except (OSError, ValueError, yaml.YAMLError) as error:
         parser.error(str(error))
 
 
 def _read_config(path: Path) -> dict:
-    values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(values, dict):
-        raise ValueError(f"{path} must consist of `name: value` lines.")
+        raise ValueError(f"--config {path} must consist of `name: value` lines.")
     base = values.pop("base", None)
-    if unknown := values.keys() - {field.name for field in dataclasses.fields(TrainingArguments)}:
-        raise ValueError(f"{path} has unknown arguments: {', '.join(map(str, unknown))}.")
     return values if base is None else {**_read_config(path.parent / base), **values}
-
-
-def _to_argv(values: dict) -> list[str]:
-    argv = []
-    for name, value in values.items():
-        if value is not None:
-            argv += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    return argv

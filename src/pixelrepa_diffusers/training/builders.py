@@ -28,10 +28,7 @@ TRANSFORMER_ARGUMENTS = (
 
 
 def transformer_config(args: TrainingArguments, num_classes: int) -> dict:
-    """
-    Return the transformer's configuration: the preset with the overrides of the command line, or the pretrained one, of
-    which only non-architectural settings may be overridden.
-    """
+    """Return the configuration of the preset, or of the pretrained transformer, with the overrides of the command line."""
     overrides = {name: getattr(args, name) for name in TRANSFORMER_ARGUMENTS if getattr(args, name) is not None}
     if args.resolution is not None:
         overrides["sample_size"] = args.resolution
@@ -69,8 +66,8 @@ def build_teacher(args: TrainingArguments, config: dict, device: torch.device) -
         )
     except OSError as error:
         raise OSError(
-            f"The teacher could not be loaded: {error}\nSet --teacher_model_name_or_path to a folder or Hub id of a "
-            "vision encoder, or train plain JiT without a teacher: --objective none."
+            f"The teacher could not be loaded: {error}\nSet --teacher_model_name_or_path to a folder or Hub id, or train "
+            "plain JiT without a teacher: --objective none."
         ) from error
     return teacher.to(device)
 
@@ -148,9 +145,6 @@ def build_optimizer(
     return torch.optim.AdamW(groups, fused=True, **settings)
 
 
-# ---------------------------------------------------------------------------------------------------------- fine-tuning
-
-
 @functools.cache
 def pretrained_settings(name_or_path: str, revision: str | None) -> dict:
     """Class names and guidance saved with a pipeline, or with a checkpoint in progress.json."""
@@ -180,12 +174,9 @@ def load_pretrained(
     except OSError as error:
         logger.warning(f"{source} has no adapter: a new one is trained ({error}).")
         return
-    needed = {"_class_name": type(projector).__name__} | {
-        name: value for name, value in projector.config.items() if not name.startswith("_") and name != "num_classes"
-    }
-    differences = [
-        f"{name}: {config.get(name)}, not {value}" for name, value in needed.items() if config.get(name) != value
-    ]
+    needed = {name: value for name, value in projector.config.items() if not name.startswith("_")}
+    needed |= {"_class_name": type(projector).__name__, "num_classes": config.get("num_classes")}
+    differences = [f"{name}: {config.get(name)}, not {own}" for name, own in needed.items() if config.get(name) != own]
     if differences:
         logger.warning(f"The adapter of {source} does not fit ({', '.join(differences)}): a new one is trained.")
         return
@@ -216,25 +207,20 @@ def _match_classes(
     """
     num_classes, same_number = len(initial) - 1, len(initial) == len(pretrained)
     rows = {name: int(number) for number, name in known.items()}
-    embedding = initial.clone()
+    unmatched = [number for number in range(num_classes) if id2label.get(str(number)) not in rows]
+    embedding = pretrained.clone() if same_number else initial.clone()
     embedding[-1] = pretrained[-1]
-    unmatched = []
-    for number in range(num_classes):
-        name = id2label.get(str(number))
-        row = rows.get(name, number if same_number else None)
-        if row is not None:
-            embedding[number] = pretrained[row]
-        if name not in rows:
-            unmatched.append(number)
-    if unmatched and same_number and known and id2label:
+    for number in set(range(num_classes)) - {*unmatched}:
+        embedding[number] = pretrained[rows[id2label[str(number)]]]
+    if unmatched and not same_number:
+        logger.warning(
+            f"{source} has {len(pretrained) - 1} classes, the data have {num_classes}: {len(unmatched)} class embeddings "
+            "without a match by name start from their initialization."
+        )
+    elif unmatched and known and id2label:
         number = str(unmatched[0])
         logger.warning(
             f"The classes of {source} have other names than those of the data (class {number}: {known[number]!r}, here "
             f"{id2label[number]!r}). Such a class takes the embedding of its number: check the order."
-        )
-    elif unmatched and not same_number:
-        logger.warning(
-            f"{source} has {len(pretrained) - 1} classes, the data have {num_classes}: {len(unmatched)} class embeddings "
-            "without a match by name start from their initialization."
         )
     return embedding

@@ -24,24 +24,19 @@ from .arguments import BookkeepingArguments, TrainingArguments
 logger = get_logger(__name__)
 
 # Arguments that may change at a resume without a warning.
-_FREE_ARGUMENTS = {field.name for field in fields(BookkeepingArguments)} | {
-    "dataloader_num_workers",
-    "max_train_steps",
-    "cache_dir",
-}
+_FREE_ARGUMENTS = {field.name for field in fields(BookkeepingArguments)}
+_FREE_ARGUMENTS |= {"dataloader_num_workers", "max_train_steps", "cache_dir"}
 
 
 def checkpoint_step(folder: Path) -> int:
-    """Return N of `checkpoint-N`."""
+    """Return N of `checkpoint-N`, -1 for other names."""
     match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
-    if match is None:
-        raise ValueError(f"{folder} is not a checkpoint: its name must be checkpoint-N.")
-    return int(match[1])
+    return int(match[1]) if match else -1
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """Return the checkpoints of a run, oldest first."""
-    found = [path for path in output_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
+    found = [path for path in output_dir.glob("checkpoint-*") if checkpoint_step(path) >= 0]
     return sorted(found, key=checkpoint_step)
 
 
@@ -51,38 +46,32 @@ def find_checkpoint(output_dir: Path, resume: str | None) -> Path | None:
 
     Args:
         output_dir (`Path`): Folder of the run.
-        resume (`str`, *optional*): "latest", the newest intact checkpoint of `output_dir`; or a checkpoint, as a path or
-            as a name in `output_dir`.
-
-    Raises:
-        FileNotFoundError: If the given checkpoint does not exist.
-        DamagedFolderError: If the given checkpoint is damaged, or all that "latest" finds.
-        FileExistsError: If the run would overwrite checkpoints.
+        resume (`str`, *optional*): "latest", the newest intact checkpoint of `output_dir`; or the path of a checkpoint,
+            or its name in `output_dir`.
     """
     existing = list_checkpoints(output_dir)
-    if resume is None:
-        if existing:
-            raise FileExistsError(
-                f"{output_dir} already holds {existing[-1].name}. Continue with --resume_from_checkpoint latest, or "
-                "choose another --output_dir."
-            )
+    if resume is None and not existing:
         return None
+    if resume is None:
+        raise FileExistsError(
+            f"{output_dir} already holds {existing[-1].name}. Continue with --resume_from_checkpoint latest, or choose "
+            "another --output_dir."
+        )
     if resume == "latest":
         intact = next(filter(_is_intact, reversed(existing)), None)
         if existing and intact is None:
             raise DamagedFolderError(f"All {len(existing)} checkpoints in {output_dir} are damaged.")
         return intact
     folder = Path(resume) if Path(resume).is_dir() else output_dir / resume
-    if not folder.is_dir():
-        raise FileNotFoundError(f"--resume_from_checkpoint {resume} does not exist.")
     step = checkpoint_step(folder)
+    if step < 0 or not folder.is_dir():
+        raise FileNotFoundError(f"--resume_from_checkpoint {resume} does not exist or is no checkpoint-N.")
     verify_folder(folder)
     # The run would write these steps again; until then, "latest" would resume from the wrong ones.
     later = [path for path in existing if checkpoint_step(path) >= step and not path.samefile(folder)]
-    if later := list(filter(_is_intact, later)):
+    if later := ", ".join(path.name for path in filter(_is_intact, later)):
         raise FileExistsError(
-            f"{output_dir} already holds {later[-1].name}, which is not older than {folder}. Move "
-            f"{', '.join(path.name for path in later)} away, or choose another --output_dir."
+            f"{output_dir} holds later checkpoints. Move {later} away, or choose another --output_dir."
         )
     return folder
 
@@ -104,21 +93,18 @@ def with_weights(config: dict, weights: dict[str, torch.Tensor]) -> JiTTransform
     return transformer.eval().requires_grad_(False)
 
 
+def gather_weights(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Assemble weights that FSDP shards, on all processes together."""
+    return {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in weights.items()}
+
+
 class Checkpointer:
     """
     Save and load everything a bit-exact resume needs, the frozen teacher excepted.
 
     A checkpoint contains `transformer/`, `transformer_ema_DECAY/` for every EMA and `adapter/` (the projector) as diffusers
     folders; optimizer, gradient scaler and random states as written by accelerate; and `progress.json`: step, position in
-    the data, arguments, class names and guidance. The learning rate is a function of the step.
-
-    Args:
-        args (`TrainingArguments`): Arguments of the run.
-        accelerator (`Accelerator`): Accelerator of the run.
-        objective (`torch.nn.Module`): Objective, as prepared by the accelerator.
-        ema (`ConstantDecayEMA`, *optional*): EMA weights.
-        optimizer (`torch.optim.Optimizer`): Optimizer, as prepared by the accelerator.
-        pipeline_config (`dict`): `id2label`, `guidance_scale` and `guidance_interval` of the run's pipeline.
+    the data, arguments, and `pipeline_config`, the class names and guidance of the run's pipeline.
     """
 
     def __init__(
@@ -147,12 +133,7 @@ class Checkpointer:
         def write(path: Path) -> None:
             self.accelerator.save_state(str(path))
             state = self.accelerator.get_state_dict(self.objective)
-            emas = {} if self.ema is None else {decay: self.ema.state_dict_for(decay) for decay in self.ema.decays}
-            if self.sharded:
-                emas = {
-                    decay: {name: shard.full_tensor() for name, shard in weights.items()}
-                    for decay, weights in emas.items()
-                }
+            emas = {} if self.ema is None else {d: gather_weights(self.ema.state_dict_for(d)) for d in self.ema.decays}
             if not is_main:
                 return
             module = self.accelerator.unwrap_model(self.objective)
@@ -184,31 +165,23 @@ class Checkpointer:
         The checksums detect damage, not intent, so no content of a checkpoint is executed: weights are safetensors, and
         accelerate unpickles the rest with `weights_only=True`. (Sharded checkpoints go through
         torch.distributed.checkpoint, which does not: resume only your own.)
-
-        Raises:
-            ValueError: If the checkpoint belongs to a run with another model or optimizer; names the changed arguments.
         """
-        changes = []
+        progress = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
+        changes = ", ".join(
+            f"--{name} {old} → {getattr(self.args, name)}"
+            for name, old in progress["arguments"].items()
+            if name not in _FREE_ARGUMENTS and getattr(self.args, name, old) != old
+        )
+        if changes:
+            logger.warning(f"Arguments changed since {folder.name}: {changes}.")
         try:
-            progress = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
-            saved = progress["arguments"]
-            changes = [
-                f"--{name} {old} → {getattr(self.args, name)}"
-                for name, old in saved.items()
-                if name not in _FREE_ARGUMENTS and getattr(self.args, name, old) != old
-            ]
-            if changes:
-                logger.warning(f"Arguments changed since {folder.name}: {', '.join(changes)}.")
             self._load_weights(folder, progress)
-        except pickle.UnpicklingError as error:
-            # torch's own message recommends loading the file unsafely.
-            refused = re.search(r"GLOBAL (\S+)", str(error))
+        except pickle.UnpicklingError:  # torch's own message recommends loading the file unsafely
             raise ValueError(
-                f"{folder} is refused: its optimizer.bin is damaged or contains more than tensors and numbers"
-                f"{f' ({refused[1]})' if refused else ''}. Nothing in it was executed."
+                f"{folder}/optimizer.bin is refused: it contains more than tensors and numbers."
             ) from None
-        except (RuntimeError, ValueError, TypeError, OSError, KeyError) as error:
-            changed = f" Arguments changed since: {', '.join(changes)}." if changes else ""
+        except (RuntimeError, ValueError, OSError, KeyError) as error:
+            changed = f" Arguments changed since: {changes}." if changes else ""
             raise ValueError(f"{folder} does not fit this run.{changed} {error}") from error
         return progress
 
@@ -230,9 +203,8 @@ class Checkpointer:
         if self.ema is not None:
             averages = {decay: _read_weights(folder / f"transformer_ema_{decay}") for decay in self.ema.decays}
             for decay, weights in averages.items():
-                for name, own in self.ema.state_dict_for(decay).items():
-                    if isinstance(own, DTensor):
-                        weights[name] = distribute_tensor(weights[name], own.device_mesh, own.placements)
+                for name, own in self.ema.state_dict_for(decay).items() if self.sharded else ():
+                    weights[name] = distribute_tensor(weights[name], own.device_mesh, own.placements)
             self.ema.load_state_dict({"num_calls": progress["ema_calls"], "averages": averages})
 
 
@@ -241,7 +213,4 @@ def _with_prefix(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch
 
 
 def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"{folder} contains no weights.")
-    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}

@@ -13,11 +13,11 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import datasets
 import numpy as np
@@ -29,20 +29,6 @@ from ..cli import flag
 from ..images import BadImageError, list_classes, list_images, read_image
 
 
-__all__ = [
-    "BadImageError",
-    "DataArguments",
-    "ImageLoader",
-    "ImageSource",
-    "StreamSource",
-    "check_global_batch",
-    "draws",
-    "measure_throughput",
-    "open_source",
-    "read_pixels",
-    "to_float",
-]
-
 logger = logging.getLogger(__name__)
 
 MANIFEST = "prepared.json"
@@ -50,7 +36,7 @@ MANIFEST = "prepared.json"
 
 @dataclass
 class DataArguments:
-    """Which images to train on. Give exactly one of `train_data_dir` and `dataset_name`."""
+    """Data (changes results). Give exactly one of `train_data_dir` and `dataset_name`."""
 
     train_data_dir: str | None = flag(
         None,
@@ -123,9 +109,8 @@ class ImageSource:
         self.resolution = resolution
         self.num_classes = num_classes or (len(class_names) if class_names else int(labels.max(initial=0)) + 1)
         self.id2label = name_classes(class_names, self.num_classes)
-        wrong = np.flatnonzero((labels < 0) | (labels >= self.num_classes))
-        if len(wrong):
-            raise wrong_label(labels[wrong[0]], self.num_classes, self[int(wrong[0])].name)
+        for index in np.flatnonzero((labels < 0) | (labels >= self.num_classes))[:1]:
+            check_label(labels[index], self.num_classes, self[int(index)].name)
 
     def __len__(self) -> int:
         return len(self._images)
@@ -142,46 +127,30 @@ class ImageSource:
         return (self[index] for index in range(len(self)))
 
 
+@dataclass
 class StreamSource:
-    """
-    Images that can only be read in sequence: iterate over `source.shuffled(seed, epoch)`, or over the source itself.
+    """Images that can only be read in sequence. Attributes as of [`ImageSource`]; their number is unknown."""
 
-    Attributes: see [`ImageSource`]. The number of images is unknown.
-    """
+    stream: datasets.IterableDataset
+    image_column: str
+    label_column: str | None
+    num_classes: int
+    id2label: dict[str, str] | None
+    shuffle_buffer_size: int
+    resolution: ClassVar[None] = None
 
-    resolution = None
-
-    def __init__(
-        self,
-        stream: datasets.IterableDataset,
-        image_column: str,
-        label_column: str | None,
-        num_classes: int,
-        class_names: list[str] | None,
-        shuffle_buffer_size: int,
-    ):
-        self._stream = stream
-        self._image_column, self._label_column = image_column, label_column
-        self._shuffle_buffer_size = shuffle_buffer_size
-        self.num_classes = num_classes
-        self.id2label = name_classes(class_names, num_classes)
-
-    def shuffled(self, seed: int, epoch: int) -> Iterator[Example]:
-        """Iterate over an epoch: `datasets` shuffles shards, then images in a buffer, by (seed, epoch)."""
-        stream = self._stream.shuffle(seed=seed, buffer_size=self._shuffle_buffer_size)
+    def shuffled(self, seed: int, epoch: int) -> StreamSource:
+        """The stream of an epoch: `datasets` shuffles shards, then images in a buffer, by (seed, epoch)."""
+        stream = self.stream.shuffle(seed=seed, buffer_size=self.shuffle_buffer_size)
         stream.set_epoch(epoch)
-        return self._examples(stream)
+        return replace(self, stream=stream)
 
     def __iter__(self) -> Iterator[Example]:
-        return self._examples(self._stream)
-
-    def _examples(self, stream: datasets.IterableDataset) -> Iterator[Example]:
         # `iter` has the same order everywhere; plain iteration changes it inside a DataLoader worker.
-        for position, rows in enumerate(stream.iter(batch_size=1)):
-            label = 0 if self._label_column is None else rows[self._label_column][0]
-            example = encoded_example(rows[self._image_column][0], label, f"example {position} of the stream")
-            if label is None or not 0 <= label < self.num_classes:
-                raise wrong_label(label, self.num_classes, example.name)
+        for position, rows in enumerate(self.stream.iter(batch_size=1)):
+            label = 0 if self.label_column is None else rows[self.label_column][0]
+            example = encoded_example(rows[self.image_column][0], label, f"example {position} of the stream")
+            check_label(label, self.num_classes, example.name)
             yield example
 
 
@@ -199,11 +168,12 @@ def name_classes(names: list[str] | None, num_classes: int) -> dict[str, str] | 
     return names and {str(label): name for label, name in enumerate(names[:num_classes])}
 
 
-def wrong_label(label: int | None, num_classes: int, name: str) -> ValueError:
-    return ValueError(
-        f"Label {label} of image {name} is outside [0, {num_classes}). Correct the data, or pass --num_classes with the "
-        "real number of classes."
-    )
+def check_label(label: int | None, num_classes: int, name: str) -> None:
+    if label is None or not 0 <= label < num_classes:
+        raise ValueError(
+            f"Label {label} of image {name} is outside [0, {num_classes}). Correct the data, or pass --num_classes with "
+            "the real number of classes."
+        )
 
 
 def open_source(args: DataArguments) -> ImageSource | StreamSource:
@@ -215,23 +185,18 @@ def open_source(args: DataArguments) -> ImageSource | StreamSource:
 
     Raises:
         ValueError: If arguments contradict each other or the data, or a label is out of range.
-        FileNotFoundError: If `train_data_dir` does not exist or holds no images.
+        FileNotFoundError: If there are no images.
     """
     if (args.train_data_dir is None) == (args.dataset_name is None):
         raise ValueError("Give exactly one source of images: --train_data_dir FOLDER or --dataset_name NAME.")
     if args.dataset_name is not None:
-        return _open_data_set_source(args)
+        return open_data_set_source(args)
+    for name in ("dataset_config_name", "dataset_split", "data_files", "image_column", "label_column", "streaming"):
+        if getattr(args, name) != DataArguments.__dataclass_fields__[name].default:
+            raise ValueError(f"--{name} belongs to --dataset_name; --train_data_dir is read as it is.")
 
-    folder = Path(args.train_data_dir)
-    for name in ("streaming", "data_files", "dataset_config_name", "dataset_split", "image_column", "label_column"):
-        if getattr(args, name) != getattr(DataArguments, name):
-            raise ValueError(f"--{name} belongs to --dataset_name and does not apply to --train_data_dir.")
-    if not folder.is_dir():
-        raise FileNotFoundError(f"--train_data_dir: there is no folder {folder}.")
-    if is_saved(folder):
-        raise ValueError(f"{folder} was written by `save_to_disk`: pass it as --dataset_name.")
-    resolution, num_classes = None, args.num_classes
-    if is_prepared(folder):
+    folder, resolution, num_classes = Path(args.train_data_dir), None, args.num_classes
+    if (folder / MANIFEST).exists():
         images, manifest = open_prepared(folder)
         labels, _ = number_labels(images, "label")
         class_names, resolution = manifest["class_names"], manifest["resolution"]
@@ -247,45 +212,20 @@ def open_source(args: DataArguments) -> ImageSource | StreamSource:
     return ImageSource(images, labels, num_classes, class_names, resolution, args.max_train_samples)
 
 
-def is_prepared(folder: Path) -> bool:
-    """Whether pixelrepa-prepare-dataset wrote `folder`."""
-    return (folder / MANIFEST).exists()
-
-
-def is_saved(folder: Path) -> bool:
-    """Whether `save_to_disk` of a `Dataset` or a `DatasetDict` wrote `folder`."""
-    return (folder / "state.json").exists() or (folder / "dataset_dict.json").exists()
-
-
 def open_prepared(folder: Path) -> tuple[datasets.Dataset, dict]:
-    """
-    Open the output of pixelrepa-prepare-dataset.
-
-    Returns:
-        A memory-mapped data set with the columns `pixels` (bytes of a uint8 (3, resolution, resolution)), `label` and
-        `name`, and the manifest with `resolution`, `num_classes`, `class_names` and `files`.
-
-    Raises:
-        ValueError: If a file is missing or damaged.
-    """
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        files = {folder / Path(name).name: size for name, size in manifest["files"].items()}
-        for path, size in files.items():
-            if not path.is_file() or path.stat().st_size != size:
-                raise ValueError(f"{path.name} is missing or not {size} bytes long")
-        images = datasets.concatenate_datasets([datasets.Dataset.from_file(str(path)) for path in files])
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder} is damaged: {error}. Prepare or copy it again.") from error
-    return images.select_columns(["pixels", "label", "name"]), manifest
+    """Memory-map the output of pixelrepa-prepare-dataset; return its columns `pixels`, `label`, `name`, and its manifest."""
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    paths = [folder / name for name in manifest["files"]]
+    for path, size in zip(paths, manifest["files"].values(), strict=True):
+        if not path.is_file() or path.stat().st_size != size:
+            raise ValueError(f"{path} is missing or not {size} bytes long: prepare or copy the data again.")
+    return datasets.concatenate_datasets([datasets.Dataset.from_file(str(path)) for path in paths]), manifest
 
 
 def open_data_set(args: DataArguments) -> datasets.Dataset | datasets.IterableDataset:
     """Open what `save_to_disk` wrote, or anything that `datasets.load_dataset` takes."""
     name = args.dataset_name
-    if is_prepared(Path(name)):
-        raise ValueError(f"{name} was written by pixelrepa-prepare-dataset: pass it as --train_data_dir.")
-    if not is_saved(Path(name)):
+    if not any((Path(name) / file).exists() for file in ("state.json", "dataset_dict.json")):
         return datasets.load_dataset(
             name,
             args.dataset_config_name,
@@ -294,50 +234,39 @@ def open_data_set(args: DataArguments) -> datasets.Dataset | datasets.IterableDa
             cache_dir=args.cache_dir,
             streaming=args.streaming,
         )
-    for setting in ("streaming", "data_files", "dataset_config_name"):
-        if getattr(args, setting):
-            raise ValueError(f"{name} was written by `save_to_disk`: drop --{setting}.")
-    try:
-        data = datasets.load_from_disk(name)
-    except (OSError, ValueError, TypeError, LookupError) as error:
-        raise ValueError(f"{name} cannot be read as a data set, it is damaged or empty: {error}") from error
-    if isinstance(data, datasets.Dataset):
-        return data
-    if args.dataset_split not in data:
-        raise ValueError(f"{name} has no split {args.dataset_split!r}, only {sorted(data)}: set --dataset_split.")
-    return data[args.dataset_split]
+    data = datasets.load_from_disk(name)
+    if isinstance(data, datasets.DatasetDict):
+        if args.dataset_split not in data:
+            raise ValueError(f"{name} has no split {args.dataset_split!r}, only {sorted(data)}: set --dataset_split.")
+        data = data[args.dataset_split]
+    return data.to_iterable_dataset() if args.streaming else data
 
 
-def _open_data_set_source(args: DataArguments) -> ImageSource | StreamSource:
+def open_data_set_source(args: DataArguments) -> ImageSource | StreamSource:
     data = open_data_set(args)
     label_column = None if args.unconditional else args.label_column
-    for name, column in (("image_column", args.image_column), ("label_column", label_column)):
-        if column is not None and column not in (data.features or ()):
-            raise ValueError(f"{args.dataset_name} has no column {column!r}, only {data.features}: set --{name}.")
-    feature = data.features[args.image_column]
-    encoded = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
-    if not isinstance(feature, datasets.Image) and feature not in (datasets.Value("binary"), encoded):
-        raise ValueError(f"Column {args.image_column!r} holds {feature}, not images: set --image_column.")
-    feature = None if label_column is None else data.features[label_column]
-    class_names = feature.names if isinstance(feature, datasets.ClassLabel) else None
+    columns = [args.image_column] + ([label_column] if label_column else [])
+    for column in columns:
+        if column not in (data.features or ()):
+            raise ValueError(
+                f"{args.dataset_name} has no column {column!r}, only {data.features}: set --image_column and --label_column."
+            )
+    feature = data.features[label_column] if label_column else None
+    class_names = getattr(feature, "names", None)
     num_classes = 1 if args.unconditional else args.num_classes
-
-    data = data.select_columns([args.image_column] + ([label_column] if label_column else []))
-    data = data.cast_column(args.image_column, datasets.Image(decode=False))
+    data = data.select_columns(columns).cast_column(args.image_column, datasets.Image(decode=False))
     if not args.streaming:
-        labels = np.zeros(len(data), np.int64)
-        if label_column is not None:
-            labels, sorted_names = number_labels(data, label_column)
-            class_names = class_names or sorted_names
+        labels, names = number_labels(data, label_column) if label_column else (np.zeros(len(data), np.int64), None)
         images = data.select_columns([args.image_column])
-        return ImageSource(images, labels, num_classes, class_names, max_samples=args.max_train_samples)
+        return ImageSource(images, labels, num_classes, class_names or names, max_samples=args.max_train_samples)
 
     num_classes = num_classes or len(class_names or ())
     if not num_classes or (feature is not None and not pa.types.is_integer(feature.pa_type)):
         raise ValueError(f"A stream needs integer labels and --num_classes; {label_column!r} holds {feature}.")
     if args.max_train_samples is not None:
         data = data.take(args.max_train_samples)
-    return StreamSource(data, args.image_column, label_column, num_classes, class_names, args.shuffle_buffer_size)
+    id2label = name_classes(class_names, num_classes)
+    return StreamSource(data, args.image_column, label_column, num_classes, id2label, args.shuffle_buffer_size)
 
 
 def number_labels(data: datasets.Dataset, column: str) -> tuple[np.ndarray, list[str] | None]:
@@ -385,39 +314,7 @@ def read_pixels(example: Example, resolution: int, offset: float | None = None) 
     return read_image(example.image, resolution, offset, example.name)
 
 
-@dataclass
-class ItemMaker:
-    """Turns stored images into training items; picklable, for the workers."""
-
-    resolution: int
-    seed: int
-    center_crop: bool = True
-    random_flip: bool = True
-    on_bad_image: str = "error"
-
-    def __call__(self, epoch: int, candidates: Iterable[tuple[int, Example]]) -> dict[str, Any]:
-        """Decode, crop and flip the first good image of `candidates`, with draws of its (seed, epoch, index)."""
-        for skipped, (index, example) in enumerate(candidates):
-            flip, offset = draws(self.seed, epoch, index, count=2) / 2.0**64
-            try:
-                pixels = read_pixels(example, self.resolution, None if self.center_crop else offset)
-            except BadImageError as error:
-                if self.on_bad_image == "error":
-                    raise
-                logger.warning("%s; the next image replaces it.", error)
-                continue
-            flipped = self.random_flip and bool(flip < 0.5)
-            return {
-                "pixel_values": pixels.flip(-1) if flipped else pixels,
-                "class_labels": example.label,
-                "index": index,
-                "flipped": flipped,
-                "skipped": skipped,
-            }
-        raise BadImageError(f"None of the {skipped + 1} images can be decoded, the last: {example.name}.")
-
-
-def rotate(items: ImageSource | list[Example], start: int, first_index: int = 0) -> Iterator[tuple[int, Example]]:
+def rotate(items: Sequence[Example], start: int, first_index: int = 0) -> Iterator[tuple[int, Example]]:
     """Iterate over (index, item) of all items, from `start` to the end and on from the beginning."""
     for position in itertools.chain(range(start, len(items)), range(start)):
         yield first_index + position, items[position]
@@ -426,12 +323,12 @@ def rotate(items: ImageSource | list[Example], start: int, first_index: int = 0)
 class IndexedBatches(Dataset):
     """Collated batches by (epoch, batch, indices). The key holds all state, so that workers need none."""
 
-    def __init__(self, source: ImageSource, make_item: ItemMaker):
-        self.source, self.make_item = source, make_item
+    def __init__(self, loader: ImageLoader):
+        self.loader = loader
 
     def __getitem__(self, key: tuple[int, int, list[int]]) -> tuple[tuple[int, int], dict[str, torch.Tensor]]:
         epoch, batch, indices = key
-        items = [self.make_item(epoch, rotate(self.source, index)) for index in indices]
+        items = [self.loader.make_item(epoch, rotate(self.loader.source, index)) for index in indices]
         return (epoch, batch), default_collate(items)
 
 
@@ -457,7 +354,7 @@ class StreamedBatches(IterableDataset):
     def read_global_batches(self, epoch: int, batch: int) -> Iterator[tuple[int, int, list[Example]]]:
         size = self.loader.global_batch_size
         while True:
-            stream = self.loader.source.shuffled(self.loader.make_item.seed, epoch)
+            stream = iter(self.loader.source.shuffled(self.loader.seed, epoch))
             for position in itertools.count():
                 examples = list(itertools.islice(stream, size))
                 if len(examples) < size:
@@ -481,48 +378,40 @@ class ImageLoader:
 
     **Every draw is a function of (seed, epoch, index).** The order of an epoch, each crop and each flip come from a
     counter-based generator keyed by that triple, so the number of workers and processes, gradient accumulation and a
-    restart in mid-epoch change nothing. A *global batch* is the batch of one optimizer step, over all processes and
-    accumulation steps. An epoch is a permutation cut into global batches, the last incomplete one dropped, of which every
-    process takes its part. Do not pass the loader through `accelerator.prepare`, which would divide it again.
+    restart in mid-epoch change nothing. An epoch is a permutation cut into global batches (the batches of optimizer steps,
+    over all processes and accumulation steps), the last incomplete one dropped, of which every process takes its part. Do
+    not pass the loader through `accelerator.prepare`, which would divide it again.
 
     **Streams** follow the same rule: `index` is the position in the epoch's stream, whose order is the shuffle of `datasets`
     by (seed, epoch), which may change with the version of `datasets`. Every process reads the whole stream but decodes only
     its own images, and a resume reads, without decoding, up to the position. If reading is the bottleneck, run
     pixelrepa-prepare-dataset once.
 
-    **Bad images** cannot be decoded completely, have an undefined range, or exceed `PIL.Image.MAX_IMAGE_PIXELS` before or
-    after resizing. With `on_bad_image="error"` the run stops and names the file. With `"skip"` the next good image replaces
-    it (in a stream, the next of the same global batch), and a warning names the file. A wrong label or an unreadable file is
-    always an error.
-
-    Batches are dictionaries of CPU tensors, in pinned memory if there is a CUDA device:
-    `pixel_values` (batch_size, 3, resolution, resolution) `uint8`, see [`to_float`]; `class_labels` (batch_size,) `int64`;
-    `index` (batch_size,) `int64`, the image's position in the source (of a stream: in its epoch); `flipped` (batch_size,)
-    `bool`; `skipped` (batch_size,) `int64`, the number of bad images that the item replaces.
+    Batches are dictionaries of CPU tensors, in pinned memory if there is a CUDA device: `pixel_values` `uint8` (batch_size,
+    3, resolution, resolution), see [`to_float`], and of shape (batch_size,) `class_labels` `int64`, `index` `int64`, the
+    image's position in the source, `flipped` `bool`, and `skipped` `int64`, the number of bad images that the item replaces.
 
     Args:
         source (`ImageSource` or `StreamSource`): From [`open_source`].
         resolution (`int`): Side of the images in pixels.
         batch_size (`int`): Images per process and accumulation step.
         seed (`int`): Seed of the order, the crops and the flips.
-        center_crop (`bool`, *optional*, defaults to `True`): ADM's centre crop; otherwise a random square of the full short
-            side.
-        random_flip (`bool`, *optional*, defaults to `True`): Flip half of the images horizontally.
-        on_bad_image (`str`, *optional*, defaults to `"error"`): `"error"` or `"skip"`.
-        accumulation_steps (`int`, *optional*, defaults to 1): Batches per optimizer step.
-        rank (`int`, *optional*, defaults to 0): This process.
-        world_size (`int`, *optional*, defaults to 1): Number of processes.
-        num_workers (`int`, *optional*, defaults to 0): Worker processes; for a stream, decoding threads in one worker. 0
-            works in this process.
+        center_crop (`bool`, defaults to `True`): ADM's centre crop; otherwise a random square of the full short side.
+        random_flip (`bool`, defaults to `True`): Flip half of the images horizontally.
+        on_bad_image (`str`, defaults to `"error"`): `"error"` stops the run at an image that cannot be decoded; `"skip"`
+            replaces it by the next good one (in a stream: of the same global batch). Both name the image.
+        accumulation_steps (`int`, defaults to 1): Batches per optimizer step.
+        rank (`int`, defaults to 0): This process.
+        world_size (`int`, defaults to 1): Number of processes.
+        num_workers (`int`, defaults to 0): Worker processes; for a stream, decoding threads in one worker.
 
     Attributes:
         position (`dict[str, int]`): `{"epoch": e, "batch": b}`, the next global batch. It advances with the last
-            accumulation step of an optimizer step, so it is valid for any division into processes and accumulation steps
-            that makes the same global batch.
+            accumulation step, so it is valid for any division of the same global batch.
+        batches_per_epoch (`int`, *optional*): Global batches (optimizer steps) per epoch; None for a stream.
 
     Raises:
-        ValueError: If prepared images have another resolution or need random crops, or the images do not fill one global
-            batch.
+        ValueError: If prepared images have another resolution or need random crops, or do not fill one global batch.
     """
 
     def __init__(
@@ -544,26 +433,21 @@ class ImageLoader:
                 f"The prepared images are centre crops of {source.resolution} pixels: they cannot serve resolution "
                 f"{resolution} with center_crop={center_crop}."
             )
+        self.source, self.resolution, self.seed = source, resolution, seed
+        self.center_crop, self.random_flip, self.on_bad_image = center_crop, random_flip, on_bad_image
+        self.accumulation_steps, self.num_workers = accumulation_steps, num_workers
+        self.global_batch_size = batch_size * accumulation_steps * world_size
+        self.num_images = self.batches_per_epoch = None
         if isinstance(source, ImageSource):
             check_global_batch(len(source), batch_size, accumulation_steps, world_size)
-        self.source = source
-        self.global_batch_size = batch_size * accumulation_steps * world_size
-        self.position = {"epoch": 0, "batch": 0}
-        self.accumulation_steps = accumulation_steps
-        self.num_workers = num_workers
+            self.num_images, self.batches_per_epoch = len(source), len(source) // self.global_batch_size
         starts = ((step * world_size + rank) * batch_size for step in range(accumulation_steps))
         self.parts = [range(start, start + batch_size) for start in starts]
-        self.make_item = ItemMaker(resolution, seed, center_crop, random_flip, on_bad_image)
-
-    @property
-    def batches_per_epoch(self) -> int | None:
-        """Global batches (optimizer steps) per epoch; None for a stream."""
-        return len(self.source) // self.global_batch_size if isinstance(self.source, ImageSource) else None
+        self.position = {"epoch": 0, "batch": 0}
 
     def state_dict(self) -> dict[str, int | None]:
         """The position and the settings that determine the order of the data."""
-        size = len(self.source) if isinstance(self.source, ImageSource) else None
-        order = {"seed": self.make_item.seed, "global_batch_size": self.global_batch_size, "num_images": size}
+        order = {"seed": self.seed, "global_batch_size": self.global_batch_size, "num_images": self.num_images}
         return {**self.position, **order}
 
     def load_state_dict(self, state: dict[str, int | None]) -> None:
@@ -583,10 +467,31 @@ class ImageLoader:
             )
         self.position = {key: state[key] for key in self.position}
 
+    def make_item(self, epoch: int, candidates: Iterable[tuple[int, Example]]) -> dict[str, Any]:
+        """Decode, crop and flip the first good image of `candidates`, with draws of its (seed, epoch, index)."""
+        for skipped, (index, example) in enumerate(candidates):
+            flip, offset = draws(self.seed, epoch, index, count=2) / 2.0**64
+            try:
+                pixels = read_pixels(example, self.resolution, None if self.center_crop else offset)
+            except BadImageError as error:
+                if self.on_bad_image == "error":
+                    raise
+                logger.warning("%s; the next image replaces it.", error)
+                continue
+            flipped = self.random_flip and bool(flip < 0.5)
+            return {
+                "pixel_values": pixels.flip(-1) if flipped else pixels,
+                "class_labels": example.label,
+                "index": index,
+                "flipped": flipped,
+                "skipped": skipped,
+            }
+        raise BadImageError(f"None of the {skipped + 1} images can be decoded, the last: {example.name}.")
+
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        streamed = isinstance(self.source, StreamSource)
+        streamed = self.num_images is None
         loader = DataLoader(
-            StreamedBatches(self) if streamed else IndexedBatches(self.source, self.make_item),
+            StreamedBatches(self) if streamed else IndexedBatches(self),
             sampler=None if streamed else self._shuffled_keys(**self.position),
             batch_size=None,
             num_workers=min(1, self.num_workers) if streamed else self.num_workers,
@@ -601,7 +506,7 @@ class ImageLoader:
 
     def _shuffled_keys(self, epoch: int, batch: int) -> Iterator[tuple[int, int, list[int]]]:
         while True:
-            order = epoch_order(self.make_item.seed, epoch, len(self.source))
+            order = epoch_order(self.seed, epoch, self.num_images)
             for number in range(batch, self.batches_per_epoch):
                 for part in self.parts:
                     yield epoch, number, [int(order[number * self.global_batch_size + offset]) for offset in part]
@@ -609,10 +514,7 @@ class ImageLoader:
 
 
 def leave_process_group(worker_id: int) -> None:
-    """Protect workers from Ctrl-C and a launcher's SIGTERM, which reach the whole process group.
-
-    The training process decides when to stop and needs its workers until then.
-    """
+    """Protect workers from Ctrl-C and a launcher's SIGTERM: the training process decides when to stop."""
     if os.name == "posix":
         os.setpgid(0, 0)
 
@@ -629,9 +531,9 @@ def check_global_batch(num_images: int, batch_size: int, accumulation_steps: int
 
 def measure_throughput(source: ImageSource, resolution: int, num_images: int = 512, seed: int = 0) -> float:
     """Images per second that this process alone decodes and crops, in training order and without collation."""
-    make_item = ItemMaker(resolution, seed)
+    loader = ImageLoader(source, resolution, batch_size=1, seed=seed)
     order = epoch_order(seed, 0, len(source))[:num_images].tolist()
     start = time.perf_counter()
     for index in order:
-        make_item(0, rotate(source, index))
+        loader.make_item(0, rotate(source, index))
     return len(order) / (time.perf_counter() - start)

@@ -46,7 +46,6 @@ def dry_run(args: TrainingArguments, num_processes: int, source: ImageSource | S
 
 
 def teacher_config(args: TrainingArguments) -> PretrainedConfig:
-    """Vision configuration of the teacher."""
     if args.teacher_model_name_or_path == "facebook/dinov2-base":
         return Dinov2Config()  # the defaults are that model, so published recipes are checked without a network
     config = AutoConfig.from_pretrained(

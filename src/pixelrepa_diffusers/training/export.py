@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from torch.distributed.tensor import DTensor
 
 from ..ema import ConstantDecayEMA
 from ..evaluation import (
@@ -32,7 +31,7 @@ from ..scheduling_jit import JiTFlowMatchScheduler
 from ..transformer_jit import JiTTransformer2DModel
 from .arguments import TrainingArguments
 from .builders import pretrained_settings
-from .checkpoints import with_weights
+from .checkpoints import gather_weights, with_weights
 from .reporting import MetricLogger
 
 
@@ -42,10 +41,7 @@ logger = get_logger(__name__)
 def build_pipeline(
     args: TrainingArguments, transformer: JiTTransformer2DModel, id2label: dict[str, str] | None
 ) -> PixelREPAPipeline:
-    """
-    Build the pipeline of a run. Its guidance is that of the arguments, else that of the pretrained pipeline, else the
-    published one for the preset and objective.
-    """
+    """Build the pipeline of a run. Its guidance is that of the arguments, the pretrained pipeline, or the preset."""
     preset = get_preset(args.preset)
     guidance = {
         "guidance_scale": preset.guidance_scale if args.objective == "pixelrepa" else preset.guidance_scale_jit,
@@ -80,18 +76,8 @@ class Exporter:
     """
     Export the sampled weights of a run: the first EMA, or the online weights without EMAs.
 
-    Every method must be called on every process.
-
-    Args:
-        args (`TrainingArguments`): Arguments of the run.
-        accelerator (`Accelerator`): Accelerator of the run.
-        objective (`torch.nn.Module`): Objective, as prepared by the accelerator.
-        ema (`ConstantDecayEMA`, *optional*): EMA weights.
-        id2label (`dict[str, str]`, *optional*): Class names.
-        metrics (`MetricLogger`): Receives the results of evaluations.
-        spaces (`list[FeatureSpace]`): Feature spaces of [`open_evaluation`].
-        pusher (`BackgroundPusher`, *optional*): On the main process of a run that is pushed to the Hub.
-        step (`int`): Step the run starts from. Sample grids of later steps belong to another run.
+    Every method must be called on every process; only the main one has a `pusher`. The run starts from `step`: sample
+    grids of later steps belong to another run.
     """
 
     def __init__(
@@ -116,8 +102,7 @@ class Exporter:
         """Return a pipeline that shares no module with training."""
         trained = self.accelerator.unwrap_model(self.objective).transformer
         weights = trained.state_dict() if self.ema is None else self.ema.state_dict_for(self.ema.decays[0])
-        weights = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in weights.items()}
-        transformer = with_weights(trained.config, weights).to(self.accelerator.device)
+        transformer = with_weights(trained.config, gather_weights(weights)).to(self.accelerator.device)
         pipeline = build_pipeline(self.args, transformer, self.id2label)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
@@ -152,7 +137,7 @@ class Exporter:
         self.save_pipeline(folder, step)
         if self.pusher is not None:
             for old in folder.parent.iterdir():
-                if old != folder and old not in self.pusher.pending | self.pusher.failed:
+                if old != folder and old not in self.pusher.unpublished:
                     shutil.rmtree(old)
             self.pusher.push(folder, revision=folder.name)
 
@@ -188,23 +173,16 @@ class Exporter:
 
     def _sample_grid(self, pipeline: PixelREPAPipeline):
         """One column per class, or with fewer images than classes a square of evenly spaced classes."""
-        args, num_classes, num_images = (
-            self.args,
-            pipeline.transformer.config.num_classes,
-            self.args.num_validation_images,
-        )
+        args, num_classes = self.args, pipeline.transformer.config.num_classes
+        num_images, num_steps = args.num_validation_images, args.validation_inference_steps
         columns = num_classes if 1 < num_classes <= num_images else None
-        labels = [
-            i % num_classes if num_images > num_classes else i * num_classes // num_images for i in range(num_images)
-        ]
+        labels = [i * max(num_classes, num_images) // num_images % num_classes for i in range(num_images)]
         images = []
         for start in range(0, num_images, args.train_batch_size):
             chunk = labels[start : start + args.train_batch_size]
             generators = seeded(range(args.seed + start, args.seed + start + len(chunk)))
             with self.accelerator.autocast():
-                images += pipeline(
-                    chunk, generator=generators, num_inference_steps=args.validation_inference_steps
-                ).images
+                images += pipeline(chunk, generator=generators, num_inference_steps=num_steps).images
         names = pipeline.config.id2label or {}
         captions = [names.get(str(label), str(label)) for label in labels]
         return make_grid(images, labels=None if num_classes == 1 else captions, columns=columns)

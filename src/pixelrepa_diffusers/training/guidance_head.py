@@ -238,7 +238,7 @@ def guided_pipeline(
 def write_samples(args: GuidanceHeadArguments, pipe: PixelREPAPipeline, path: Path) -> None:
     """Write a grid of guided samples, from the same noise at every step."""
     num_classes, count = pipe.transformer.config.num_classes, args.num_validation_images
-    labels = [i % num_classes if count > num_classes else i * num_classes // count for i in range(count)]
+    labels = [i * max(num_classes, count) // count % num_classes for i in range(count)]
     images = pipe(labels, generator=seeded(range(count)), num_inference_steps=args.num_inference_steps).images
     names = pipe.config.id2label or {}
     captions = [names.get(str(label), str(label)).split(",")[0] for label in labels]

@@ -27,18 +27,11 @@ EVALUATION_METRICS = ("fid", "fd_", "inception_score", "precision", "recall")
 
 
 class NonFiniteLossError(FloatingPointError):
-    """The loss became NaN or infinite; the message names the step, the images and the last checkpoint."""
+    """The loss became NaN or infinite."""
 
 
 class MetricLogger:
-    """
-    Log metrics to metrics.jsonl and the trackers, and plot them.
-
-    Args:
-        accelerator (`Accelerator`): Accelerator of the run, with its trackers.
-        output_dir (`Path`): Folder of metrics.jsonl and curves.png.
-        step (`int`): Step the run starts from. Rows after it, written before an interruption, are dropped.
-    """
+    """Log metrics to metrics.jsonl, where rows after the `step` of a resume are dropped, and the trackers; plot them."""
 
     def __init__(self, accelerator: Accelerator, output_dir: Path, step: int):
         self.accelerator, self.path = accelerator, output_dir / "metrics.jsonl"
@@ -64,30 +57,18 @@ class MetricLogger:
         """Plot everything logged so far to curves.png."""
         from matplotlib.figure import Figure  # slow to import
 
-        panels = {
-            "denoising_loss": "denoising loss",
-            "alignment_cosine": "alignment cosine",
-            "grad_norm": "gradient norm",
-            "learning_rate": "learning rate",
-        }
         measured = {name for row in self.rows for name in row if name.startswith(EVALUATION_METRICS)}
-        panels |= {name: name.replace("_", " ") for name in sorted(measured)}
+        panels = ["denoising_loss", "alignment_cosine", "grad_norm", "learning_rate", *sorted(measured)]
         lines = math.ceil(len(panels) / 2)
         figure = Figure(figsize=(10, 3 * lines), layout="constrained")
         axes = figure.subplots(lines, 2, sharex=True)
-        for axis in axes.flat[len(panels) :]:
-            axis.set_axis_off()
-        for axis, (name, title) in zip(axes.flat, panels.items(), strict=False):
+        for axis, name in zip(axes.flat, panels, strict=False):
             points = [(row["step"], row[name]) for row in self.rows if row.get(name) is not None]
-            if points:
-                axis.plot(*zip(*points, strict=True), linewidth=1, marker="." if name in measured else None)
-            else:
-                axis.text(0.5, 0.5, "not used", ha="center", transform=axis.transAxes)
-            axis.set_title(title)
+            axis.plot(*zip(*points, strict=True), linewidth=1, marker="." if name in measured else None)
+            axis.set_title(name.replace("_", " "))
             axis.grid(alpha=0.3, which="both")
         axes[0, 0].set_yscale("log")
-        for axis in axes[-1]:
-            axis.set_xlabel("optimizer step")
+        figure.supxlabel("optimizer step")
         path = self.path.with_name("curves.png")
         write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
         return path
@@ -96,15 +77,7 @@ class MetricLogger:
 class StepMonitor:
     """
     Collect the results of optimizer steps and report their means; only reports and checks synchronize the device.
-
     Without a terminal, log lines replace the progress bar.
-
-    Args:
-        args (`TrainingArguments`): Arguments of the run.
-        accelerator (`Accelerator`): Accelerator of the run.
-        metrics (`MetricLogger`): Receives the reports.
-        step (`int`): Step the run starts from.
-        max_train_steps (`int`): Steps of the whole run.
     """
 
     def __init__(
@@ -133,12 +106,7 @@ class StepMonitor:
             self.pending.append((step, result))
 
     def check_losses(self, last_checkpoint: Path | None) -> torch.Tensor:
-        """
-        Return the losses since the last report, of shape `(processes, steps, 3)`, on the CPU.
-
-        Raises:
-            NonFiniteLossError: If one of them is NaN or infinite.
-        """
+        """Return the losses since the last report, of shape `(processes, steps, 3)`, if all are finite."""
         losses = torch.stack([result.losses for _, result in self.pending])
         losses = self.accelerator.gather(losses[None]).cpu()
         bad = (~losses.isfinite().all(dim=(0, 2))).nonzero()
@@ -166,15 +134,13 @@ class StepMonitor:
             "skipped_images": sum(gather_object([self.skipped_images])),
             "skipped_steps": self.skipped_steps,
         }
-        shown = {"denoise": f"{denoising:.4f}"}
+        text = f"denoise {denoising:.4f}, {values['images_per_second']:.1f} img/s"
         if self.args.aligns(step - 1):
             values |= {"alignment_loss": alignment, "alignment_cosine": 1 - alignment}
-            shown["align"] = f"{alignment:.4f}"
-        shown["img/s"] = f"{values['images_per_second']:.1f}"
+            text += f", align {alignment:.4f}"
         self.metrics.log(step, values)
-        self.bar.set_postfix(shown)
+        self.bar.set_postfix_str(text)
         if self.bar.disable:
-            text = ", ".join(f"{name} {value}" for name, value in shown.items())
             logger.info(f"Step {step} of {self.max_train_steps}: {text}")
         self.pending.clear()
         self.restart_clock(step)

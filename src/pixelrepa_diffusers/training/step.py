@@ -67,16 +67,8 @@ def prepared_batches(
     Yield (inputs of the objective on the device, metadata) for every micro-step, endlessly.
 
     On a GPU, copies, draws and the teacher run one batch ahead on a side stream, in parallel with the student. The
-    teacher is frozen, so this changes no result.
-
-    Args:
-        args (`TrainingArguments`): Arguments of the run.
-        loader (`ImageLoader`): Source of the batches.
-        teach (`Callable`, *optional*): Maps pixel values and their batch to teacher features; None for plain JiT.
-        step (`int`): Number of completed optimizer steps.
-        num_tokens (`int`): Patch tokens per image.
-        num_classes (`int`): Number of classes.
-        device (`torch.device`): Device of the student.
+    teacher is frozen, so this changes no result. `teach` maps pixel values and their batch to teacher features, and `step`
+    is the number of completed optimizer steps.
     """
 
     def prepare(batch: dict, step: int) -> tuple[dict, dict]:
@@ -112,25 +104,14 @@ def prepared_batches(
 
 @dataclass
 class StepResult:
-    """
-    Result of one optimizer step. Tensors stay on the device.
+    """Result of one optimizer step on this process. Tensors stay on the device."""
 
-    Args:
-        losses (`torch.Tensor` of shape `(3,)`): Total, denoising and alignment loss (0 without alignment), averaged over
-            the micro-steps.
-        images (`list[int]`): Indices of this process's images.
-        skipped_images (`int`): Number of this process's images that replace a bad one.
-        grad_norm (`torch.Tensor`, *optional*): Gradient norm before clipping, if it was computed.
-        skipped (`bool`): Whether the update was skipped because the gradient is not finite.
-        position (`dict`): State of the loader after the step.
-    """
-
-    losses: torch.Tensor
-    images: list[int]
-    skipped_images: int
-    grad_norm: torch.Tensor | None
-    skipped: bool
-    position: dict
+    losses: torch.Tensor  # (3,): total, denoising and alignment loss (0 without alignment), means over the micro-steps
+    images: list[int]  # indices in the data
+    skipped_images: int  # images that replace a bad one
+    grad_norm: torch.Tensor | None  # before clipping, if it was computed
+    skipped: bool  # whether the update was skipped because the gradient is not finite
+    position: dict  # state of the loader after the step
 
 
 def take_step(

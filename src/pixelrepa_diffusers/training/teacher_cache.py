@@ -28,11 +28,11 @@ _CHECKSUM = struct.Struct("<Q")
 
 class CachedTeacher:
     """
-    A teacher that looks up its features in a file.
+    A teacher that looks up its features in a file, whose name depends on everything that determines them.
 
     A record holds a checksum of one view's pixels and features, and the features in the teacher's dtype. A record that is
     missing, truncated, damaged or of other pixels fails its checksum and is computed again, so a stale file costs time but
-    never changes a result. The file's name depends on everything that determines the features.
+    never changes a result.
 
     Args:
         teacher (`SemanticTeacher`): The frozen teacher.
@@ -99,8 +99,7 @@ class CachedTeacher:
             return
         record = _CHECKSUM.pack(_checksum(features, pixels)) + features
         try:
-            if os.pwrite(self._file, record, position * self.record_bytes) < len(record):
-                raise OSError("the disk is full")
+            os.pwrite(self._file, record, position * self.record_bytes)
         except OSError as error:
             self._disk_is_full = True
             logger.warning("Teacher features are no longer cached: %s: %s", self.path, error)

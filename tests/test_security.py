@@ -1,0 +1,120 @@
+"""Files from outside: no code in them runs, nothing outside their folder is read, and no secret or local path is published."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from training_runs import TEACHER
+
+from pixelrepa_diffusers import load_original_checkpoint
+from pixelrepa_diffusers.evaluation import FeatureStatistics, InceptionNetwork
+from pixelrepa_diffusers.files import MANIFEST, _fingerprint
+from pixelrepa_diffusers.hub import publish_folder, published_files, read_metrics
+from pixelrepa_diffusers.images import BadImageError, read_image
+
+
+PUBLISHED = TEACHER.parent / "checkpoint-last.pth"
+
+
+class Payload:
+    """Creates a folder when it is unpickled."""
+
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+@pytest.fixture
+def payload(tmp_path):
+    """An object whose code would run if it were unpickled; the test fails if it did."""
+    marker = tmp_path / "payload-ran"
+    torch.save(Payload(marker), tmp_path / "control.pt")
+    torch.load(tmp_path / "control.pt", weights_only=False)
+    marker.rmdir()  # raises if the payload does nothing
+    yield Payload(marker)
+    assert not marker.exists()
+
+
+def test_published_checkpoint_with_code_is_refused(tmp_path, payload):
+    checkpoint = torch.load(PUBLISHED, weights_only=False)
+    torch.save({**checkpoint, "epoch": payload}, tmp_path / "evil.pth")
+    with pytest.raises(ValueError, match=r"evil\.pth is refused.*mkdir"):
+        load_original_checkpoint(tmp_path / "evil.pth")
+
+
+def test_inception_weights_with_code_are_refused(tmp_path, payload):
+    torch.save({"weights": payload}, tmp_path / "evil.pth")
+    with pytest.raises((ValueError, ImportError)):  # ImportError: torch-fidelity is not installed
+        InceptionNetwork(tmp_path / "evil.pth")
+
+
+def test_reference_statistics_with_code_are_refused(tmp_path, payload):
+    np.savez(tmp_path / "evil.npz", mu=np.array([payload], dtype=object), sigma=np.eye(1))
+    with pytest.raises(ValueError, match=r"evil\.npz cannot be read"):
+        FeatureStatistics.load(tmp_path / "evil.npz")
+
+
+@pytest.mark.parametrize("file", ["optimizer.bin", "custom_checkpoint_0.pkl"])
+def test_training_checkpoint_with_code_is_refused(file, train, finished_run, tmp_path, payload):
+    checkpoint = tmp_path / "run" / "checkpoint-3"
+    shutil.copytree(finished_run / "checkpoint-3", checkpoint)
+    torch.save({"state": payload}, checkpoint / file)
+    # Whoever writes the file can also write a manifest that matches.
+    names = [path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file()]
+    manifest = {name: _fingerprint(checkpoint / name) for name in names if name != MANIFEST}
+    (checkpoint / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="checkpoint-3"):
+        train(tmp_path / "run", resume_from_checkpoint="latest", lr_warmup_steps=0)
+
+
+@pytest.fixture
+def folder(make_pipeline, tmp_path):
+    make_pipeline().save_pretrained(tmp_path / "pipeline")
+    return tmp_path / "pipeline"
+
+
+def test_code_of_a_pipeline_needs_trust_remote_code(folder):
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        DiffusionPipeline.from_pretrained(folder)
+
+
+def test_links_out_of_the_folder_are_not_published(folder, tmp_path):
+    (tmp_path / "secret.json").write_text("{}")
+    (folder / "transformer" / "config.json").unlink()
+    (folder / "transformer" / "config.json").symlink_to(tmp_path / "secret.json")
+    with pytest.raises(ValueError, match="out of the folder"):
+        published_files(folder, "me/tiny")
+
+
+def test_pickles_and_foreign_files_are_not_published(folder):
+    (folder / "optimizer.bin").write_bytes(b"pickle")
+    (folder / "transformer" / "pytorch_model.bin").write_bytes(b"pickle")
+    assert not [name for name in published_files(folder, "me/tiny") if name.endswith(".bin")]
+
+
+def test_tokens_are_not_published(folder):
+    facts = {"steps": 3, "hub_token": "hf_" + "a" * 34}
+    (folder / "training_arguments.json").write_text(json.dumps(facts))
+    with pytest.raises(ValueError, match="access token"):  # before any request
+        publish_folder(folder, "me/tiny")
+
+
+def test_local_paths_are_removed_from_published_metrics(folder, tmp_path):
+    record = {"metrics": {"fid": 3.0}, "num_samples": 10, "pipeline": str(folder), "command": f"x --pipeline {folder}"}
+    (tmp_path / "metrics.json").write_text(json.dumps({**record, "output_dir": str(tmp_path)}))
+    assert str(tmp_path) not in json.dumps(read_metrics(tmp_path / "metrics.json"))
+
+
+def test_image_of_too_many_pixels_is_not_decoded(tmp_path, monkeypatch):
+    Image.new("1", (300, 300)).save(tmp_path / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60_000)
+    with pytest.raises(BadImageError, match=r"bomb\.png"):
+        read_image(tmp_path / "bomb.png")

@@ -98,7 +98,7 @@ def test_the_training_loop_of_the_readme_runs():
     small = {
         "JiT-B/16": "JiT-Digits/4",
         "facebook/dinov2-base": str(TEACHER),
-        "grid_size=16)": "grid_size=4, num_classes=10)",
+        "grid_size=16, num_classes=1000)": "grid_size=4, num_classes=10)",
         "grid_size=16, image_size=256": "grid_size=4, image_size=16",
         "768, 12": "128, 4",
         "len(images), 256": "len(images), 16",

@@ -100,7 +100,7 @@ def test_labels_are_ids_names_or_synonyms(make_pipeline, labels, ids):
         (NAMES, None, "`class_labels` is required"),
         (NAMES, "golfish", "The nearest names: 'goldfish'"),
         (NAMES, "HAMMERHEAD", "The nearest names: 'hammerhead'"),
-        (NAMES, "zzzzzz", "See `pipe.config.id2label`"),
+        (NAMES, "zzzzzz", "The first names"),
         (NAMES, "crane", r"shared by the classes \[3, 4\]"),
         (None, "tench", "no class names to look up 'tench'"),
         ({10: "ten"}, 1, "key 10; its keys must be class ids from 0 to 9"),

@@ -130,6 +130,20 @@ def test_non_finite_loss_stops_the_run_and_names_step_images_and_checkpoint(trai
     assert not (tmp_path / "run/checkpoint-3").exists()
 
 
+def test_weights_that_a_gradient_made_nan_are_not_saved(train, tmp_path, monkeypatch):
+    update = torch.optim.AdamW.step
+
+    def poisoned(optimizer, *args, **kwargs):
+        update(optimizer, *args, **kwargs)
+        if optimizer.state[optimizer.param_groups[0]["params"][0]]["step"] == 3:
+            optimizer.param_groups[0]["params"][0].data[0] = torch.nan
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", poisoned)
+    with pytest.raises(NonFiniteLossError, match="weights after step 3"):
+        train(tmp_path / "run")
+    assert not (tmp_path / "run/checkpoint-3").exists()
+
+
 def test_non_finite_step_is_skipped_on_request(train, tmp_path):
     train(tmp_path / "run", on_nonfinite="skip", learning_rate=1e30, lr_warmup_steps=0, max_train_steps=4)
     assert read_metrics(tmp_path / "run")[0]["skipped_steps"] > 0

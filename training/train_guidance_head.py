@@ -153,28 +153,28 @@ def train(args: GuidanceHeadArguments, accelerator: Accelerator, output_dir: Pat
 
     objective.train()
     while step < max_train_steps:
-        reports = (step + 1) % args.logging_steps == 0 or step + 1 == max_train_steps
+        logging_step = (step + 1) % args.logging_steps == 0 or step + 1 == max_train_steps
         current_rate = lr_scheduler.get_last_lr()[0]
-        result = take_step(args, accelerator, objective, optimizer, ema, batches, step, needs_grad_norm=reports)
+        result = take_step(args, accelerator, objective, optimizer, ema, batches, step, needs_grad_norm=logging_step)
         lr_scheduler.step()
         step += 1
         monitor.add(step, result)
-        if reports and monitor.pending:
+        if logging_step and monitor.pending:
             monitor.report(step, result, current_rate, checkpoint)
         finished = step == max_train_steps
-        saves = finished or step % args.checkpointing_steps == 0
-        samples = args.validation_steps and (finished or step % args.validation_steps == 0)
-        if saves and monitor.pending:
-            monitor.check_losses(checkpoint)
-        if samples and accelerator.is_main_process:
+        saving_step = finished or step % args.checkpointing_steps == 0
+        sampling_step = args.validation_steps and (finished or step % args.validation_steps == 0)
+        if saving_step:
+            monitor.check_finite(step, objective, checkpoint)
+        if sampling_step and accelerator.is_main_process:
             path = output_dir / "samples" / f"step-{step:07d}.png"
             write_samples(args, guided_pipeline(args, pipe, trained, ema), path)
-        if saves:
+        if saving_step:
             checkpoint = save_checkpoint(args, accelerator, ema, step, result.position)
             if accelerator.is_main_process and args.checkpoints_total_limit is not None:
                 for old in list_checkpoints(output_dir)[: -args.checkpoints_total_limit]:
                     discard_folder(old)
-        if saves or samples:
+        if saving_step or sampling_step:
             monitor.restart_clock(step)
     monitor.bar.close()
 

@@ -86,8 +86,8 @@ def main(args: TrainingArguments) -> Path | None:
                 )
                 stack.enter_context(pusher)
         accelerator.wait_for_everyone()
-        stop = stack.enter_context(StopRequest())
         trainer = Trainer(args, accelerator, source, pusher)
+        stop = stack.enter_context(StopRequest())
         trainer.train(stop)
         folder = trainer.finish()
         if trainer.step < trainer.max_train_steps:
@@ -168,7 +168,7 @@ class Trainer:
     ):
         self.args, self.accelerator, self.output_dir = args, accelerator, Path(args.output_dir)
         device, num_classes = accelerator.device, source.num_classes
-        checkpoint = self.find_checkpoint()
+        checkpoint = self.agree_on_checkpoint()
         self.loader = ImageLoader(
             source,
             transformer_config(args, num_classes)["sample_size"],
@@ -241,10 +241,10 @@ class Trainer:
         self.metrics = MetricLogger(accelerator, self.output_dir, self.step)
         self.monitor = StepMonitor(args, accelerator, self.metrics, self.step, self.max_train_steps)
         self.exporter = Exporter(
-            args, accelerator, self.objective, self.ema, source.id2label, self.metrics, spaces, pusher, self.step
+            args, accelerator, self.objective, self.ema, settings, self.metrics, spaces, pusher, self.step
         )
 
-    def find_checkpoint(self) -> Path | None:
+    def agree_on_checkpoint(self) -> Path | None:
         checkpoint = find_checkpoint(self.output_dir, self.args.resume_from_checkpoint)
         found = gather_object([str(checkpoint and checkpoint.name)])
         if len(set(found)) > 1:
@@ -281,35 +281,35 @@ class Trainer:
         monitor.restart_clock(self.step)
         stopping = False
         while self.step < self.max_train_steps and not stopping:
-            reports = (self.step + 1) % args.logging_steps == 0 or self.step + 1 == self.max_train_steps
+            logging_step = (self.step + 1) % args.logging_steps == 0 or self.step + 1 == self.max_train_steps
             learning_rate = self.lr_scheduler.get_last_lr()[0]
             result = take_step(
-                args, accelerator, self.objective, self.optimizer, self.ema, self.batches, self.step, reports
+                args, accelerator, self.objective, self.optimizer, self.ema, self.batches, self.step, logging_step
             )
             self.lr_scheduler.step()
             self.step += 1
             monitor.add(self.step, result)
-            if reports and monitor.pending:
+            if logging_step and monitor.pending:
                 monitor.report(self.step, result, learning_rate, self.last_checkpoint)
 
-            stopping = stop.agreed(accelerator, now=reports)
+            stopping = stop.agreed(accelerator, now=logging_step)
             finished = self.step == self.max_train_steps
-            saves = finished or stopping or self.step % args.checkpointing_steps == 0
-            samples = args.validation_steps and (finished or self.step % args.validation_steps == 0)
-            evaluates = args.eval_steps and (finished or self.step % args.eval_steps == 0)
-            if saves and monitor.pending:
-                monitor.check_losses(self.last_checkpoint)
+            saving_step = finished or stopping or self.step % args.checkpointing_steps == 0
+            sampling_step = args.validation_steps and (finished or self.step % args.validation_steps == 0)
+            evaluation_step = args.eval_steps and (finished or self.step % args.eval_steps == 0)
+            if saving_step:
+                monitor.check_finite(self.step, self.objective, self.last_checkpoint)
             # Before the checkpoint: a run that is killed in between resumes from an earlier one and repeats them.
-            if samples:
+            if sampling_step:
                 exporter.write_samples(self.step)
-            if evaluates:
+            if evaluation_step:
                 exporter.evaluate(self.step)
-            if saves:
+            if saving_step:
                 self.last_checkpoint = self.checkpointer.save(self.step, result.position)
                 logger.info(f"Wrote {self.last_checkpoint}.")
                 if args.push_checkpoints:
                     exporter.push_checkpoint(self.step)
-            if saves or samples or evaluates:
+            if saving_step or sampling_step or evaluation_step:
                 monitor.restart_clock(self.step)
         monitor.bar.close()
 

@@ -285,7 +285,7 @@ def _adapter_sizes(adapter: StateDict, transformer_sizes: Mapping[str, int]) -> 
 def _training_settings(
     sizes: Mapping[str, int], recorded: Mapping[str, Any], given: Mapping[str, Any]
 ) -> dict[str, int | float]:
-    """What shapes do not show: `given`, else `recorded` in the file's args, else the preset's of these shapes."""
+    """Settings that shapes do not determine: `given`, else `recorded` in the file's args, else those of the matching preset."""
     settings = {"t_eps": 0.05, "dropout": 0.0}
     shapes = {name: value for name, value in sizes.items() if name not in ("sample_size", "num_classes")}
     for preset in matching_presets(shapes).values():

@@ -56,7 +56,8 @@ def write_folder(
     """
     Write a folder atomically: call `write` with a temporary folder, sync it to disk and rename it into place.
 
-    A kill or a power cut leaves the older folder of that name, if any, or the new one, both complete.
+    A kill or a power cut leaves the older folder of that name, if any, or the new one, both complete. Only between two
+    renames is the name absent.
 
     Args:
         folder (`Path`): Folder to write.
@@ -89,13 +90,16 @@ def write_folder(
         if manifest:
             files = sorted(path for path in temporary.rglob("*") if path.is_file())
             fingerprints = {path.relative_to(temporary).as_posix(): _fingerprint(path) for path in files}
-            (temporary / MANIFEST).write_text(json.dumps(fingerprints, indent=1), encoding="utf-8")
+            write_json(temporary / MANIFEST, fingerprints)
         for path in (*temporary.rglob("*"), temporary):
             _sync(path)
+        trash = folder.with_name(f".{folder.name}.discarded")
+        shutil.rmtree(trash, ignore_errors=True)
         if folder.exists():
-            discard_folder(folder)
+            os.replace(folder, trash)
         os.replace(temporary, folder)
         _sync(folder.parent)
+        shutil.rmtree(trash, ignore_errors=True)
     barrier()
 
 

@@ -319,6 +319,8 @@ def published_files(
         ValueError: If a file contains an access token, or is a link out of the folder.
     """
     folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no folder {folder}.")
     index, required = folder / "model_index.json", list(REQUIRED_FILES)
     for part in _read_json(index) if index.is_file() else ():
         required += GUIDANCE_FILES.get(part, ())

@@ -48,14 +48,16 @@ def list_images(source: str | Path) -> list[Path]:
     return paths
 
 
-def _walk(folder: Path) -> Iterator[Path]:
+def _walk(folder: Path, parents: tuple[Path, ...] = ()) -> Iterator[Path]:
+    if folder.resolve() in parents:  # a link to a folder above it
+        return
     for path in sorted(folder.iterdir()):
         if path.name.startswith("."):
             continue
         if path.suffix.lower() in IMAGE_SUFFIXES:
             yield path
         elif path.is_dir():
-            yield from _walk(path)
+            yield from _walk(path, (*parents, folder.resolve()))
 
 
 def list_classes(folder: str | Path) -> dict[str, list[Path]]:

@@ -99,7 +99,7 @@ class PixelREPAPipeline(DiffusionPipeline):
             autoguidance_interval=[float(bound) for bound in autoguidance_interval],
         )
         self._guidance_scale = self.config.guidance_scale
-        self._current_timestep = None
+        self._current_timestep, self._num_timesteps, self._interrupt = None, 0, False
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
 
     @property
@@ -167,8 +167,9 @@ class PixelREPAPipeline(DiffusionPipeline):
         if not class_ids:
             names = {known.casefold(): known for known in self._ids_by_name}
             nearest = difflib.get_close_matches(name.strip().casefold(), names, n=5, cutoff=0.4)
-            hint = f"The nearest names: {', '.join(repr(names[key]) for key in nearest)}." if nearest else ""
-            raise ValueError(f"There is no class called {name!r}. {hint or 'See `pipe.config.id2label`.'}")
+            listed = [names[key] for key in nearest] or [*self._ids_by_name][:10]
+            hint = f"{'The nearest' if nearest else 'The first'} names: {', '.join(map(repr, listed))}."
+            raise ValueError(f"There is no class called {name!r}. {hint}")
         return class_ids[0]
 
     def check_inputs(
@@ -445,7 +446,8 @@ class PixelREPAPipeline(DiffusionPipeline):
             images = self.image_processor.postprocess(latents, output_type=output_type)
         else:  # clipping would turn these values into black or white pixels
             raise ValueError(
-                "The images contain NaN or infinite values. Check the weights, the scheduler's settings, "
+                "The images contain NaN or infinite values. Check the weights, the scheduler's settings (Karras sigmas "
+                "do not work with flow matching), "
                 f"guidance_scale={guidance_scale} and the dtype {self.transformer.dtype}; "
                 'output_type="latent" returns the values unchecked.'
             )

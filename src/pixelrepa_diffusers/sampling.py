@@ -1,4 +1,4 @@
-"""What the sampling commands share: solvers by name, pipelines from folders, checkpoints and the Hub, seeded noise."""
+"""Helpers shared by the sampling commands: solvers by name, pipelines from folders, checkpoints and the Hub, seeded noise."""
 
 import itertools
 import json
@@ -70,6 +70,8 @@ def describe_pipeline(
     folder, parts = Path(name_or_path), {}
     if _is_checkpoint(folder):
         settings, config = _read_settings(folder), JiTTransformer2DModel.load_config(transformer_folder(folder))
+    elif str(name_or_path).startswith((".", "/", "~")) and not folder.exists():
+        raise FileNotFoundError(f"There is no folder {folder}.")
     elif folder.exists() and not (folder / "model_index.json").is_file():
         raise FileNotFoundError(f"{folder} is not a saved pipeline: it has no model_index.json.{_suggestion(folder)}")
     else:

@@ -1,1 +1,1 @@
-"""What the console commands do: one module each, with `main(args)` for Python and `cli()` for the shell."""
+"""Implementation of the console commands: one module each, with `main(args)` for Python and `cli()` for the shell."""

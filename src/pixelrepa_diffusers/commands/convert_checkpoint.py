@@ -46,7 +46,7 @@ class ConvertArguments:
         ge=0,
     )
     guidance_interval: list[float] | None = flag(
-        None, "LOW HIGH, the guidance interval saved with the pipeline; same default.", ge=0, le=1
+        None, "LOW HIGH, the guidance interval saved with the pipeline; same default.", ge=0, le=1, nargs=2
     )
     in_context_start: int | None = flag(
         None, "Block before which the class tokens are prepended; needed for sizes of no preset.", ge=0

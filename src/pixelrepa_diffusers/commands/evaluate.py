@@ -230,7 +230,7 @@ class Evaluator:
             "dinov2": partial(encoder, args.dinov2),
             "teacher": partial(encoder, args.teacher, args.teacher_image_size, args.teacher_pooling),
         }
-        with accelerator.local_main_process_first():  # which downloads
+        with accelerator.local_main_process_first():  # the main process downloads, the others read the cache
             self.spaces = open_spaces(args.metrics, num_samples, networks, references, accelerator.device)
         compared = {space.name: space.reference for space in self.spaces if space.reference is not None}
         # A stored evaluation is reused only if its settings are the same; facts may differ.

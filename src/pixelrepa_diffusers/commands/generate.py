@@ -53,13 +53,11 @@ class GenerateArguments:
     scheduler: str | None = flag(None, "Replaces the saved scheduler.", choices=list(SCHEDULERS))
     num_inference_steps: int = flag(50, "Sampling steps; heun evaluates the model 2N - 1 times.", ge=1)
     guidance_scale: float | None = flag(None, "Default: the scale saved with the pipeline.")
-    guidance_interval: list[float] | None = flag(None, "LOW HIGH: guide where LOW < t < HIGH. Default: as saved.")
+    guidance_interval: list[float] | None = flag(None, "Guide where LOW < t < HIGH. Default: as saved.", nargs=2)
     self_guidance_scale: float | None = flag(None, "Scale of the guidance head; 0 turns it off. Default: as saved.")
-    self_guidance_interval: list[float] | None = flag(None, "LOW HIGH, likewise. Default: as saved.")
-    autoguidance_scale: float | None = flag(
-        None, "Scale of the second transformer; 1 turns it off. Default: as saved."
-    )
-    autoguidance_interval: list[float] | None = flag(None, "LOW HIGH, likewise. Default: as saved.")
+    self_guidance_interval: list[float] | None = flag(None, "LOW HIGH, likewise. Default: as saved.", nargs=2)
+    autoguidance_scale: float | None = flag(None, "Scale of the second transformer; 1 turns it off. Same default.")
+    autoguidance_interval: list[float] | None = flag(None, "LOW HIGH, likewise. Default: as saved.", nargs=2)
     guidance_transformer: str | None = flag(None, "Folder of a second transformer, for autoguidance.")
 
     dtype: str = flag("float32", "Data type of the network.", choices=DTYPES)
@@ -122,7 +120,7 @@ def main(args: GenerateArguments) -> list[Path]:
     accelerator.wait_for_everyone()  # every process looks before any writes
 
     with only_writer(args.output_dir) if accelerator.is_main_process else contextlib.nullcontext():
-        with accelerator.local_main_process_first():  # which downloads
+        with accelerator.local_main_process_first():  # the main process downloads, the others read the cache
             folder, revision = fetch_pipeline(args.pipeline, args.revision)
         pipe = load_pipeline(folder, args.dtype, guidance_transformer=args.guidance_transformer)
         if args.scheduler:
@@ -164,7 +162,7 @@ def main(args: GenerateArguments) -> list[Path]:
                 write_atomically(path, lambda file, image=image, info=info: image.save(file, "PNG", pnginfo=info))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process and len(images) <= args.max_grid_images:
-            pictures = [Image.open(path).convert("RGB") for path in images]  # which closes the file
+            pictures = [Image.open(path).convert("RGB") for path in images]  # convert() reads and closes the file
             captions = [f"{names[label].split(',')[0]} · {seed}" for label, seed in images.values()]
             grid = make_grid(pictures, captions, columns=len(seeds) if 1 < len(seeds) <= 16 else None)
             write_atomically(grid_path, lambda file: grid.save(file, "PNG"))

@@ -176,7 +176,7 @@ def main(args: ProbeArguments) -> dict[str, Any]:
     check_launch(accelerator.num_processes)
     steps = args.time * args.num_inference_steps
     if abs(steps - round(steps)) > 1e-6:
-        raise ValueError(f"--time {args.time} must lie on the grid of {args.num_inference_steps} steps.")
+        raise ValueError(f"--time {args.time} must be a step of --num_inference_steps {args.num_inference_steps}.")
     names = args.names or args.pipelines
     if len(names) != len(args.pipelines) or len(set(names)) < len(names):
         raise ValueError(f"--names: give one name per pipeline, all different; got {names}.")
@@ -185,7 +185,7 @@ def main(args: ProbeArguments) -> dict[str, Any]:
         raise FileExistsError(f"{args.output_dir} has a probe: choose another --output_dir, or pass --overwrite.")
     accelerator.wait_for_everyone()  # every process looks before any writes
 
-    with accelerator.local_main_process_first():  # which downloads
+    with accelerator.local_main_process_first():  # the main process downloads, the others read the cache
         folders = [fetch_pipeline(name)[0] for name in args.pipelines]
         teacher = network = VisionEncoderNetwork.from_pretrained(args.teacher, args.image_size, args.pooling)
         if args.network == "inception":

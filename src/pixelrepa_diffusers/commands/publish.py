@@ -6,6 +6,7 @@
 Publishing again without a change uploads nothing. `--dry_run` shows the card and the files and sends nothing.
 """
 
+import json
 import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -56,6 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
         clues = {
             "--license": "No licence is stated" in card,
             "--dataset": "| data set |" not in card,
+            "--base_model": _is_unnamed_fine_tune(folder) and not args.base_model,
             "--teacher": "frozen teacher (an image encoder)" in card,
         }
         if unstated := [name for name, is_unstated in clues.items() if is_unstated]:
@@ -66,6 +68,15 @@ def main(arguments: list[str] | None = None) -> None:
         return
     # None leaves the visibility to the default of the user or organisation.
     print(publish_folder(folder, repo_id, metrics=metrics, private=private or None, **options).commit_url)
+
+
+def _is_unnamed_fine_tune(folder: Path) -> bool:
+    """Whether the trainer started from a pretrained pipeline in a local folder."""
+    facts = folder / "training_arguments.json"
+    source = (
+        json.loads(facts.read_text(encoding="utf-8")).get("pretrained_model_name_or_path") if facts.exists() else None
+    )
+    return source == "a local folder"
 
 
 def cli() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -206,7 +207,8 @@ def _match_classes(
     agree, and keeps its initialization otherwise. The last row is the null class.
     """
     num_classes, same_number = len(initial) - 1, len(initial) == len(pretrained)
-    rows = {name: int(number) for number, name in known.items()}
+    shared = {name for name, count in Counter(known.values()).items() if count > 1}
+    rows = {name: int(number) for number, name in known.items() if name not in shared}
     unmatched = [number for number in range(num_classes) if id2label.get(str(number)) not in rows]
     embedding = pretrained.clone() if same_number else initial.clone()
     embedding[-1] = pretrained[-1]
@@ -220,7 +222,7 @@ def _match_classes(
     elif unmatched and known and id2label:
         number = str(unmatched[0])
         logger.warning(
-            f"The classes of {source} have other names than those of the data (class {number}: {known[number]!r}, here "
-            f"{id2label[number]!r}). Such a class takes the embedding of its number: check the order."
+            f"The classes of {source} have other names than those of the data (class {number}: {known.get(number)!r}, here "
+            f"{id2label.get(number)!r}). Such a class takes the embedding of its number: check the order."
         )
     return embedding

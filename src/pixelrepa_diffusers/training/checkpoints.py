@@ -104,7 +104,7 @@ class Checkpointer:
 
     A checkpoint contains `transformer/`, `transformer_ema_DECAY/` for every EMA and `adapter/` (the projector) as diffusers
     folders; optimizer, gradient scaler and random states as written by accelerate; and `progress.json`: step, position in
-    the data, arguments, and `pipeline_config`, the class names and guidance of the run's pipeline.
+    the data, EMA updates, arguments, and the class names and guidance of the run's pipeline.
     """
 
     def __init__(
@@ -195,7 +195,7 @@ class Checkpointer:
             {name: value for name, value in group.items() if name != "params"} for group in self.optimizer.param_groups
         ]
         self.accelerator.load_state(str(folder))
-        # accelerate continues counting micro-steps, of which the earlier run may have had others per optimizer step.
+        # accelerate would continue the saved micro-step count, which is wrong if gradient_accumulation_steps changed.
         self.accelerator.step = 0
         # The saved state contains learning rate, betas and decay; those of the command line take precedence.
         for group, own in zip(self.optimizer.param_groups, settings, strict=True):

@@ -129,7 +129,7 @@ class ImageSource:
 
 @dataclass
 class StreamSource:
-    """Images that can only be read in sequence. Attributes as of [`ImageSource`]; their number is unknown."""
+    """Images that can only be read in sequence. Same attributes as [`ImageSource`]; the number of images is unknown."""
 
     stream: datasets.IterableDataset
     image_column: str
@@ -379,8 +379,8 @@ class ImageLoader:
     **Every draw is a function of (seed, epoch, index).** The order of an epoch, each crop and each flip come from a
     counter-based generator keyed by that triple, so the number of workers and processes, gradient accumulation and a
     restart in mid-epoch change nothing. An epoch is a permutation cut into global batches (the batches of optimizer steps,
-    over all processes and accumulation steps), the last incomplete one dropped, of which every process takes its part. Do
-    not pass the loader through `accelerator.prepare`, which would divide it again.
+    over all processes and accumulation steps); the last incomplete one is dropped. Each process takes its part of a global
+    batch. Do not pass the loader through `accelerator.prepare`, which would divide it again.
 
     **Streams** follow the same rule: `index` is the position in the epoch's stream, whose order is the shuffle of `datasets`
     by (seed, epoch), which may change with the version of `datasets`. Every process reads the whole stream but decodes only
@@ -515,8 +515,7 @@ class ImageLoader:
 
 def leave_process_group(worker_id: int) -> None:
     """Protect workers from Ctrl-C and a launcher's SIGTERM: the training process decides when to stop."""
-    if os.name == "posix":
-        os.setpgid(0, 0)
+    os.setpgid(0, 0)
 
 
 def check_global_batch(num_images: int, batch_size: int, accumulation_steps: int, world_size: int) -> None:

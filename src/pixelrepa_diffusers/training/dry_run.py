@@ -12,7 +12,7 @@ from .data import ImageSource, StreamSource, check_global_batch
 
 
 def dry_run(args: TrainingArguments, num_processes: int, source: ImageSource | StreamSource | None) -> dict:
-    """Describe a run. Without data, the preset's classes and ImageNet's number of images are assumed."""
+    """Describe a run. Without data, or with a stream, ImageNet's number of images is assumed."""
     num_classes = source.num_classes if source else args.num_classes or get_preset(args.preset).num_classes
     num_images = len(source) if isinstance(source, ImageSource) else 1_281_167
     num_processes = args.dry_run_processes or num_processes

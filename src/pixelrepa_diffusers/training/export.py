@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from ..evaluation import (
     open_spaces,
     pipeline_images,
 )
-from ..files import write_atomically, write_folder
+from ..files import write_atomically, write_folder, write_json
 from ..hub import BackgroundPusher
 from ..images import make_grid
 from ..pipeline_pixelrepa import PixelREPAPipeline
@@ -76,8 +75,8 @@ class Exporter:
     """
     Export the sampled weights of a run: the first EMA, or the online weights without EMAs.
 
-    Every method must be called on every process; only the main one has a `pusher`. The run starts from `step`: sample
-    grids of later steps belong to another run.
+    Every method must be called on every process; only the main one has a `pusher`. `settings` are the arguments of the
+    pipeline. The run starts from `step`: sample grids of later steps belong to another run.
     """
 
     def __init__(
@@ -86,14 +85,14 @@ class Exporter:
         accelerator: Accelerator,
         objective: torch.nn.Module,
         ema: ConstantDecayEMA | None,
-        id2label: dict[str, str] | None,
+        settings: dict,
         metrics: MetricLogger,
         spaces: list[FeatureSpace],
         pusher: BackgroundPusher | None,
         step: int,
     ):
         self.args, self.accelerator, self.objective, self.ema = args, accelerator, objective, ema
-        self.id2label, self.metrics, self.spaces, self.pusher = id2label, metrics, spaces, pusher
+        self.settings, self.metrics, self.spaces, self.pusher = settings, metrics, spaces, pusher
         self.output_dir = Path(args.output_dir)
         grids = sorted(self.output_dir.glob("samples/step-*.png"))
         self.samples = next((path for path in reversed(grids) if path.name <= _grid_name(step)), None)
@@ -103,7 +102,7 @@ class Exporter:
         trained = self.accelerator.unwrap_model(self.objective).transformer
         weights = trained.state_dict() if self.ema is None else self.ema.state_dict_for(self.ema.decays[0])
         transformer = with_weights(trained.config, gather_weights(weights)).to(self.accelerator.device)
-        pipeline = build_pipeline(self.args, transformer, self.id2label)
+        pipeline = PixelREPAPipeline(transformer, JiTFlowMatchScheduler(), **self.settings)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
@@ -125,7 +124,7 @@ class Exporter:
         def write(path: Path) -> None:
             if self.accelerator.is_main_process:
                 pipeline.save_pretrained(path)
-                (path / "training_arguments.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+                write_json(path / "training_arguments.json", facts)
                 if self.samples is not None and self.samples.exists():
                     shutil.copyfile(self.samples, path / "samples.png")
 
@@ -160,7 +159,12 @@ class Exporter:
         """Write a sample grid, from the same noise at every step, to samples/ and to the trackers that take images."""
         pipeline = self.pipeline()
         if self.accelerator.is_main_process:
-            grid = self._sample_grid(pipeline)
+            try:
+                grid = self._sample_grid(pipeline)
+            except ValueError as error:  # NaN in an image; the other processes wait below
+                logger.warning(f"No sample grid at step {step}: {error}")
+                grid = None
+        if self.accelerator.is_main_process and grid is not None:
             self.samples = self.output_dir / "samples" / _grid_name(step)
             self.samples.parent.mkdir(exist_ok=True)
             write_atomically(self.samples, lambda path: grid.save(path, format="PNG"))

@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
+from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from ..files import write_atomically
@@ -58,15 +59,20 @@ class MetricLogger:
         from matplotlib.figure import Figure  # slow to import
 
         measured = {name for row in self.rows for name in row if name.startswith(EVALUATION_METRICS)}
+        logged = {name for row in self.rows for name, value in row.items() if value is not None}
         panels = ["denoising_loss", "alignment_cosine", "grad_norm", "learning_rate", *sorted(measured)]
-        lines = math.ceil(len(panels) / 2)
-        figure = Figure(figsize=(10, 3 * lines), layout="constrained")
-        axes = figure.subplots(lines, 2, sharex=True)
+        panels = [name for name in panels if name in logged]
+        num_rows = math.ceil(len(panels) / 2)
+        figure = Figure(figsize=(10, 3 * num_rows), layout="constrained")
+        axes = figure.subplots(num_rows, 2, sharex=True, squeeze=False)
         for axis, name in zip(axes.flat, panels, strict=False):
             points = [(row["step"], row[name]) for row in self.rows if row.get(name) is not None]
-            axis.plot(*zip(*points, strict=True), linewidth=1, marker="." if name in measured else None)
+            marker = "." if name in measured or len(points) == 1 else None
+            axis.plot(*zip(*points, strict=True), linewidth=1, marker=marker)
             axis.set_title(name.replace("_", " "))
             axis.grid(alpha=0.3, which="both")
+        for axis in axes.flat[len(panels) :]:
+            axis.set_axis_off()
         axes[0, 0].set_yscale("log")
         figure.supxlabel("optimizer step")
         path = self.path.with_name("curves.png")
@@ -118,6 +124,19 @@ class StepMonitor:
                 "with a smaller --learning_rate, --max_grad_norm 1, --mixed_precision bf16 or no, or --on_nonfinite skip."
             )
         return losses
+
+    def check_finite(self, step: int, objective: torch.nn.Module, last_checkpoint: Path | None) -> None:
+        """Check the losses since the last report and the weights after `step`, before they are saved."""
+        if self.pending:
+            self.check_losses(last_checkpoint)
+        # A loss is computed before the update: a NaN gradient shows in the weights first.
+        weights = [parameter.detach() for parameter in objective.parameters()]
+        largest = torch.nn.utils.get_total_norm(weights, norm_type=float("inf"))
+        if not (largest.full_tensor() if isinstance(largest, DTensor) else largest).isfinite():
+            raise NonFiniteLossError(
+                f"The weights after step {step} are not finite, because its gradient was not. The last good checkpoint is "
+                f"{last_checkpoint}: resume from it with a smaller --learning_rate, --max_grad_norm 1 or --on_nonfinite skip."
+            )
 
     def report(self, step: int, result: StepResult, learning_rate: float, last_checkpoint: Path | None) -> None:
         """Log the mean losses since the last report, and the throughput."""

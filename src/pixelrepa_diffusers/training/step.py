@@ -126,10 +126,11 @@ def take_step(
 ) -> StepResult:
     """Take the optimizer step that follows `step` completed ones."""
     losses, images, skipped_images = [], [], 0
-    for micro_step in range(args.gradient_accumulation_steps):
+    for dropout_seed in draws(
+        args.seed, step, accelerator.process_index, DROPOUT_DRAWS, args.gradient_accumulation_steps
+    ):
         inputs, metadata = next(batches)
-        dropout_seeds = draws(args.seed, step, accelerator.process_index, DROPOUT_DRAWS, micro_step + 1)
-        torch.manual_seed(int(dropout_seeds[micro_step]))
+        torch.manual_seed(int(dropout_seed))
         with accelerator.accumulate(objective):
             with accelerator.autocast():
                 output = objective(**inputs)
@@ -149,6 +150,6 @@ def take_step(
     if not skipped or accelerator.scaler is not None:  # the gradient scaler skips by itself and adapts its scale
         optimizer.step()
     optimizer.zero_grad()
-    if ema is not None and not skipped:
+    if ema is not None and not (skipped or accelerator.optimizer_step_was_skipped):
         ema.update(accelerator.unwrap_model(objective).transformer)
     return StepResult(torch.stack(losses).mean(dim=0), images, skipped_images, grad_norm, skipped, metadata["loader"])

@@ -68,7 +68,13 @@ def test_commands_name_programs_flags_and_files_that_exist(command):
 
 
 def test_flags_in_the_text_exist():
-    programs = {*INSTALLED, "training/train_pixelrepa.py", "benchmarks/training.py", "benchmarks/sampling.py"}
+    programs = {
+        *INSTALLED,
+        "training/train_pixelrepa.py",
+        "training/train_guidance_head.py",
+        "benchmarks/training.py",
+        "benchmarks/sampling.py",
+    }
     known = set().union(*(flags(load(program)) for program in programs))
     mentioned = {flag for text in TEXTS.values() for flag in re.findall(r"`(--[a-z]\w+)", text)}
     assert mentioned - known <= {"--cpu"}  # accelerate's

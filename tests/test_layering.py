@@ -56,7 +56,7 @@ def test_modules_import_only_from_lower_layers_and_without_cycles():
     tuple(graphlib.TopologicalSorter(graph).static_order())  # raises on a cycle
 
 
-@pytest.mark.parametrize("module", ["transformer_jit", "scheduling_jit", "pipeline_pixelrepa"])
+@pytest.mark.parametrize("module", ["transformer_jit", "scheduling_jit", "guidance_jit", "pipeline_pixelrepa"])
 def test_remote_code_is_self_contained(module):
     roots = {name.partition(".")[0] for name in imports(FILES[module])}
     assert roots - set(sys.stdlib_module_names) <= {"torch", "numpy", "PIL", "diffusers"}

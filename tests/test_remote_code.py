@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoModel, DiffusionPipeline, UniPCMultistepScheduler
 from safetensors.torch import load_file
 
-from pixelrepa_diffusers import JiTFlowMatchScheduler, JiTTransformer2DModel, PixelREPAPipeline
+from pixelrepa_diffusers import JiTFlowMatchScheduler, JiTGuidanceHead, JiTTransformer2DModel, PixelREPAPipeline
 
 
 NAMES = {0: "tench, Tinca tinca", 1: "goldfish"}
@@ -68,6 +68,11 @@ assert half.transformer.dtype == torch.bfloat16
 assert half.transformer.conditioning.time_embedding.linear_1.weight.dtype == torch.float32
 sample("bfloat16", half)
 
+guided = load(source / "guided")
+assert type(guided.guidance_head).__module__.startswith("diffusers_modules."), type(guided.guidance_head)
+sample("guided", guided)
+guided.save_pretrained(out / "guided")
+
 z, t, y = torch.linspace(-1, 1, 768).view(1, 3, 16, 16), torch.tensor([0.5]), torch.tensor([3])
 model = AutoModel.from_pretrained(str(source / "plain" / "transformer"), trust_remote_code=True)
 with torch.no_grad():
@@ -92,11 +97,14 @@ def predict(transformer):
 
 
 @pytest.fixture(scope="module")
-def saved(make_pipeline, tmp_path_factory):
+def saved(make_pipeline, make_transformer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved")
     pipeline = make_pipeline(id2label=NAMES, guidance_scale=2.0)
     pipeline.save_pretrained(folder / "plain")
     pipeline.save_pretrained(folder / "sharded_fp16", variant="fp16", max_shard_size="20KB")
+    head = JiTGuidanceHead.from_transformer(make_transformer(seed=1))
+    guidance = {"guidance_head": head, "guidance_transformer": make_transformer(seed=2), "self_guidance_scale": 0.5}
+    make_pipeline(id2label=NAMES, **guidance, autoguidance_scale=1.5).save_pretrained(folder / "guided")
     return folder
 
 
@@ -141,6 +149,12 @@ def test_remote_code_saves_and_loads_another_scheduler(make_pipeline, pipeline, 
 def test_remote_code_loads_in_bfloat16(pipeline, remote):
     images, _, _ = remote
     assert 0 < (images["bfloat16"] - sample(pipeline)).abs().max() < 0.2
+
+
+def test_remote_code_guides_by_a_head_and_a_second_transformer(saved, remote):
+    images, folder, _ = remote
+    for place in (saved, folder):
+        assert torch.equal(images["guided"], sample(PixelREPAPipeline.from_pretrained(place / "guided")))
 
 
 @pytest.mark.parametrize("name", ["model", "model again"])

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .conversion import load_original_checkpoint as load_original_checkpoint
     from .conversion import save_original_checkpoint as save_original_checkpoint
     from .ema import ConstantDecayEMA as ConstantDecayEMA
+    from .guidance_jit import JiTGuidanceHead as JiTGuidanceHead
     from .hub import publish_folder as publish_folder
     from .objective import PixelREPAObjective as PixelREPAObjective
     from .objective import PixelREPAObjectiveOutput as PixelREPAObjectiveOutput
@@ -42,6 +43,7 @@ _MODULES = {
     "ConstantDecayEMA": "ema",
     "ConvProjector": "adapter",
     "JiTFlowMatchScheduler": "scheduling_jit",
+    "JiTGuidanceHead": "guidance_jit",
     "JiTTransformer2DModel": "transformer_jit",
     "JiTTransformer2DModelOutput": "transformer_jit",
     "MLPProjector": "adapter",

@@ -64,9 +64,18 @@ REQUIRED_FILES = (
 )
 PUBLISHED_FILES = (
     *("model_index.json", "pipeline_pixelrepa.py", "training_arguments.json", "samples.png", "README.md"),
-    *(f"transformer/[!.]*.{suffix}" for suffix in ("json", "py", "safetensors")),
+    *(
+        f"{part}/[!.]*.{suffix}"
+        for part in ("transformer", "guidance_head", "guidance_transformer")
+        for suffix in ("json", "py", "safetensors")
+    ),
     *("scheduler/[!.]*.json", "scheduler/[!.]*.py", "adapter/[!.]*.json", "adapter/[!.]*.safetensors"),
 )
+# Of a pipeline that has these parts.
+GUIDANCE_FILES = {
+    "guidance_head": ("guidance_head/config.json", "guidance_head/guidance_jit.py", "guidance_head/[!.]*.safetensors"),
+    "guidance_transformer": tuple(f"guidance_{pattern}" for pattern in REQUIRED_FILES if "/" in pattern),
+}
 RETRY_WAITS = (2.0, 10.0, 30.0, 60.0)  # seconds between the tries of a publication
 
 _FIGURE = re.compile(r"\b(fid|inception\s+score|images per second|images/s)\b", re.IGNORECASE)
@@ -186,6 +195,8 @@ def build_card(
         labels=json.dumps(labels, ensure_ascii=False) if num_classes > 1 else None,
         guidance_scale=pipeline_config["guidance_scale"],
         guidance_interval=pipeline_config["guidance_interval"],
+        self_guidance_scale=pipeline_config.get("self_guidance_scale"),
+        autoguidance_scale=pipeline_config.get("autoguidance_scale"),
         has_samples=has_samples,
         config=config,
         preset=preset,
@@ -310,7 +321,10 @@ def published_files(
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}.")
-    if missing := [pattern for pattern in REQUIRED_FILES if not any(folder.glob(pattern))]:
+    index, required = folder / "model_index.json", list(REQUIRED_FILES)
+    for part in _read_json(index) if index.is_file() else ():
+        required += GUIDANCE_FILES.get(part, ())
+    if missing := [pattern for pattern in required if not any(folder.glob(pattern))]:
         raise FileNotFoundError(
             f"{folder} is not a complete saved pipeline: it has no {', '.join(missing)}. A training run saves one in "
             "pipeline/."

@@ -26,6 +26,13 @@ from diffusers.utils.torch_utils import randn_tensor
 
 logger = logging.get_logger(__name__)
 
+# Module and class of the components with a file of their own.
+_PUBLISHED_COMPONENTS = (
+    ["transformer_jit", "JiTTransformer2DModel"],
+    ["scheduling_jit", "JiTFlowMatchScheduler"],
+    ["guidance_jit", "JiTGuidanceHead"],
+)
+
 ClassLabels = int | str | list[int] | list[str] | torch.Tensor
 
 
@@ -34,7 +41,7 @@ class PixelREPAPipeline(DiffusionPipeline):
     Pipeline for class-conditional image generation in pixel space with a JiT (arXiv 2511.13720), such as the models
     trained with PixelREPA (arXiv 2603.14366).
 
-    `id2label`, `guidance_scale` and `guidance_interval` are saved with the pipeline.
+    `id2label` and the guidance settings are saved with the pipeline.
 
     Args:
         transformer ([`JiTTransformer2DModel`]): Predicts the clean image from the noisy image.
@@ -42,9 +49,16 @@ class PixelREPAPipeline(DiffusionPipeline):
         id2label (`dict`, *optional*): Class id to class name. A name may list synonyms separated by commas.
         guidance_scale (`float`, defaults to 1.0): Default guidance scale of a call.
         guidance_interval (`tuple[float, float]`, defaults to `(0.1, 1.0)`): Default guidance interval of a call.
+        guidance_head ([`JiTGuidanceHead`], *optional*): Head for self-guidance (arXiv 2607.29122).
+        guidance_transformer ([`JiTTransformer2DModel`], *optional*):
+            Smaller or less trained model for autoguidance (arXiv 2406.02507), of the same image size and classes.
+        self_guidance_scale, self_guidance_interval, autoguidance_scale, autoguidance_interval:
+            Further defaults of a call.
     """
 
+    # The guidance modules are evaluated in turn with the transformer, so they stay on the device beside it.
     model_cpu_offload_seq = "transformer"
+    _optional_components = ["guidance_head", "guidance_transformer"]
     _callback_tensor_inputs = ["latents"]
 
     def __init__(
@@ -54,16 +68,35 @@ class PixelREPAPipeline(DiffusionPipeline):
         id2label: dict | None = None,
         guidance_scale: float = 1.0,
         guidance_interval: tuple | list = (0.1, 1.0),
+        guidance_head: ModelMixin | None = None,
+        guidance_transformer: ModelMixin | None = None,
+        self_guidance_scale: float = 0.0,
+        self_guidance_interval: tuple | list = (0.0, 1.0),
+        autoguidance_scale: float = 1.0,
+        autoguidance_interval: tuple | list = (0.0, 1.0),
     ):
         super().__init__()
         _check_guidance(guidance_scale, guidance_interval)
-        self.register_modules(transformer=transformer, scheduler=scheduler)
+        _check_self_guidance(guidance_head, self_guidance_scale, self_guidance_interval)
+        _check_autoguidance(transformer, guidance_transformer, autoguidance_scale, autoguidance_interval)
+        if guidance_head is not None:
+            guidance_head.check_fits(transformer)
+        self.register_modules(
+            transformer=transformer,
+            scheduler=scheduler,
+            guidance_head=guidance_head,
+            guidance_transformer=guidance_transformer,
+        )
         self._ids_by_name = _index_names(id2label or {}, transformer.config.num_classes)
         # JSON keys are strings; with string keys here, a saved and reloaded pipeline has the same configuration.
         self.register_to_config(
             id2label=None if id2label is None else {str(class_id): names for class_id, names in id2label.items()},
             guidance_scale=float(guidance_scale),
             guidance_interval=[float(bound) for bound in guidance_interval],
+            self_guidance_scale=float(self_guidance_scale),
+            self_guidance_interval=[float(bound) for bound in self_guidance_interval],
+            autoguidance_scale=float(autoguidance_scale),
+            autoguidance_interval=[float(bound) for bound in autoguidance_interval],
         )
         self._guidance_scale = self.config.guidance_scale
         self._current_timestep, self._num_timesteps, self._interrupt = None, 0, False
@@ -149,9 +182,20 @@ class PixelREPAPipeline(DiffusionPipeline):
         latents: torch.Tensor | None,
         output_type: str,
         callback_on_step_end_tensor_inputs: list[str],
+        self_guidance_scale: float = 0.0,
+        self_guidance_interval: tuple[float, float] = (0.0, 1.0),
+        autoguidance_scale: float = 1.0,
+        autoguidance_interval: tuple[float, float] = (0.0, 1.0),
     ) -> None:
         batch_size = len(self.get_label_ids(class_labels))
         _check_guidance(guidance_scale, guidance_interval)
+        _check_self_guidance(self.guidance_head, self_guidance_scale, self_guidance_interval)
+        _check_autoguidance(self.transformer, self.guidance_transformer, autoguidance_scale, autoguidance_interval)
+        if self_guidance_scale != 0 and self.transformer.is_cache_enabled:
+            raise ValueError(
+                "Self-guidance reads the tokens of a middle block, which a cache may skip: call "
+                "`pipe.transformer.disable_cache()` or set `self_guidance_scale=0`."
+            )
         if num_inference_steps < 1:
             raise ValueError(f"`num_inference_steps` must be at least 1, got {num_inference_steps}.")
         if isinstance(generator, list) and len(generator) != batch_size:
@@ -208,6 +252,44 @@ class PixelREPAPipeline(DiffusionPipeline):
         times = 1 - sigmas.double()
         return timesteps, (times if sigmas.dtype == torch.float64 else times.round(decimals=7)).tolist()
 
+    def predict_velocity(
+        self,
+        sample: torch.Tensor,
+        time: float,
+        model_time: torch.Tensor,
+        labels: torch.Tensor,
+        self_guidance_scale: float = 0.0,
+        self_guidance_interval: tuple[float, float] = (0.0, 1.0),
+        autoguidance_scale: float = 1.0,
+        autoguidance_interval: tuple[float, float] = (0.0, 1.0),
+    ) -> torch.Tensor:
+        """
+        Velocity towards the image of every sample of a batch, with self-guidance and autoguidance where they apply.
+
+        `time` is t in double precision for the intervals, `model_time` the same t as the float32 tensor of the networks.
+        """
+        transformer, head, weak = self.transformer, self.guidance_head, self.guidance_transformer
+        if self_guidance_scale == 0 or not _inside(time, self_guidance_interval):
+            prediction, head = transformer(sample, model_time, labels, return_dict=False)[0], None
+        else:
+            prediction, states = transformer(
+                sample,
+                model_time,
+                labels,
+                return_alignment_states=True,
+                alignment_depth=head.config.depth,
+                return_dict=False,
+            )
+        plain = velocity = transformer.velocity(prediction, sample, model_time)
+        if head is not None:
+            head_velocity = transformer.velocity(head(states, model_time, labels), sample, model_time)
+            velocity = velocity + self_guidance_scale * (plain - head_velocity)
+        if autoguidance_scale != 1 and _inside(time, autoguidance_interval):
+            prediction = weak(sample, model_time, labels, return_dict=False)[0]
+            weak_velocity = transformer.velocity(prediction, sample, model_time)
+            velocity = velocity + (autoguidance_scale - 1) * (plain - weak_velocity)
+        return velocity
+
     @torch.no_grad()
     def __call__(
         self,
@@ -222,6 +304,10 @@ class PixelREPAPipeline(DiffusionPipeline):
         callback_on_step_end: Callable[[DiffusionPipeline, int, torch.Tensor, dict[str, Any]], dict[str, Any]]
         | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006
+        self_guidance_scale: float | None = None,
+        self_guidance_interval: tuple[float, float] | None = None,
+        autoguidance_scale: float | None = None,
+        autoguidance_interval: tuple[float, float] | None = None,
     ) -> ImagePipelineOutput | tuple:
         r"""
         Generate one image per class label.
@@ -246,6 +332,16 @@ class PixelREPAPipeline(DiffusionPipeline):
                 Called after every model evaluation as `callback(pipeline, index, timestep, {"latents": ...})`; the
                 returned dictionary replaces the tensors.
             callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`): Tensors passed to the callback.
+            self_guidance_scale (`float`, *optional*, defaults to the saved value):
+                w in v ← v + w·(v − v_head), applied to both halves before `guidance_scale` combines them. 0 disables it.
+                Needs a `guidance_head`.
+            self_guidance_interval (`tuple[float, float]`, *optional*, defaults to the saved value):
+                Where self-guidance applies; outside, the head is not computed.
+            autoguidance_scale (`float`, *optional*, defaults to the saved value):
+                s in v ← v_weak + s·(v − v_weak), with v_weak of the `guidance_transformer`, likewise applied to both
+                halves; with self-guidance, the two corrections add up. 1 disables it.
+            autoguidance_interval (`tuple[float, float]`, *optional*, defaults to the saved value):
+                Where autoguidance applies; outside, the guidance transformer is not computed.
 
         Returns:
             [`ImagePipelineOutput`] or a tuple whose first element is the images.
@@ -264,6 +360,13 @@ class PixelREPAPipeline(DiffusionPipeline):
         # 1. Check inputs
         guidance_scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
         guidance_interval = self.config.guidance_interval if guidance_interval is None else guidance_interval
+        guidance = {
+            "self_guidance_scale": self_guidance_scale,
+            "self_guidance_interval": self_guidance_interval,
+            "autoguidance_scale": autoguidance_scale,
+            "autoguidance_interval": autoguidance_interval,
+        }
+        guidance = {name: self.config[name] if value is None else value for name, value in guidance.items()}
         self.check_inputs(
             class_labels,
             guidance_scale,
@@ -273,6 +376,7 @@ class PixelREPAPipeline(DiffusionPipeline):
             latents,
             output_type,
             callback_on_step_end_tensor_inputs,
+            **guidance,
         )
         self._guidance_scale = guidance_scale
         self._interrupt = False
@@ -313,10 +417,9 @@ class PixelREPAPipeline(DiffusionPipeline):
                     timestep=timestep,
                     sigma=1 - times[index],
                 ):
-                    prediction = self.transformer(
-                        sample, model_times[index], labels_and_null if guided else labels, return_dict=False
-                    )[0]
-                velocity = self.transformer.velocity(prediction, sample, model_times[index])
+                    velocity = self.predict_velocity(
+                        sample, times[index], model_times[index], labels_and_null if guided else labels, **guidance
+                    )
                 if guided:
                     conditional, unconditional = velocity.chunk(2)
                     velocity = unconditional + self.guidance_scale * (conditional - unconditional)
@@ -366,7 +469,14 @@ class PixelREPAPipeline(DiffusionPipeline):
         config = json.loads(super().to_json_string())
         config.pop("_name_or_path", None)  # a local path of the machine that loaded the pipeline
         config["_class_name"] = [type(self).__module__.rpartition(".")[2], type(self).__name__]
+        # A pipeline without these parts is described as before they existed.
+        for part, prefix in (("guidance_head", "self_guidance"), ("guidance_transformer", "autoguidance")):
+            if getattr(self, part) is None:
+                for name in (part, f"{prefix}_scale", f"{prefix}_interval"):
+                    config.pop(name, None)
         for name, component in self.components.items():
+            if component is None:
+                continue
             component_class = type(getattr(component, "_orig_mod", component))  # unwraps torch.compile
             library = component_class.__module__.partition(".")[0]
             if library not in ("diffusers", "transformers"):
@@ -382,23 +492,64 @@ class PixelREPAPipeline(DiffusionPipeline):
             return config
         config["_class_name"] = class_name[1]
         for name, value in config.items():
-            if value in (["transformer_jit", "JiTTransformer2DModel"], ["scheduling_jit", "JiTFlowMatchScheduler"]):
+            if value in _PUBLISHED_COMPONENTS:
                 config[name] = [package, value[1]]
         return config
 
     @classmethod
     def _get_signature_types(cls):
-        # `from_pipe` compares exact types, and the annotation of `transformer` can only name a base class.
+        # `from_pipe` compares exact types, and the annotations of the models can only name a base class.
         types = super()._get_signature_types()
-        models = [model for model in ModelMixin.__subclasses__() if model.__name__ == "JiTTransformer2DModel"]
-        return {**types, "transformer": (*types["transformer"], *models)}
+        names = {
+            "transformer": "JiTTransformer2DModel",
+            "guidance_head": "JiTGuidanceHead",
+            "guidance_transformer": "JiTTransformer2DModel",
+        }
+        for name, class_name in names.items():
+            models = (model for model in ModelMixin.__subclasses__() if model.__name__ == class_name)
+            types[name] = (*types[name], *models)
+        return types
 
 
 def _check_guidance(scale: float, interval: tuple[float, float]) -> None:
     if not 0 <= scale < float("inf"):
         raise ValueError(f"`guidance_scale` must be at least 0 (1 disables guidance), got {scale}.")
+    _check_interval("guidance_interval", interval)
+
+
+def _check_interval(name: str, interval: tuple[float, float]) -> None:
     if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
-        raise ValueError(f"`guidance_interval` must satisfy 0 ≤ low < high ≤ 1 (0 is noise), got {interval}.")
+        raise ValueError(f"`{name}` must satisfy 0 ≤ low < high ≤ 1 (0 is noise), got {interval}.")
+
+
+def _check_self_guidance(head: ModelMixin | None, scale: float, interval: tuple[float, float]) -> None:
+    if not 0 <= scale < float("inf"):
+        raise ValueError(f"`self_guidance_scale` must be at least 0 (which disables it), got {scale}.")
+    if scale != 0 and head is None:
+        raise ValueError(
+            f"`self_guidance_scale={scale}` needs a guidance head, which this pipeline does not have. Train one with "
+            "train_guidance_head.py."
+        )
+    _check_interval("self_guidance_interval", interval)
+
+
+def _check_autoguidance(
+    transformer: ModelMixin, weak: ModelMixin | None, scale: float, interval: tuple[float, float]
+) -> None:
+    if not 0 <= scale < float("inf"):
+        raise ValueError(f"`autoguidance_scale` must be at least 0 (1 disables it), got {scale}.")
+    if scale != 1 and weak is None:
+        raise ValueError(
+            f"`autoguidance_scale={scale}` needs a second transformer: load the pipeline with "
+            "`guidance_transformer=JiTTransformer2DModel.from_pretrained(...)`."
+        )
+    if weak is not None:
+        for name in ("sample_size", "in_channels", "num_classes", "noise_scale"):
+            if weak.config[name] != transformer.config[name]:
+                raise ValueError(
+                    f"The guidance transformer has {name} {weak.config[name]}, the transformer {transformer.config[name]}."
+                )
+    _check_interval("autoguidance_interval", interval)
 
 
 def _inside(time: float, interval: tuple[float, float]) -> bool:

@@ -1,5 +1,6 @@
 """Helpers shared by the sampling commands: solvers by name, pipelines from folders, checkpoints and the Hub, seeded noise."""
 
+import itertools
 import json
 import os
 import platform
@@ -18,6 +19,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
+from .guidance_jit import JiTGuidanceHead
 from .pipeline_pixelrepa import PixelREPAPipeline
 from .scheduling_jit import JiTFlowMatchScheduler
 from .transformer_jit import JiTTransformer2DModel
@@ -32,21 +34,40 @@ SCHEDULERS = {
     "dpmpp_2m": lambda: DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
 }
 
+# Models beside the transformer that guidance may need; a pipeline saves them in folders of these names.
+GUIDANCE_MODELS = {"guidance_head": JiTGuidanceHead, "guidance_transformer": JiTTransformer2DModel}
+
 DTYPES = ["float32", "bfloat16", "float16"]
 
+# Guidance settings of a call, which are saved with a pipeline, by the component they need.
+GUIDANCE_SETTINGS = {
+    "transformer": ("guidance_scale", "guidance_interval"),
+    "guidance_head": ("self_guidance_scale", "self_guidance_interval"),
+    "guidance_transformer": ("autoguidance_scale", "autoguidance_interval"),
+}
 
-def describe_pipeline(name_or_path: str, revision: str | None = None) -> PixelREPAPipeline:
+
+def saved_guidance(pipeline: PixelREPAPipeline) -> dict[str, Any]:
+    """The saved guidance settings, without those of components that the pipeline lacks."""
+    parts = [part for part in GUIDANCE_SETTINGS if getattr(pipeline, part, None) is not None]
+    return {name: pipeline.config[name] for part in parts for name in GUIDANCE_SETTINGS[part]}
+
+
+def describe_pipeline(
+    name_or_path: str, revision: str | None = None, guidance_transformer: str | None = None
+) -> PixelREPAPipeline:
     """
     Build a pipeline without its weights (on the meta device), to check labels and settings before anything large is read.
 
     Args:
         name_or_path (`str`): Folder of a saved pipeline or a training checkpoint, or a Hub id.
         revision (`str`, *optional*): Branch, tag or commit of a Hub id.
+        guidance_transformer (`str`, *optional*): Folder of a second transformer, for autoguidance.
 
     Raises:
         `OSError`: If there is no pipeline under this name; the message for a training run's folder names what to pass.
     """
-    folder = Path(name_or_path)
+    folder, parts = Path(name_or_path), {}
     if _is_checkpoint(folder):
         settings, config = _read_settings(folder), JiTTransformer2DModel.load_config(transformer_folder(folder))
     elif str(name_or_path).startswith((".", "/", "~")) and not folder.exists():
@@ -57,14 +78,21 @@ def describe_pipeline(name_or_path: str, revision: str | None = None) -> PixelRE
         try:
             settings = PixelREPAPipeline.load_config(name_or_path, revision=revision)
             config = JiTTransformer2DModel.load_config(name_or_path, subfolder="transformer", revision=revision)
+            for name, part in GUIDANCE_MODELS.items():
+                if name in settings:
+                    parts[name] = part.load_config(name_or_path, subfolder=name, revision=revision)
         except OSError as error:
             raise OSError(
                 f"{name_or_path} is neither a folder with a pipeline nor one that the Hub could deliver: {error}"
             ) from error
+    if guidance_transformer is not None:
+        parts["guidance_transformer"] = JiTTransformer2DModel.load_config(guidance_transformer)
     with torch.device("meta"):
         transformer = JiTTransformer2DModel.from_config(config)
-    saved = {name: settings[name] for name in ("id2label", "guidance_scale", "guidance_interval") if name in settings}
-    return PixelREPAPipeline(transformer, JiTFlowMatchScheduler(), **saved)
+        parts = {name: GUIDANCE_MODELS[name].from_config(part) for name, part in parts.items()}
+    known = ("id2label", *itertools.chain(*GUIDANCE_SETTINGS.values()))
+    saved = {name: settings[name] for name in known if name in settings}
+    return PixelREPAPipeline(transformer, JiTFlowMatchScheduler(), **saved, **parts)
 
 
 def fetch_pipeline(name_or_path: str, revision: str | None = None) -> tuple[Path, str | None]:
@@ -75,14 +103,21 @@ def fetch_pipeline(name_or_path: str, revision: str | None = None) -> tuple[Path
     return folder, folder.name  # the snapshot's folder is named after the commit
 
 
-def load_pipeline(folder: Path, dtype: str, transformer: Path | None = None) -> PixelREPAPipeline:
-    """A saved pipeline or training checkpoint on this process's device, or another `transformer` folder in its place."""
-    transformer = transformer or transformer_folder(folder)
-    transformer = JiTTransformer2DModel.from_pretrained(transformer, dtype=getattr(torch, dtype))
+def load_pipeline(
+    folder: Path, dtype: str, transformer: Path | None = None, guidance_transformer: str | None = None
+) -> PixelREPAPipeline:
+    """
+    A saved pipeline or training checkpoint on this process's device, or other folders in the places of its transformer and
+    its guidance transformer.
+    """
+    transformer, settings = transformer or transformer_folder(folder), {"dtype": getattr(torch, dtype)}
+    parts = {"transformer": JiTTransformer2DModel.from_pretrained(transformer, **settings)}
+    if guidance_transformer is not None:
+        parts["guidance_transformer"] = JiTTransformer2DModel.from_pretrained(guidance_transformer, **settings)
     if _is_checkpoint(folder):
-        pipeline = PixelREPAPipeline(transformer, JiTFlowMatchScheduler(), **_read_settings(folder))
+        pipeline = PixelREPAPipeline(scheduler=JiTFlowMatchScheduler(), **_read_settings(folder), **parts)
     else:
-        pipeline = PixelREPAPipeline.from_pretrained(folder, transformer=transformer)
+        pipeline = PixelREPAPipeline.from_pretrained(folder, **settings, **parts)
     process = accelerate.PartialState()
     # None disables the bar outside a terminal: nested bars would write a line per refresh into a log.
     disable = None if process.is_local_main_process else True

@@ -49,6 +49,7 @@ from ..sampling import (
     device_name,
     fetch_pipeline,
     load_pipeline,
+    saved_guidance,
     transformer_folder,
     versions,
 )
@@ -82,6 +83,10 @@ class EvaluateArguments:
     num_inference_steps: list[int] | None = flag(None, "Sampling steps. Default: 50.", ge=1)
     guidance_scales: list[float] | None = flag(None, "Default: the saved scale.")
     guidance_intervals: list[str] | None = flag(None, "LOW:HIGH, guide where LOW < t < HIGH. Default: as saved.")
+    self_guidance_scales: list[float] | None = flag(None, "Scales of the guidance head. Default: the saved scale.")
+    self_guidance_intervals: list[str] | None = flag(None, "LOW:HIGH, likewise. Default: as saved.")
+    autoguidance_scales: list[float] | None = flag(None, "Scales of the second transformer. Default: the saved scale.")
+    guidance_transformer: str | None = flag(None, "Folder of a second transformer, for autoguidance.")
 
     dtype: str = flag("float32", "Data type of the transformer.", choices=DTYPES)
     compile: bool = flag(False, "Compile the transformer's blocks.")
@@ -91,7 +96,10 @@ class EvaluateArguments:
     overwrite: bool = flag(False, "Measure again what --output_dir already holds.")
 
 
-SAMPLING = ("transformers", "schedulers", "num_inference_steps", "guidance_scales", "guidance_intervals", "revision")
+SAMPLING = (
+    "transformers", "schedulers", "num_inference_steps", "guidance_scales", "guidance_intervals", "revision",
+    "self_guidance_scales", "self_guidance_intervals", "autoguidance_scales", "guidance_transformer",
+)  # fmt: skip
 # Axes of a sweep, and their prefixes in the names of the cells.
 AXES = {
     "transformer": "",
@@ -99,35 +107,43 @@ AXES = {
     "num_inference_steps": "steps-",
     "guidance_interval": "interval-",
     "guidance_scale": "guidance-",
+    "self_guidance_interval": "self-interval-",
+    "self_guidance_scale": "self-",
+    "autoguidance_scale": "auto-",
 }
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One combination of a sweep. `transformer` and `scheduler` are None for the pipeline's own."""
+    """
+    One combination of a sweep. `transformer` and `scheduler` are None for the pipeline's own; self-guidance and autoguidance
+    for a pipeline that has none.
+    """
 
     transformer: str | None
     scheduler: str | None
     num_inference_steps: int
     guidance_interval: tuple[float, float]
     guidance_scale: float
+    self_guidance_interval: tuple[float, float] | None = None
+    self_guidance_scale: float | None = None
+    autoguidance_scale: float | None = None
 
     def labels(self) -> dict[str, str]:
         """Position on each axis, as a text."""
-        low, high = self.guidance_interval
+        numbers = {name: value if isinstance(value, list) else [value] for name, value in self.sampling().items()}
         return {
             "transformer": "-".join(Path(self.transformer).resolve().parts[-2:]) if self.transformer else "own",
             "scheduler": self.scheduler or "own",
-            "num_inference_steps": str(self.num_inference_steps),
-            "guidance_interval": f"{low:g}-{high:g}",
-            "guidance_scale": f"{self.guidance_scale:g}",
+            **{name: "-".join(f"{number:g}" for number in values) for name, values in numbers.items()},
         }
 
     def sampling(self) -> dict[str, Any]:
+        settings = {axis: getattr(self, axis) for axis in AXES if axis not in ("transformer", "scheduler")}
         return {
-            "num_inference_steps": self.num_inference_steps,
-            "guidance_scale": float(self.guidance_scale),
-            "guidance_interval": list(self.guidance_interval),
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in settings.items()
+            if value is not None
         }
 
     def name(self, axes: Sequence[str]) -> str:
@@ -143,7 +159,7 @@ def main(args: EvaluateArguments) -> list[dict[str, Any]]:
         raise ValueError("Give either --pipeline or --images.")
     if args.pipeline is not None:
         num_samples = args.num_samples or 50_000
-        plan = describe_pipeline(args.pipeline, args.revision)
+        plan = describe_pipeline(args.pipeline, args.revision, args.guidance_transformer)
         cells = plan_cells(args, plan, num_samples)
     else:
         if given := [name for name in SAMPLING if getattr(args, name) is not None]:
@@ -169,13 +185,18 @@ def main(args: EvaluateArguments) -> list[dict[str, Any]]:
 
 def plan_cells(args: EvaluateArguments, plan: PixelREPAPipeline, num_samples: int) -> list[Cell]:
     """All combinations, each checked against the pipeline's description before any weights are read."""
-    intervals = [parse_interval(text) for text in args.guidance_intervals or []]
+    saved = saved_guidance(plan)
+    intervals = [parse_interval("guidance_intervals", text) for text in args.guidance_intervals or []]
+    self_intervals = [parse_interval("self_guidance_intervals", text) for text in args.self_guidance_intervals or []]
     combinations = itertools.product(
         args.transformers or [None],
         args.schedulers or [None],
         args.num_inference_steps or [50],
-        intervals or [tuple(plan.config.guidance_interval)],
-        args.guidance_scales or [plan.config.guidance_scale],
+        intervals or [tuple(saved["guidance_interval"])],
+        args.guidance_scales or [saved["guidance_scale"]],
+        self_intervals or [tuple(saved["self_guidance_interval"]) if plan.guidance_head else None],
+        args.self_guidance_scales or [saved.get("self_guidance_scale")],
+        args.autoguidance_scales or [saved.get("autoguidance_scale")],
     )
     cells = [Cell(*values) for values in combinations]
     if len({cell.name(AXES) for cell in cells}) < len(cells):
@@ -187,11 +208,11 @@ def plan_cells(args: EvaluateArguments, plan: PixelREPAPipeline, num_samples: in
     return cells
 
 
-def parse_interval(text: str) -> tuple[float, float]:
+def parse_interval(name: str, text: str) -> tuple[float, float]:
     try:
         low, high = map(float, text.split(":"))
     except ValueError:
-        raise ValueError(f"--guidance_intervals: {text!r} is not LOW:HIGH, such as 0.1:1.0.") from None
+        raise ValueError(f"--{name}: {text!r} is not LOW:HIGH, such as 0.1:1.0.") from None
     return low, high
 
 
@@ -290,10 +311,15 @@ def measure_cells(
     labels = [str(index % num_classes) for index in range(min(args.max_grid_images, evaluator.num_samples))]
     labels = [names.get(label, label).split(",")[0] for label in labels]
     axes = [axis for axis in AXES if len({getattr(cell, axis) for cell in cells}) > 1]
+    guides = {
+        "guidance_head": folder / "guidance_head",
+        "guidance_transformer": Path(args.guidance_transformer or folder / "guidance_transformer"),
+    }
+    guide_weights = {f"{name}_sha256": weights_sha256(path) for name, path in guides.items() if path.is_dir()}
     records = []
     for transformer, group in itertools.groupby(cells, key=lambda cell: cell.transformer):
         source = transformer_folder(folder) if transformer is None else Path(transformer)
-        pipe = load_pipeline(folder, args.dtype, source)
+        pipe = load_pipeline(folder, args.dtype, source, args.guidance_transformer)
         if args.compile:
             compile_transformer(pipe.transformer)
         own_scheduler, weights = pipe.scheduler, weights_sha256(source)
@@ -304,6 +330,7 @@ def measure_cells(
                 "revision": commit,
                 "transformer": cell.labels()["transformer"],
                 "weights_sha256": weights,
+                **guide_weights,
                 "scheduler": {"_class_name": type(pipe.scheduler).__name__, **pipe.scheduler.config},
                 **cell.sampling(),
                 "seeds": f"{args.seed}-{args.seed + evaluator.num_samples - 1}",
@@ -341,11 +368,12 @@ def write_sweep(output_dir: Path, axes: list[str], cells: list[Cell], records: l
 
 
 def plot(path: Path, axes: list[str], cells: list[Cell], records: list[dict[str, Any]]) -> None:
-    """The first metric over guidance scale or steps; one line per combination of the other axes."""
+    """The first metric over a guidance scale or steps; one line per combination of the other axes."""
     from matplotlib.figure import Figure  # slow to import
 
     metric = next(iter(records[0]["metrics"]))
-    numeric = [axis for axis in ("guidance_scale", "num_inference_steps") if axis in axes]
+    scales = ("guidance_scale", "self_guidance_scale", "autoguidance_scale", "num_inference_steps")
+    numeric = [axis for axis in scales if axis in axes]
     x_axis = (numeric or axes)[0]
     lines: dict[str, list] = {}
     for cell, record in zip(cells, records, strict=False):

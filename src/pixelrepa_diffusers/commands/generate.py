@@ -7,6 +7,7 @@ GPUs (`accelerate launch pipelines/generate.py ...`) make the same files as one,
 """
 
 import contextlib
+import itertools
 import json
 import re
 import shlex
@@ -24,6 +25,7 @@ from ..files import only_writer, write_atomically, write_json
 from ..images import make_grid
 from ..sampling import (
     DTYPES,
+    GUIDANCE_SETTINGS,
     SCHEDULERS,
     check_cuda_graphs,
     compile_transformer,
@@ -31,6 +33,7 @@ from ..sampling import (
     device_name,
     fetch_pipeline,
     load_pipeline,
+    saved_guidance,
     seeded,
     versions,
 )
@@ -51,6 +54,11 @@ class GenerateArguments:
     num_inference_steps: int = flag(50, "Sampling steps; heun evaluates the model 2N - 1 times.", ge=1)
     guidance_scale: float | None = flag(None, "Default: the scale saved with the pipeline.")
     guidance_interval: list[float] | None = flag(None, "Guide where LOW < t < HIGH. Default: as saved.", nargs=2)
+    self_guidance_scale: float | None = flag(None, "Scale of the guidance head; 0 turns it off. Default: as saved.")
+    self_guidance_interval: list[float] | None = flag(None, "LOW HIGH, likewise. Default: as saved.", nargs=2)
+    autoguidance_scale: float | None = flag(None, "Scale of the second transformer; 1 turns it off. Same default.")
+    autoguidance_interval: list[float] | None = flag(None, "LOW HIGH, likewise. Default: as saved.", nargs=2)
+    guidance_transformer: str | None = flag(None, "Folder of a second transformer, for autoguidance.")
 
     dtype: str = flag("float32", "Data type of the network.", choices=DTYPES)
     compile: bool = flag(False, "Compile the transformer's blocks: slow start, then faster.")
@@ -89,7 +97,7 @@ def main(args: GenerateArguments) -> list[Path]:
     accelerator = Accelerator()
     check_launch(accelerator.num_processes)
     check_cuda_graphs(args.cuda_graphs, accelerator.device)
-    plan = describe_pipeline(args.pipeline, args.revision)
+    plan = describe_pipeline(args.pipeline, args.revision, args.guidance_transformer)
     known = plan.config.id2label or {}
     names = [known.get(str(label), str(label)) for label in range(plan.transformer.config.num_classes)]
     if args.list_classes:
@@ -98,11 +106,9 @@ def main(args: GenerateArguments) -> list[Path]:
         return []
 
     seeds, labels = parse_numbers(args.seeds, "seeds"), select_classes(args.class_labels, plan)
-    sampling = {
-        "num_inference_steps": args.num_inference_steps,
-        "guidance_scale": plan.config.guidance_scale if args.guidance_scale is None else args.guidance_scale,
-        "guidance_interval": list(args.guidance_interval or plan.config.guidance_interval),
-    }
+    given = {name: getattr(args, name) for name in itertools.chain(*GUIDANCE_SETTINGS.values())}
+    sampling = {"num_inference_steps": args.num_inference_steps, **saved_guidance(plan)}
+    sampling |= {name: value for name, value in given.items() if value is not None}
     plan.check_inputs(
         labels, **sampling, generator=None, latents=None, output_type="pil", callback_on_step_end_tensor_inputs=[]
     )
@@ -116,7 +122,7 @@ def main(args: GenerateArguments) -> list[Path]:
     with only_writer(args.output_dir) if accelerator.is_main_process else contextlib.nullcontext():
         with accelerator.local_main_process_first():  # the main process downloads, the others read the cache
             folder, revision = fetch_pipeline(args.pipeline, args.revision)
-        pipe = load_pipeline(folder, args.dtype)
+        pipe = load_pipeline(folder, args.dtype, guidance_transformer=args.guidance_transformer)
         if args.scheduler:
             pipe.scheduler = SCHEDULERS[args.scheduler]()
         if args.compile or args.cuda_graphs:
@@ -127,6 +133,7 @@ def main(args: GenerateArguments) -> list[Path]:
             "revision": revision,
             "scheduler": {"_class_name": type(pipe.scheduler).__name__, **pipe.scheduler.config},
             "dtype": args.dtype,
+            "guidance_transformer": args.guidance_transformer,
         }
         if accelerator.is_main_process:
             record = {
@@ -173,8 +180,8 @@ def png_info(facts: dict[str, Any], scheduler: str | None) -> PngImagePlugin.Png
         "seeds": facts["seed"],
         "scheduler": scheduler,
         "num_inference_steps": facts["num_inference_steps"],
-        "guidance_scale": facts["guidance_scale"],
-        "guidance_interval": facts["guidance_interval"],
+        **{name: facts.get(name) for name in itertools.chain(*GUIDANCE_SETTINGS.values())},
+        "guidance_transformer": facts["guidance_transformer"],
         "dtype": facts["dtype"],
         "output_dir": "again",
     }

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from ..images import open_image, read_image, to_uint8
 from ..pipeline_pixelrepa import PixelREPAPipeline
-from ..sampling import seeded
+from ..sampling import saved_guidance, seeded
 from .networks import extract, network_name, network_sha256
 from .reference import FeatureStatistics, load_reference, write_arrays
 from .statistics import FeatureBank, FeatureMoments, InceptionScoreSums, gather, precision_recall
@@ -275,6 +275,7 @@ def pipeline_images(
     num_inference_steps: int = 50,
     guidance_scale: float | None = None,
     guidance_interval: Sequence[float] | None = None,
+    **model_guidance,
 ) -> MakeImages:
     """
     Generated images by number, equally many of each class, rounded to 8 bits like saved files.
@@ -286,6 +287,7 @@ def pipeline_images(
         num_inference_steps (`int`, *optional*, defaults to 50): Sampling steps.
         guidance_scale (`float`, *optional*): Defaults to the value saved with the pipeline.
         guidance_interval (`Sequence[float]`, *optional*): Defaults to the value saved with the pipeline.
+        model_guidance: Arguments of self-guidance and autoguidance, with the same defaults.
 
     Raises:
         ValueError: For unsuitable settings, before an image is made.
@@ -295,12 +297,9 @@ def pipeline_images(
         raise ValueError(
             f"The number of images must be a multiple of the model's {config.num_classes} classes, got {num_images}."
         )
-    saved = pipeline.config
-    settings = {
-        "guidance_scale": saved.guidance_scale if guidance_scale is None else guidance_scale,
-        "guidance_interval": tuple(saved.guidance_interval if guidance_interval is None else guidance_interval),
-        "num_inference_steps": num_inference_steps,
-    }
+    given = {"guidance_scale": guidance_scale, "guidance_interval": guidance_interval, **model_guidance}
+    settings = {"num_inference_steps": num_inference_steps, **saved_guidance(pipeline)}
+    settings |= {name: value for name, value in given.items() if value is not None}
     pipeline.check_inputs(
         0, **settings, generator=None, latents=None, output_type="pt", callback_on_step_end_tensor_inputs=[]
     )

@@ -93,22 +93,25 @@ def write_folder(
             write_json(temporary / MANIFEST, fingerprints)
         for path in (*temporary.rglob("*"), temporary):
             _sync(path)
-        trash = folder.with_name(f".{folder.name}.discarded")
-        shutil.rmtree(trash, ignore_errors=True)
-        if folder.exists():
-            os.replace(folder, trash)
+        older = _set_aside(folder) if folder.exists() else None
         os.replace(temporary, folder)
         _sync(folder.parent)
-        shutil.rmtree(trash, ignore_errors=True)
+        if older is not None:
+            shutil.rmtree(older)
     barrier()
 
 
 def discard_folder(folder: Path) -> None:
     """Delete a folder after renaming it, so that a kill half-way leaves nothing that looks complete."""
-    trash = folder.with_name(f".{folder.name}.discarded")
-    shutil.rmtree(trash, ignore_errors=True)
-    os.replace(folder, trash)
-    shutil.rmtree(trash)
+    shutil.rmtree(_set_aside(folder))
+
+
+def _set_aside(folder: Path) -> Path:
+    """Rename a folder to a name that [`remove_incomplete`] deletes."""
+    discarded = folder.with_name(f".{folder.name}.discarded")
+    shutil.rmtree(discarded, ignore_errors=True)
+    os.replace(folder, discarded)
+    return discarded
 
 
 def verify_folder(folder: Path) -> None:

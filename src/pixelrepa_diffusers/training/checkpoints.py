@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..ema import ConstantDecayEMA
-from ..files import DamagedFolderError, discard_folder, verify_folder, write_folder
+from ..files import DamagedFolderError, discard_folder, verify_folder, write_folder, write_json
 from ..transformer_jit import JiTTransformer2DModel
 from .arguments import BookkeepingArguments, TrainingArguments
 
@@ -150,7 +150,7 @@ class Checkpointer:
                 "arguments": self.args.saved(),
                 "pipeline": self.pipeline_config,
             }
-            (path / "progress.json").write_text(json.dumps(progress, indent=1), encoding="utf-8")
+            write_json(path / "progress.json", progress)
 
         write_folder(folder, write, is_main, self.accelerator.wait_for_everyone, manifest=True)
         if is_main and self.args.checkpoints_total_limit is not None:

@@ -147,6 +147,9 @@ def test_a_finished_evaluation_is_kept_without_overwrite(folder, reference, tmp_
     monkeypatch.undo()
     (second,) = evaluate(folder, reference, tmp_path, "--seed", 1, "--overwrite")
     assert second["seeds"] == "1-40" and second["metrics"] != first["metrics"]
+    (tmp_path / "metrics.json").write_text("{")
+    with pytest.raises(ValueError, match=r"metrics\.json is damaged"):
+        evaluate(folder, reference, tmp_path)
 
 
 def test_image_files_score_as_the_pipeline_that_made_them(folder, reference, make_pipeline, tmp_path):

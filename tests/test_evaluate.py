@@ -163,25 +163,3 @@ def test_image_files_score_as_the_pipeline_that_made_them(folder, reference, mak
     assert record["metrics"] == expected["metrics"]
     with pytest.raises(ValueError, match="there are 40 images"):
         evaluate(None, reference, tmp_path / "more", "--images", tmp_path / "images", num_samples=41)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (("--num_samples", 45), "multiple of the model's 10 classes"),
-        (("--metrics", "fid"), "--inception_reference"),
-        (("--teacher_reference", "missing.npz"), r"missing\.npz"),
-        (("--teacher_pooling", "patches"), "network"),
-        (("--images", "here"), "either --pipeline or --images"),
-        (("--guidance_intervals", "0.5"), "LOW:HIGH"),
-        (("--guidance_intervals", "0.9:0.1"), "guidance_interval"),
-        (("--guidance_scales", 2, "2.0"), "same name"),
-        (("--transformers", "nowhere"), "--transformers"),
-    ],
-)
-def test_wrong_arguments_fail_before_weights_are_read(folder, reference, tmp_path, options, message):
-    config_only = tmp_path / "config-only"
-    shutil.copytree(folder, config_only, ignore=shutil.ignore_patterns("*.safetensors"))
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
-        evaluate(config_only, reference, tmp_path / "out", *options)
-    assert not (tmp_path / "out").exists()

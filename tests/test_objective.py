@@ -165,6 +165,8 @@ def test_parts_that_do_not_fit_are_refused(transformer, adapter, batch, features
         PixelREPAObjective(transformer, adapter)(**batch, teacher_features=features[:, 1:])
     with pytest.raises(ValueError, match="`grid_size` is 5"):
         PixelREPAObjective(transformer, ConvProjector(D, TEACHER_DIM, grid_size=5))
+    with pytest.raises(ValueError, match="`hidden_size`"):
+        PixelREPAObjective(transformer, MLPProjector(2 * D, TEACHER_DIM, projector_dim=16))
     with pytest.raises(ValueError, match="`alignment_depth`"):
         PixelREPAObjective(transformer, alignment_depth=4)
 

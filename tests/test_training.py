@@ -1,6 +1,5 @@
 """Training runs: what they write, measure, publish and refuse."""
 
-import importlib.util
 import json
 import os
 import re
@@ -214,26 +213,6 @@ def test_impossible_evaluation_is_refused_before_the_first_step(train, evaluatio
 def test_run_in_the_folder_of_another_run_is_refused(train, tmp_path):
     with only_writer(tmp_path / "run"), pytest.raises(FolderInUseError, match="Another run is writing to"):
         train(tmp_path / "run")
-
-
-@pytest.mark.parametrize(
-    ("overrides", "error", "message"),
-    [
-        ({"guidance_interval": [0.9, 0.1]}, ValueError, "guidance_interval"),
-        ({"train_data_dir": None}, ValueError, "exactly one"),
-        ({"mixed_precision": "fp16"}, ValueError, "not supported on CPU"),
-        ({"report_to": ["tensorboard", "dvclive"]}, ImportError, "--report_to dvclive: not installed"),
-        ({"teacher_model_name_or_path": "/missing"}, OSError, "--teacher_model_name_or_path .* --objective none"),
-        ({"pretrained_model_name_or_path": ROOT}, ValueError, "neither a pipeline nor a checkpoint"),
-        ({"dry_run": True, "dry_run_processes": 4, "train_batch_size": 8}, ValueError, "24 images do not fill"),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
-)
-def test_wrong_run_is_refused_before_the_first_step(train, tmp_path, overrides, error, message):
-    assert importlib.util.find_spec("dvclive") is None
-    with pytest.raises(error, match=re.compile(message, re.DOTALL)):
-        train(tmp_path / "run", **overrides)
-    assert not (tmp_path / "run/metrics.jsonl").exists()
 
 
 # ----------------------------------------------------------------------------------------------------------------- Hub

@@ -1,27 +1,23 @@
 """Training runs: what they write, measure, publish and refuse."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator, debug_launcher
 from diffusers import DiffusionPipeline
 from PIL import Image
-from standin_hub import StandInHub
+from standin_hub import StandInHub, log_in
 from tiny import TEACHER_IMAGE_SIZE, encoder, reference_of
-from training_runs import ROOT, TEACHER, TRAINER, arguments, assert_equal, read_metrics, train_in_fork, weights
+from training_runs import ROOT, TEACHER, arguments, assert_equal, read_metrics, train_in_fork, weights
 
 from pixelrepa_diffusers import JiTTransformer2DModel, PixelREPAPipeline
 from pixelrepa_diffusers.adapter import MaskedTransformerAdapter
 from pixelrepa_diffusers.evaluation import evaluate_pipeline, open_spaces
 from pixelrepa_diffusers.files import FolderInUseError, only_writer
-from pixelrepa_diffusers.hub import card_for_folder
+from pixelrepa_diffusers.hub import PublishError, card_for_folder
 from pixelrepa_diffusers.images import list_images, read_image
 from pixelrepa_diffusers.teacher import SemanticTeacher
 from pixelrepa_diffusers.training.reporting import MetricLogger, NonFiniteLossError
@@ -218,31 +214,33 @@ def test_run_in_the_folder_of_another_run_is_refused(train, tmp_path):
 # ----------------------------------------------------------------------------------------------------------------- Hub
 
 
-def run_with_hub(hub: StandInHub, image_folder: Path, folder: Path, **changes: str) -> subprocess.CompletedProcess:
-    words = arguments(image_folder, folder / "run", hub_model_id="me/tiny", validation_steps=3)
-    command = [sys.executable, str(ROOT / TRAINER), *words, "--push_to_hub", "--push_checkpoints"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **hub.environment(folder / "home"), **changes}
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
-
-
-def test_checkpoints_and_pipeline_are_pushed_to_the_hub(image_folder, tmp_path):
+@pytest.fixture
+def hub(monkeypatch):
     with StandInHub() as hub:
-        result = run_with_hub(hub, image_folder, tmp_path)
-        assert result.returncode == 0, result.stderr[-4000:]
-        pushed = {branch: hub.files("me/tiny", branch) for branch in ("checkpoint-3", "checkpoint-6", "main")}
+        log_in(hub, monkeypatch)
+        yield hub
+
+
+PUSH = {"push_to_hub": True, "push_checkpoints": True, "hub_model_id": "me/tiny"}
+
+
+def test_checkpoints_and_pipeline_are_pushed_to_the_hub(hub, train, tmp_path, caplog, capsys):
+    caplog.set_level("INFO")
+    train(tmp_path / "run", **PUSH, validation_steps=3)
     pipeline = {path.name: path.read_bytes() for path in (tmp_path / "run/pipeline").rglob("*") if path.is_file()}
+    pushed = {branch: hub.files("me/tiny", branch) for branch in ("checkpoint-3", "checkpoint-6", "main")}
     for files in pushed.values():
         assert {"README.md", "model_index.json", "pipeline_pixelrepa.py", "samples.png"} <= files.keys()
     weights_name = "transformer/diffusion_pytorch_model.safetensors"
     assert pushed["main"][weights_name] == pipeline["diffusion_pytorch_model.safetensors"]
     assert pushed["checkpoint-6"][weights_name] == pushed["main"][weights_name] != pushed["checkpoint-3"][weights_name]
     # Without a terminal: a banner and log lines, no progress bar, no messages of accelerate.
-    assert "images: 24" in result.stderr and "Step 2 of 6: denoise" in result.stderr
-    assert "steps:  " not in result.stderr and "Optimizer state saved" not in result.stderr
+    assert "images: 24" in caplog.text and "Step 2 of 6: denoise" in caplog.text
+    assert "steps:  " not in capsys.readouterr().err and "Optimizer state saved" not in caplog.text
 
 
-def test_missing_login_ends_the_run_before_it_starts(image_folder, tmp_path):
-    with StandInHub() as hub:
-        result = run_with_hub(hub, image_folder, tmp_path, HF_TOKEN="")
-    assert result.returncode == 2 and "hf auth login" in result.stderr
+def test_missing_login_ends_the_run_before_it_starts(hub, train, tmp_path, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(PublishError, match="hf auth login"):
+        train(tmp_path / "run", **PUSH)
     assert not (tmp_path / "run/metrics.jsonl").exists()

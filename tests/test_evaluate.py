@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import TEACHER_IMAGE_SIZE, encoder, random_images, reference_of
-from training_runs import ROOT, TEACHER, launch_two
+from training_runs import TEACHER, in_two_processes
 
 from pixelrepa_diffusers.cli import parse
 from pixelrepa_diffusers.commands import evaluate as command
@@ -82,9 +82,10 @@ def test_metrics_json_reproduces_the_measurement_and_feeds_the_card(folder, refe
 def test_two_processes_measure_what_one_does(folder, reference, tmp_path):
     options = ("--metrics", "fd_teacher", "precision_recall_teacher", "--chunk_size", "16")
     (one,) = evaluate(folder, reference, tmp_path / "one", *options)
-    record = tmp_path / "two" / "metrics.json"
-    launch_two(ROOT / "pipelines" / "evaluate.py", words(folder, reference, tmp_path / "two", *options), record)
-    assert json.loads(record.read_text())["metrics"] == pytest.approx(one["metrics"], rel=1e-10)
+    in_two_processes(evaluate, folder, reference, tmp_path / "two", *options)
+    assert json.loads((tmp_path / "two" / "metrics.json").read_text())["metrics"] == pytest.approx(
+        one["metrics"], rel=1e-10
+    )
     assert (tmp_path / "two" / "grid.png").read_bytes() == (tmp_path / "one" / "grid.png").read_bytes()
 
 

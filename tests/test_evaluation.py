@@ -10,12 +10,11 @@ import evaluate
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator, debug_launcher
-from accelerate.state import AcceleratorState
+from accelerate import Accelerator
 from PIL import Image
 from record_torch_fidelity import draw_images, draw_weights
 from tiny import TinyClassifier, encoder, random_images, reference_of
-from training_runs import TEACHER
+from training_runs import TEACHER, in_two_processes
 from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
 from pixelrepa_diffusers import evaluation
@@ -131,7 +130,6 @@ def test_features_that_are_not_finite_are_refused(accumulator, value, message):
 
 
 def _on_two_processes(folder, features, logits, real):
-    AcceleratorState._reset_state(reset_partial_state=True)  # forked from a parent with one process
     rank = Accelerator(cpu=True).process_index
     moments, bank, scores = FeatureMoments(), FeatureBank(), InceptionScoreSums(60)
     for batch in np.array_split(np.arange(60)[rank::2], 4):
@@ -153,7 +151,7 @@ def _on_two_processes(folder, features, logits, real):
 def test_two_processes_equal_one_also_without_images(rng, tmp_path):
     features, logits = rng.normal(size=(60, 6)) + 2, rng.normal(size=(60, 5)) * 3
     real, one = FeatureStatistics(np.zeros(6), np.eye(6)), moments_of(features)
-    debug_launcher(_on_two_processes, args=(str(tmp_path), features, logits, real), num_processes=2)
+    in_two_processes(_on_two_processes, str(tmp_path), features, logits, real)
     ranks = [dict(np.load(tmp_path / f"{rank}.npz")) for rank in (0, 1)]
     assert all(np.array_equal(ranks[0][name], ranks[1][name]) for name in ranks[0])
     np.testing.assert_allclose(ranks[0]["mean"], one.mean, rtol=1e-13)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from training_runs import ROOT, launch_two
+from training_runs import in_two_processes
 
 from pixelrepa_diffusers import JiTFlowMatchScheduler, JiTTransformer2DModel, PixelREPAPipeline
 from pixelrepa_diffusers.cli import parse
@@ -93,8 +93,7 @@ def test_images_equal_those_of_the_pipeline_and_arguments_json_records_them(pipe
 def test_batch_size_and_process_count_change_no_byte(pipeline, tmp_path):
     for size in (1, 5):
         generate(pipeline, tmp_path / str(size), "--batch_size", size)
-    argv = words(pipeline, tmp_path / "two", "--batch_size", 3)
-    launch_two(ROOT / "pipelines" / "generate.py", argv, tmp_path / "two" / "arguments.json")
+    in_two_processes(generate, pipeline, tmp_path / "two", "--batch_size", 3)
     assert files(tmp_path / "1") == files(tmp_path / "5") == files(tmp_path / "two")
 
 

@@ -1,12 +1,11 @@
 """Training a guidance head: the loss falls, the transformer stays, interrupted runs resume bit-exactly."""
 
 import json
+from functools import partial
 
 import pytest
-from accelerate import debug_launcher
-from conftest import reset_accelerate_state
 from diffusers import DiffusionPipeline
-from training_runs import assert_equal, load_script, read_metrics, weights
+from training_runs import assert_equal, in_two_processes, load_script, read_metrics, weights
 
 from pixelrepa_diffusers import PixelREPAPipeline
 from pixelrepa_diffusers.cli import parse
@@ -80,14 +79,8 @@ def test_resume_is_bit_exact(source, finished, tmp_path):
     assert_equal(weights(finished / "checkpoint-6"), weights(tmp_path / "checkpoint-6"))
 
 
-def train_in_fork(*args):
-    reset_accelerate_state()  # the parent has one process
-    train_head(*args, train_batch_size=2, max_train_steps=3)
-
-
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_two_processes_train_the_same_head_as_one(source, finished, tmp_path):
-    debug_launcher(train_in_fork, args=(source, tmp_path), num_processes=2)
+    in_two_processes(partial(train_head, train_batch_size=2, max_train_steps=3), source, tmp_path)
     record = json.loads((tmp_path / "pipeline/guidance_head/training_arguments.json").read_text())
     assert record["num_processes"] == 2
     for path in finished.glob("generated/*/*.png"):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from training_runs import ROOT, TEACHER, launch_two
+from training_runs import TEACHER, in_two_processes
 
 from pixelrepa_diffusers import JiTFlowMatchScheduler, PixelREPAPipeline
 from pixelrepa_diffusers.cli import parse
@@ -112,7 +112,7 @@ def test_a_late_start_at_the_first_grid_point_is_the_whole_grid(make_pipeline, s
 
 
 def test_two_processes_find_what_one_does(record, folders, data, tmp_path):
-    launch_two(ROOT / "pipelines" / "probe_alignment.py", words(folders, data, tmp_path), tmp_path / "probe.json")
+    in_two_processes(main, arguments(folders, data, tmp_path))
     two = json.loads((tmp_path / "probe.json").read_text())
     assert two["subsets"] == record["subsets"]
     for name, pair in record["frechet_distance"].items():

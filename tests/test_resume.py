@@ -11,8 +11,8 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from accelerate import debug_launcher
-from training_runs import ROOT, TRAINER, arguments, assert_equal, launch_two, read_metrics, train_in_fork, weights
+import training_runs
+from training_runs import ROOT, TRAINER, arguments, assert_equal, in_two_processes, launch_two, read_metrics, weights
 
 from pixelrepa_diffusers import PixelREPAPipeline
 from pixelrepa_diffusers.training.export import Exporter
@@ -64,7 +64,6 @@ def test_resume_with_another_number_of_micro_steps_gives_the_same_weights(train,
     torch.testing.assert_close(stopped, straight, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_two_processes_resume_bit_exactly_and_match_one_process(train, image_folder, tmp_path):
     # With its usual ε Adam divides vanishing gradients, of which a fresh adaLN-zero has many, by themselves: it would
     # compare the signs of rounding errors.
@@ -75,7 +74,7 @@ def test_two_processes_resume_bit_exactly_and_match_one_process(train, image_fol
     launch_two(ROOT / TRAINER, words, tmp_path / "straight/pipeline/training_arguments.json")
     for changes in ({"max_train_steps": 2}, {"resume_from_checkpoint": "latest"}):
         words = arguments(image_folder, tmp_path / "stopped", **{**split, **changes})
-        debug_launcher(train_in_fork, args=(words, tmp_path / "log.txt"), num_processes=2)
+        in_two_processes(training_runs.train, words)
     assert_equal(weights(tmp_path / "straight/checkpoint-6"), weights(tmp_path / "stopped/checkpoint-6"))
 
     train(tmp_path / "one", **settings, train_batch_size=8)

@@ -6,12 +6,12 @@ import shutil
 
 import pytest
 import torch
-from accelerate import Accelerator, debug_launcher
+from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from PIL import Image
 from standin_hub import StandInHub, log_in
 from tiny import TEACHER_IMAGE_SIZE, encoder, reference_of
-from training_runs import ROOT, TEACHER, arguments, assert_equal, read_metrics, train_in_fork, weights
+from training_runs import ROOT, TEACHER, arguments, assert_equal, in_two_processes, read_metrics, train_logged, weights
 
 from pixelrepa_diffusers import JiTTransformer2DModel, PixelREPAPipeline
 from pixelrepa_diffusers.adapter import MaskedTransformerAdapter
@@ -145,7 +145,6 @@ def test_non_finite_step_is_skipped_on_request(train, tmp_path):
     assert all(torch.isfinite(value).all() for value in weights(tmp_path / "run/checkpoint-3").values())
 
 
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_skip_counts_are_summed_across_ranks(train, image_folder, tmp_path):
     damaged = tmp_path / "damaged"
     shutil.copytree(image_folder, damaged)
@@ -156,7 +155,7 @@ def test_skip_counts_are_summed_across_ranks(train, image_folder, tmp_path):
     train(tmp_path / "one", damaged, **settings, train_batch_size=4)
     log = tmp_path / "log.txt"
     words = arguments(damaged, tmp_path / "two", **settings, train_batch_size=2)
-    debug_launcher(train_in_fork, args=(words, log), num_processes=2)
+    in_two_processes(train_logged, words, log)
     one, two = (read_metrics(tmp_path / run)[0] for run in ("one", "two"))
     assert one["skipped_images"] == two["skipped_images"] > 0
     skipped = re.findall(r"Step \d was skipped.*Its images were \[(.*)\]", log.read_text())

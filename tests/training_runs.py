@@ -176,11 +176,23 @@ def launch_two(script: Path, words: list[str], record: Path) -> None:
     assert json.loads(record.read_text())["num_processes"] == 2, run.stderr[-4000:]
 
 
-def train_in_fork(words: list[str], log: Path) -> None:
-    """Train in a process of accelerate's `debug_launcher`, which forks; log lines go to `log`."""
-    from accelerate.state import AcceleratorState
+def in_two_processes(main: Callable, *args) -> None:
+    """Call `main(*args)` in two CPU processes, forked: interpreters of their own would spend seconds on imports."""
+    from accelerate import debug_launcher
+
+    debug_launcher(_in_fork, args=(main, args), num_processes=2)
+
+
+def _in_fork(main: Callable, args: tuple) -> None:
+    from accelerate.state import AcceleratorState, PartialState
 
     AcceleratorState._reset_state(reset_partial_state=True)  # forked from the parent, which has one process
+    assert PartialState(cpu=True).num_processes == 2
+    main(*args)
+
+
+def train_logged(words: list[str], log: Path) -> None:
+    """Train, with log lines in the file `log`."""
     logging.getLogger().addHandler(logging.FileHandler(log))
     train(words)
 

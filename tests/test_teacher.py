@@ -199,13 +199,6 @@ def test_teacher_compiles_to_one_graph(name, images):
     torch.testing.assert_close(compiled(images), teacher(images))
 
 
-def test_construction_draws_no_random_numbers():
-    encoder = make_encoder(ENCODERS["dinov2"])
-    state = torch.get_rng_state()
-    SemanticTeacher(encoder, 4, 32, MEAN, STD)
-    assert torch.equal(torch.get_rng_state(), state)
-
-
 @pytest.mark.parametrize(
     "dual",
     [

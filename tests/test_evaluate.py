@@ -33,17 +33,13 @@ def reference(tmp_path_factory):
     return path
 
 
-def words(folder, reference, output_dir, *options, num_samples=40) -> list[str]:
+def evaluate(folder, reference, output_dir, *options, num_samples=40) -> list[dict]:
     source = ["--pipeline", folder, "--num_inference_steps", 2] if folder else []
     given = [
         *("--output_dir", output_dir, "--metrics", "fd_teacher", "--teacher", TEACHER, "--batch_size", 8),
         *("--teacher_image_size", TEACHER_IMAGE_SIZE, "--teacher_reference", reference, "--num_samples", num_samples),
     ]
-    return [str(word) for word in [*source, *given, *options]]
-
-
-def evaluate(*args, **kwargs) -> list[dict]:
-    return main(parse(EvaluateArguments, "", words(*args, **kwargs)))
+    return main(parse(EvaluateArguments, "", [str(word) for word in [*source, *given, *options]]))
 
 
 def stop_after(monkeypatch, batches: int) -> list:

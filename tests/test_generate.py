@@ -39,13 +39,10 @@ def checkpoint(make_transformer, tmp_path_factory):
     return folder
 
 
-def words(pipeline, output_dir, *options, labels=(1, "d3", 7), seeds=("0-2", 9)) -> list[str]:
+def generate(pipeline, output_dir, *options, labels=(1, "d3", 7), seeds=("0-2", 9)) -> list[Path]:
     given = ["--pipeline", pipeline, "--output_dir", output_dir, "--num_inference_steps", 3, "--seeds", *seeds]
-    return [str(word) for word in [*given, *(["--class_labels", *labels] if labels else []), *options]]
-
-
-def generate(*args, **kwargs) -> list[Path]:
-    return main(parse(GenerateArguments, "", words(*args, **kwargs)))
+    words = [*given, *(["--class_labels", *labels] if labels else []), *options]
+    return main(parse(GenerateArguments, "", [str(word) for word in words]))
 
 
 def pixels(path) -> np.ndarray:

@@ -22,6 +22,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from standin_hub import StandInHub, log_in
+from tiny import files
 
 from pixelrepa_diffusers import JiTFlowMatchScheduler, JiTTransformer2DModel, PixelREPAPipeline
 from pixelrepa_diffusers.commands.publish import main as publish
@@ -53,10 +54,6 @@ def save_pipeline(folder: Path, seed: int = 0, num_layers: int = 2, **options) -
     pipeline = PixelREPAPipeline(transformer, JiTFlowMatchScheduler(), names, guidance_scale=2.0)
     pipeline.save_pretrained(folder, **options)
     return folder
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +221,7 @@ def test_repository_holds_the_pipeline_and_its_card_only(hub, copied):
     (copied / "transformer" / "pytorch_model.bin").write_bytes(b"a pickle")
     (copied / "notes.txt").write_text("mine")
     (copied / "samples.png").write_bytes(b"png")
-    before = contents(copied)
+    before = files(copied)
     publish_folder(copied, "me/digits")
     remote = hub.files("me/digits")
     expected = {
@@ -235,7 +232,7 @@ def test_repository_holds_the_pipeline_and_its_card_only(hub, copied):
     assert {name: remote[name] for name in expected} == {name: before[name] for name in expected}
     assert remote["README.md"].decode() == str(card_for_folder(copied, "me/digits"))
     assert hub.commits("me/digits") == 1
-    assert contents(copied) == before
+    assert files(copied) == before
 
 
 def test_publishing_again_without_a_change_makes_no_commit(hub, folder):
@@ -364,14 +361,14 @@ def test_push_survives_a_fault_at_any_request(hub, later, update, fault):
 
 def test_push_that_fails_for_good_leaves_the_repository_unchanged(hub, later, update, caplog):
     begin, requests, states = update
-    local = contents(later)
+    local = files(later)
     for failing in range(1, requests + 1):
         begin()
         hub.fault = lambda number, method, path, failing=failing: 500 if number >= failing else None
         with pytest.raises(PublishError, match="could not be published to me/digits in 2 tries") as caught:
             publish_folder(later, "me/digits")
         assert hub.token not in str(caught.value) + caplog.text
-        assert history(hub) == states[:2] and contents(later) == local, failing
+        assert history(hub) == states[:2] and files(later) == local, failing
 
     hub.reset()
     publish_folder(later, "me/digits")
@@ -445,7 +442,7 @@ def test_checkpoints_are_pushed_to_branches_in_the_background(hub, folder, later
         pusher.push(later, revision="checkpoint-5")
         pusher.push(folder)
     pushed = hub.files("me/digits", "checkpoint-5")
-    assert contents(later) | {"README.md": pushed["README.md"]} == pushed
+    assert files(later) | {"README.md": pushed["README.md"]} == pushed
     card = hub.files("me/digits")["README.md"].decode()
     assert "license: mit" in card and 'from_pretrained("me/digits"' in card
     assert pusher.unpublished == set()

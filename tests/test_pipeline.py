@@ -20,6 +20,7 @@ from diffusers import (
 )
 from diffusers.hooks import FasterCacheConfig, SeaCacheConfig, TextKVCacheConfig
 from diffusers.schedulers.scheduling_minimax_h3 import MiniMaxH3Scheduler
+from tiny import files
 
 from pixelrepa_diffusers import JiTFlowMatchScheduler, JiTTransformer2DModel, PixelREPAPipeline
 
@@ -393,10 +394,7 @@ def test_a_pipeline_survives_saving_and_loading_twice(make_pipeline, tmp_path):
     pipeline = make_pipeline(id2label=NAMES, guidance_scale=2.5, guidance_interval=(0.2, 0.9))
     pipeline.save_pretrained(tmp_path / "one")
     load(tmp_path / "one").save_pretrained(tmp_path / "two")
-    one, two = (
-        {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-        for folder in (tmp_path / "one", tmp_path / "two")
-    )
+    one, two = (files(tmp_path / name) for name in ("one", "two"))
     assert one == two  # in particular, no path of this machine
     assert {name for name in one if name.endswith(".py")} == {
         "pipeline_pixelrepa.py",

@@ -192,7 +192,7 @@ def test_autocast_does_not_change_the_features(images):
         torch.testing.assert_close(teacher(images), expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["dinov2", "dinov3", "siglip2-naflex"])
+@pytest.mark.parametrize("name", ["dinov2", "siglip2-naflex"])
 def test_teacher_compiles_to_one_graph(name, images):
     teacher = make_teacher(ENCODERS[name], image_size=48)
     compiled = torch.compile(teacher, fullgraph=True, backend="eager")

@@ -56,19 +56,15 @@ def saved(make_transformer, tmp_path_factory):
 # Architecture
 
 
-PUBLISHED_MILLIONS = {"JiT-B/16": 131, "JiT-L/16": 459, "JiT-H/16": 953}
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_presets_have_the_published_sizes(name):
+# test_arguments.py compares the numbers of parameters with the published ones.
+@pytest.mark.parametrize("name", ["JiT-Digits/4", "JiT-B/16", "JiT-H/32"])
+def test_presets_predict_an_image_and_align_their_patches(name):
     preset = PRESETS[name]
     with torch.device("meta"):
         transformer = JiTTransformer2DModel(**preset.transformer_config()).eval()
         transformer.tables = transformer.tables.to("meta")  # the tables are computed, hence real even here
         inputs = make_inputs(channels=preset.in_channels, size=preset.sample_size)
         output = transformer(**inputs, return_alignment_states=True)
-    millions = round(transformer.num_parameters() / 1e6)
-    assert millions == PUBLISHED_MILLIONS.get(name, millions)
     assert output.sample.shape == (2, preset.in_channels, preset.sample_size, preset.sample_size)
     tokens = (preset.sample_size // preset.patch_size) ** 2
     assert output.alignment_states.shape == (2, tokens, preset.num_attention_heads * preset.attention_head_dim)

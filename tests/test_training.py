@@ -11,7 +11,16 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from standin_hub import StandInHub, log_in
 from tiny import TEACHER_IMAGE_SIZE, encoder, reference_of
-from training_runs import ROOT, TEACHER, arguments, assert_equal, in_two_processes, read_metrics, train_logged, weights
+from training_runs import (
+    ROOT,
+    TEACHER,
+    arguments,
+    assert_equal,
+    in_two_processes,
+    read_metrics,
+    train_in_fork,
+    weights,
+)
 
 from pixelrepa_diffusers import JiTTransformer2DModel, PixelREPAPipeline
 from pixelrepa_diffusers.adapter import MaskedTransformerAdapter
@@ -155,7 +164,7 @@ def test_skip_counts_are_summed_across_ranks(train, image_folder, tmp_path):
     train(tmp_path / "one", damaged, **settings, train_batch_size=4)
     log = tmp_path / "log.txt"
     words = arguments(damaged, tmp_path / "two", **settings, train_batch_size=2)
-    in_two_processes(train_logged, words, log)
+    in_two_processes(train_in_fork, words, log)
     one, two = (read_metrics(tmp_path / run)[0] for run in ("one", "two"))
     assert one["skipped_images"] == two["skipped_images"] > 0
     skipped = re.findall(r"Step \d was skipped.*Its images were \[(.*)\]", log.read_text())

@@ -189,8 +189,11 @@ def _in_fork(main: Callable, args: tuple) -> None:
     main(*args)
 
 
-def train_logged(words: list[str], log: Path) -> None:
-    """Train, with log lines in the file `log`."""
+def train_in_fork(words: list[str], log: Path) -> None:
+    """Train in a process of accelerate's `debug_launcher`, which forks; log lines go to `log`."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)  # forked from the parent, which has one process
     logging.getLogger().addHandler(logging.FileHandler(log))
     train(words)
 

@@ -76,6 +76,7 @@ GUIDANCE_FILES = {
     "guidance_head": ("guidance_head/config.json", "guidance_head/guidance_jit.py", "guidance_head/[!.]*.safetensors"),
     "guidance_transformer": tuple(f"guidance_{pattern}" for pattern in REQUIRED_FILES if "/" in pattern),
 }
+LOCAL = "a local folder"  # published in place of a path
 RETRY_WAITS = (2.0, 10.0, 30.0, 60.0)  # seconds between the tries of a publication
 
 _FIGURE = re.compile(r"\b(fid|inception\s+score|images per second|images/s)\b", re.IGNORECASE)
@@ -290,12 +291,22 @@ def weights_sha256(transformer: str | Path) -> str:
     return digest.hexdigest()
 
 
+def publishable(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a training run without paths of this machine."""
+    paths = ("train_data_dir", "data_files", "cache_dir", "output_dir", "logging_dir", "teacher_cache_dir")
+    paths += ("eval_reference", "resume_from_checkpoint")
+    names = ("teacher_model_name_or_path", "pretrained_model_name_or_path", "dataset_name", "eval_network", "pipeline")
+    facts = {name: value for name, value in arguments.items() if name not in paths}
+    local = {name for name in names if facts.get(name) is not None and Path(facts[name]).exists()}
+    return facts | dict.fromkeys(local, LOCAL)
+
+
 def _is_hub_id(name: str | None) -> bool:
     return bool(name and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)) and not Path(name).exists()
 
 
 def _public_name(name: str | None) -> str | None:
-    return None if name == "a local folder" else name  # what the trainer writes in place of a path
+    return None if name == LOCAL else name
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -471,16 +482,15 @@ class BackgroundPusher:
         self._pushes: dict[tuple[Path, str | None], Future] = {}
         threading.Thread(target=self._work, name="background-pusher", daemon=True).start()
 
-    @property
-    def unpublished(self) -> set[Path]:
-        """Folders that are queued, being uploaded or could not be published: do not change or delete them."""
-        return {folder for (folder, _), push in self._pushes.items() if not push.done() or push.exception()}
-
-    def push(self, folder: str | Path, revision: str | None = None) -> None:
-        """Queue a saved pipeline for a branch (default: main) and return at once."""
+    def push(self, folder: str | Path, revision: str | None = None) -> Future:
+        """
+        Queue a saved pipeline for a branch (default: main) and return at once. The future is done when it is published, or
+        cannot be; do not change or delete the folder before.
+        """
         job = (Path(folder), revision)
         self._pushes[job] = Future()
         self._queue.put(job)
+        return self._pushes[job]
 
     def __enter__(self) -> "BackgroundPusher":
         return self

@@ -22,7 +22,7 @@ from ..cli import flag, parse, run
 from ..conversion import load_original_checkpoint, read_original_checkpoint, save_original_checkpoint
 from ..files import write_folder
 from ..presets import imagenet_id2label, matching_presets
-from ..sampling import DTYPES
+from ..sampling import DTYPES, cast_transformer
 
 
 @dataclass
@@ -97,11 +97,9 @@ def from_original(args: ConvertArguments) -> None:
     scheduler = JiTFlowMatchScheduler(solver=getattr(recorded, "sampling_method", "heun"))
     pipe = PixelREPAPipeline(transformer, scheduler, id2label, scale, interval)
     models = {"transformer": transformer, **({"adapter": adapter} if adapter is not None else {})}
-    for model in models.values():
-        for name, parameter in model.named_parameters():
-            # As when a pipeline is loaded in half precision, the timestep embedding stays in float32.
-            if not set(name.split(".")) & set(model._keep_in_fp32_modules or ()):
-                parameter.data = parameter.data.to(getattr(torch, args.dtype))
+    cast_transformer(transformer, getattr(torch, args.dtype))
+    if adapter is not None:
+        adapter.to(getattr(torch, args.dtype))
 
     def save(folder: Path) -> None:
         pipe.save_pretrained(folder, max_shard_size=args.max_shard_size)

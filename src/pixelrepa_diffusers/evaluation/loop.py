@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from ..images import open_image, read_image, to_uint8
 from ..pipeline_pixelrepa import PixelREPAPipeline
-from ..sampling import saved_guidance, seeded
+from ..sampling import sampling_settings, seeded
 from .networks import extract, network_name, network_sha256
 from .reference import FeatureStatistics, load_reference, write_arrays
 from .statistics import FeatureBank, FeatureMoments, InceptionScoreSums, gather, precision_recall
@@ -298,11 +298,7 @@ def pipeline_images(
             f"The number of images must be a multiple of the model's {config.num_classes} classes, got {num_images}."
         )
     given = {"guidance_scale": guidance_scale, "guidance_interval": guidance_interval, **model_guidance}
-    settings = {"num_inference_steps": num_inference_steps, **saved_guidance(pipeline)}
-    settings |= {name: value for name, value in given.items() if value is not None}
-    pipeline.check_inputs(
-        0, **settings, generator=None, latents=None, output_type="pt", callback_on_step_end_tensor_inputs=[]
-    )
+    settings = sampling_settings(pipeline, 0, num_inference_steps, given)
 
     def make_images(indices: Sequence[int]) -> torch.Tensor:
         labels = [index % config.num_classes for index in indices]

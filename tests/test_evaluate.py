@@ -110,7 +110,7 @@ def test_a_sweep_covers_all_combinations_and_resumes(folder, reference, tmp_path
     rows = list(csv.DictReader((tmp_path / "straight" / "sweep.csv").open()))
     axes = ("transformer", "scheduler", "guidance_scale", "guidance_interval")
     assert len(rows) == len({tuple(row[axis] for axis in axes) for row in rows}) == 16
-    assert rows[-1]["folder"] == "checkpoint-5-transformer_ema_0.5_euler_interval-0.4-1_guidance-3"
+    assert rows[-1]["folder"] == "checkpoint-5-ema_0.5_euler_interval-0.4-1_guidance-3"
     for row, record in zip(rows, straight, strict=True):
         assert json.loads((tmp_path / "straight" / row["folder"] / "metrics.json").read_text()) == record
     # Every axis has an effect; the interval has none without guidance.

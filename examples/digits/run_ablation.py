@@ -30,7 +30,7 @@ from score_digits import read_digits, to_vectors
 from sklearn.svm import SVC
 
 from pixelrepa_diffusers import JiTFlowMatchScheduler, JiTTransformer2DModel, PixelREPAPipeline, get_preset
-from pixelrepa_diffusers.cli import run
+from pixelrepa_diffusers.cli import as_words, run
 from pixelrepa_diffusers.evaluation import (
     FeatureSpace,
     VisionEncoderNetwork,
@@ -140,6 +140,7 @@ def run_folder(args: AblationArguments, arm: str, seed: int) -> Path:
 def training_command(args: AblationArguments, arm: str, seed: int) -> list[str]:
     """The arguments of train_pixelrepa.py for one run."""
     values = {
+        "config": args.config,
         **args.arguments,
         **args.arms[arm],
         "seed": seed,
@@ -147,10 +148,7 @@ def training_command(args: AblationArguments, arm: str, seed: int) -> list[str]:
         "resume_from_checkpoint": "latest",
         "checkpoints_total_limit": 10**6,  # the curve is measured on them
     }
-    words = ["--config", args.config]
-    for name, value in values.items():
-        words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    return words
+    return as_words(values)
 
 
 def finish_run(

@@ -98,10 +98,7 @@ def describe_pipeline(
     """
     Build a pipeline without its weights (on the meta device), to check labels and settings before anything large is read.
 
-    Args:
-        name_or_path (`str`): Folder of a saved pipeline or a training checkpoint, or a Hub id.
-        revision (`str`, *optional*): Branch, tag or commit of a Hub id.
-        guidance_transformer (`str`, *optional*): Folder of a second transformer, for autoguidance.
+    It is given by the folder of a saved pipeline or a training checkpoint, or by a Hub id.
 
     Raises:
         `OSError`: If there is no pipeline under this name; the message for a training run's folder names what to pass.

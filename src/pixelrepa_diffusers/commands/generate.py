@@ -19,7 +19,7 @@ from PIL import Image, PngImagePlugin
 from tqdm.auto import tqdm
 
 from .. import PixelREPAPipeline
-from ..cli import check_launch, flag, parse, run
+from ..cli import as_words, check_launch, flag, parse, run
 from ..files import only_writer, write_atomically, write_json
 from ..images import make_grid
 from ..sampling import (
@@ -168,22 +168,10 @@ def main(args: GenerateArguments) -> list[Path]:
 
 def png_info(facts: dict[str, Any], scheduler: str | None) -> PngImagePlugin.PngInfo:
     """Text chunks of one image: its settings, library versions, and the command that makes it again."""
-    flags = {
-        "pipeline": facts["pipeline"],
-        "revision": facts["revision"],
-        "class_labels": facts["class_id"],
-        "seeds": facts["seed"],
-        "scheduler": scheduler,
-        "num_inference_steps": facts["num_inference_steps"],
-        **{name: facts.get(name) for name in GUIDANCE_NAMES},
-        "guidance_transformer": facts["guidance_transformer"],
-        "dtype": facts["dtype"],
-        "output_dir": "again",
-    }
-    command = ["pixelrepa-generate"]
-    for name, value in flags.items():
-        if value is not None:
-            command += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    same = ("pipeline", "revision", "num_inference_steps", *GUIDANCE_NAMES, "guidance_transformer", "dtype")
+    flags = {name: facts.get(name) for name in same}
+    flags |= {"class_labels": facts["class_id"], "seeds": facts["seed"], "scheduler": scheduler, "output_dir": "again"}
+    command = ["pixelrepa-generate", *as_words(flags)]
     info = PngImagePlugin.PngInfo()
     for key, value in {**facts, "command": shlex.join(command), "versions": versions()}.items():
         if value is not None:

@@ -23,12 +23,11 @@ from .. import JiTFlowMatchScheduler, PixelREPAPipeline
 from ..cli import check_launch, flag, parse, run
 from ..evaluation import (
     FeatureSpace,
-    InceptionNetwork,
-    VisionEncoderNetwork,
     accumulate,
     extract,
     feature_statistics,
     network_name,
+    open_network,
 )
 from ..files import write_atomically, write_json
 from ..images import list_classes, read_image, to_uint8
@@ -91,10 +90,6 @@ class Item:
 
 def read_items(items: Sequence[Item], size: int) -> torch.Tensor:
     return torch.stack([read_image(item.path, size) for item in items])
-
-
-def originals(items: Sequence[Item], size: int):
-    return lambda indices: read_items([items[index] for index in indices], size)
 
 
 def find_classes(args: ProbeArguments) -> tuple[dict[int, list[Item]], int]:
@@ -162,14 +157,6 @@ def noised_and_denoised(args: ProbeArguments, pipeline: PixelREPAPipeline, items
     return make_images
 
 
-def load_probed(folder: Path, args: ProbeArguments) -> PixelREPAPipeline:
-    """A pipeline whose solver, Heun's unless its own scheduler names another, starts at `args.time`."""
-    pipe = load_pipeline(folder, args.dtype)
-    pipe.scheduler = LateScheduler(solver=pipe.scheduler.config.get("solver", "heun"))
-    pipe.scheduler.start_time = args.time
-    return pipe
-
-
 def main(args: ProbeArguments) -> dict[str, Any]:
     """Probe the pipelines and return the content of probe.json."""
     accelerator = Accelerator()
@@ -187,11 +174,9 @@ def main(args: ProbeArguments) -> dict[str, Any]:
 
     with accelerator.local_main_process_first():  # the main process downloads, the others read the cache
         folders = [fetch_pipeline(name)[0] for name in args.pipelines]
-        teacher = network = VisionEncoderNetwork.from_pretrained(args.teacher, args.image_size, args.pooling)
-        if args.network == "inception":
-            network = InceptionNetwork(args.inception_weights)
-        elif args.network != "teacher":
-            network = VisionEncoderNetwork.from_pretrained(args.network, args.image_size, args.pooling)
+        teacher = network = open_network(args.teacher, None, args.image_size, args.pooling)
+        if args.network != "teacher":
+            network = open_network(args.network, args.inception_weights, args.image_size, args.pooling)
     teacher, network = teacher.to(accelerator.device), network.to(accelerator.device)
     subsets = split_by_distance(args, accelerator, classes, size, teacher)
     space = FeatureSpace("teacher", network, ("fd_teacher",))
@@ -201,10 +186,17 @@ def main(args: ProbeArguments) -> dict[str, Any]:
         tally = accumulate(make_images, count, [space], args.batch_size, description=description)
         return feature_statistics(tally, space)
 
-    real = {subset: measure(originals(items, size), subset, "real images") for subset, items in subsets.items()}
+    real = {
+        subset: measure(
+            lambda indices, items=items: read_items([items[i] for i in indices], size), subset, "real images"
+        )
+        for subset, items in subsets.items()
+    }
     distances = {}
     for name, folder in zip(names, folders, strict=True):
-        pipe = load_probed(folder, args)
+        pipe = load_pipeline(folder, args.dtype)
+        pipe.scheduler = LateScheduler(solver=pipe.scheduler.config.get("solver", "heun"))
+        pipe.scheduler.start_time = args.time
         distances[name] = {
             subset: measure(noised_and_denoised(args, pipe, items), subset, name).distance(real[subset])
             for subset, items in subsets.items()
@@ -234,11 +226,9 @@ def main(args: ProbeArguments) -> dict[str, Any]:
 def write_results(output_dir: Path, record: dict[str, Any]) -> None:
     """Print the table; write it, the plot and, last because it marks the end, probe.json."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    lines = ["| pipeline | near | far |", "|---|---|---|"]
-    lines += [
-        f"| {name} | {pair['near']:.4g} | {pair['far']:.4g} |" for name, pair in record["frechet_distance"].items()
-    ]
-    table = "\n".join(lines) + "\n"
+    table = "| pipeline | near | far |\n|---|---|---|\n"
+    for name, pair in record["frechet_distance"].items():
+        table += f"| {name} | {pair['near']:.4g} | {pair['far']:.4g} |\n"
     print(f"Fréchet distance, {record['network']}:\n{table}")
     write_atomically(output_dir / "probe.md", lambda file: file.write_text(table, encoding="utf-8"))
     plot(output_dir / "probe.png", record)

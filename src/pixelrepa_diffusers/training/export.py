@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -15,9 +16,8 @@ from PIL import Image
 from ..ema import ConstantDecayEMA
 from ..evaluation import (
     FeatureSpace,
-    InceptionNetwork,
-    VisionEncoderNetwork,
     evaluate_pipeline,
+    open_network,
     open_spaces,
     pipeline_images,
 )
@@ -180,13 +180,11 @@ def open_evaluation(args: TrainingArguments, pipeline: PixelREPAPipeline, device
     """Check that the pipeline can be evaluated, then load the feature network and reference of --eval_metrics."""
     pipeline_images(pipeline, args.eval_num_samples, num_inference_steps=args.eval_inference_steps)
 
-    def encoder(name: str) -> VisionEncoderNetwork:
-        return VisionEncoderNetwork.from_pretrained(name, args.eval_image_size, args.eval_pooling)
-
+    encoder = {"image_size": args.eval_image_size, "pooling": args.eval_pooling}
     networks = {
-        "inception": lambda: InceptionNetwork(args.eval_network),
-        "dinov2": lambda: encoder(args.eval_network or "facebook/dinov2-large"),
-        "teacher": lambda: encoder(args.eval_network or args.teacher_model_name_or_path),
+        "inception": partial(open_network, "inception", args.eval_network),
+        "dinov2": partial(open_network, args.eval_network or "facebook/dinov2-large", **encoder),
+        "teacher": partial(open_network, args.eval_network or args.teacher_model_name_or_path, **encoder),
     }
     references = dict.fromkeys(networks, args.eval_reference)
     return open_spaces(args.eval_metrics, args.eval_num_samples, networks, references, device)

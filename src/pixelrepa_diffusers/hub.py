@@ -147,21 +147,8 @@ def build_card(
     digits = 4 if metrics.get("num_samples", 0) >= 10_000 else 3
     measured = {name: float(f"{value:.{digits}g}") for name, value in metrics.get("metrics", {}).items()}
     title = repo_id.rpartition("/")[2]
-    tags = ["jit", *(["pixelrepa"] if objective == "pixelrepa" else []), f"{conditioning.lower()}-image-generation"]
-    data = ModelCardData(
-        library_name="diffusers",
-        pipeline_tag=TASK,
-        license=license,
-        license_name=license_name,
-        license_link=license_link,
-        base_model=base_model if _is_hub_id(base_model) else None,
-        tags=[*tags, *TAGS],
-        datasets=[dataset] if _is_hub_id(dataset) else None,
-        teacher=teacher if _is_hub_id(teacher) else None,
-        metrics=list(measured) or None,
-        model_name=title if measured else None,
-        eval_results=_eval_results(measured, dataset, metrics) or None,
-    )
+    data = _metadata(title, objective, conditioning, base_model, dataset, teacher, measured, metrics.get("reference"))
+    data.license, data.license_name, data.license_link = license, license_name, license_link
     return ModelCard.from_template(
         data,
         template_path=str(CARD_TEMPLATE),
@@ -191,17 +178,37 @@ def build_card(
     )
 
 
-def _eval_results(measured: Mapping[str, float], dataset: str | None, metrics: Mapping[str, Any]) -> list[EvalResult]:
-    """The measured values as the Hub reads them."""
-    source = {
-        "task_type": TASK,
-        "dataset_type": dataset if _is_hub_id(dataset) else "other",
-        "dataset_name": dataset or metrics.get("reference"),
-    }
-    return [
-        EvalResult(**source, metric_type=name, metric_name=name, metric_value=value)
-        for name, value in measured.items()
-    ]
+def _metadata(
+    title: str,
+    objective: str | None,
+    conditioning: str,
+    base_model: str | None,
+    dataset: str | None,
+    teacher: str | None,
+    measured: Mapping[str, float],
+    reference: str | None,
+) -> ModelCardData:
+    """The card's header for the Hub, with links to what the Hub has."""
+    base_model, linked_dataset, teacher = (
+        name if _is_hub_id(name) else None for name in (base_model, dataset, teacher)
+    )
+    method = ["pixelrepa"] if objective == "pixelrepa" else []
+    source = {"task_type": TASK, "dataset_type": linked_dataset or "other", "dataset_name": dataset or reference}
+    return ModelCardData(
+        library_name="diffusers",
+        pipeline_tag=TASK,
+        base_model=base_model,
+        tags=["jit", *method, f"{conditioning.lower()}-image-generation", *TAGS],
+        datasets=linked_dataset and [linked_dataset],
+        teacher=teacher,
+        metrics=list(measured) or None,
+        model_name=title if measured else None,
+        eval_results=[
+            EvalResult(**source, metric_type=name, metric_name=name, metric_value=value)
+            for name, value in measured.items()
+        ]
+        or None,
+    )
 
 
 def card_for_folder(
@@ -303,10 +310,6 @@ def published_files(
     arguments, samples, metrics and card. Checkpoints, logs and other files of the folder are not published.
 
     The card is built by [`card_for_folder`], unless the folder holds a README.md that this package did not write.
-
-    Raises:
-        FileNotFoundError: If a part of the pipeline is missing.
-        ValueError: If a file contains an access token, or is a link out of the folder.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -364,9 +367,6 @@ def publish_folder(
             or else of the repository if it was measured with these weights.
         card_options: Further arguments of [`build_card`], such as `license` and `description`.
 
-    Returns:
-        [`~huggingface_hub.CommitInfo`]: The new commit, or the latest one when nothing had to change.
-
     Raises:
         ValueError, FileNotFoundError: For a folder that cannot be published, before any request.
         PublishError: If the Hub refuses, or fails in every try. The repository is unchanged.
@@ -392,15 +392,7 @@ def publish_folder(
     )
 
 
-def _commit(
-    api: HfApi,
-    folder: Path,
-    repo_id: str,
-    private: bool | None,
-    revision: str | None,
-    metrics: Mapping[str, Any] | None,
-    card_options: Mapping[str, Any],
-) -> CommitInfo:
+def _commit(api: HfApi, folder: Path, repo_id: str, private, revision, metrics, card_options) -> CommitInfo:
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision not in (None, "main"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)

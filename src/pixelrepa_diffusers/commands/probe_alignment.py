@@ -26,11 +26,12 @@ from ..evaluation import (
     accumulate,
     extract,
     feature_statistics,
+    file_images,
     network_name,
     open_network,
 )
 from ..files import write_atomically, write_json
-from ..images import list_classes, read_image, to_uint8
+from ..images import list_classes, to_uint8
 from ..objective import interpolate
 from ..sampling import DTYPES, describe_pipeline, device_name, fetch_pipeline, load_pipeline, seeded, versions
 
@@ -88,10 +89,6 @@ class Item:
     number: int
 
 
-def read_items(items: Sequence[Item], size: int) -> torch.Tensor:
-    return torch.stack([read_image(item.path, size) for item in items])
-
-
 def find_classes(args: ProbeArguments) -> tuple[dict[int, list[Item]], int]:
     """Images of the probed classes, and the image size of the pipelines."""
     folders = list_classes(args.data_dir)
@@ -123,10 +120,9 @@ def split_by_distance(
     mine = list(classes.items())[accelerator.process_index :: accelerator.num_processes]
     split = {}
     for label, items in tqdm(mine, desc="centroids", disable=not accelerator.is_main_process or None):
-        features = []
-        for start in range(0, len(items), args.batch_size):
-            images = read_items(items[start : start + args.batch_size], size)
-            features.append(extract(teacher, images)["features"].cpu().double())
+        read = file_images([item.path for item in items], size)
+        batches = torch.arange(len(items)).split(args.batch_size)
+        features = [extract(teacher, read(batch.tolist()))["features"].cpu().double() for batch in batches]
         features = torch.cat(features)  # (images of the class, D)
         order = (features - features.mean(dim=0)).norm(dim=1).argsort(stable=True).tolist()
         nearest, farthest = order[: args.images_per_class], order[-args.images_per_class :]
@@ -138,10 +134,10 @@ def split_by_distance(
 def noised_and_denoised(args: ProbeArguments, pipeline: PixelREPAPipeline, items: list[Item]):
     """Images by index: the item's image, noised to t = `args.time` and denoised by the pipeline."""
     config = pipeline.transformer.config
+    read = file_images([item.path for item in items], config.sample_size)
 
     def make_images(indices: Sequence[int]) -> torch.Tensor:
-        batch = [items[index] for index in indices]
-        images = read_items(batch, config.sample_size).float() / 127.5 - 1
+        batch, images = [items[index] for index in indices], read(indices).float() / 127.5 - 1
         generators = seeded(args.seed + item.number for item in batch)
         noise = torch.stack([torch.randn(images.shape[1:], generator=generator) for generator in generators])
         z = interpolate(images, config.noise_scale * noise, torch.full((len(batch),), args.time))
@@ -187,9 +183,7 @@ def main(args: ProbeArguments) -> dict[str, Any]:
         return feature_statistics(tally, space)
 
     real = {
-        subset: measure(
-            lambda indices, items=items: read_items([items[i] for i in indices], size), subset, "real images"
-        )
+        subset: measure(file_images([item.path for item in items], size), subset, "real images")
         for subset, items in subsets.items()
     }
     distances = {}

@@ -292,10 +292,10 @@ def evaluate_pipeline(
     return results(accumulate(make_images, num_images, spaces, batch_size), spaces)
 
 
-def file_images(paths: Sequence[Path]) -> MakeImages:
-    """Image files of one size by number, as RGB."""
+def file_images(paths: Sequence[Path], size: int | None = None) -> MakeImages:
+    """Image files by number, as RGB: all of one size, or cropped to squares of `size`."""
     path_of_size = {}
-    for path in paths:
+    for path in paths if size is None else ():
         with open_image(path) as image:  # header only
             path_of_size.setdefault(image.size, path)
     if len(path_of_size) > 1:
@@ -303,4 +303,4 @@ def file_images(paths: Sequence[Path]) -> MakeImages:
         raise ValueError(
             f"The images must have one size: {sizes}. Choose some with a pattern such as 'images/0*.png'."
         )
-    return lambda indices: torch.stack([read_image(paths[index]) for index in indices])
+    return lambda indices: torch.stack([read_image(paths[index], size) for index in indices])

@@ -517,9 +517,6 @@ def test_resumed_evaluation_is_bit_exact_and_repeats_no_image(tmp_path):
 
     with pytest.raises(ValueError, match="seed was 0 and is 1"):
         accumulate(make_images, 50, [space], 8, state_path=state, **{**options, "settings": {"seed": 1}})
-    state.write_bytes(state.read_bytes()[:100])
-    with pytest.raises(ValueError, match=r"state\.npz is damaged"):
-        accumulate(make_images, 50, [space], 8, state_path=state, **options)
 
 
 def test_a_finished_record_is_kept_for_equal_settings_only(tmp_path):
@@ -529,9 +526,6 @@ def test_a_finished_record_is_kept_for_equal_settings_only(tmp_path):
     assert finished_record(path, {"seed": 0, "sizes": (1, 2)})["metrics"] == {"fid": 1.0}
     with pytest.raises(ValueError, match="another evaluation: seed was 0 and is 1"):
         finished_record(path, {"seed": 1})
-    path.write_text("{")
-    with pytest.raises(ValueError, match=r"metrics\.json is damaged"):
-        finished_record(path, {"seed": 0})
 
 
 @pytest.mark.parametrize(

@@ -279,10 +279,8 @@ class Evaluator:
         }
         if accelerator.is_main_process:
             if pictures := tally.pictures():
-                captions = (
-                    [names[index % len(names)].split(",")[0] for index in range(len(pictures))] if names else None
-                )
-                grid = make_grid(pictures, captions, columns=len(names) if 1 < len(names) <= 16 else None)
+                captions = [name.split(",")[0] for name, _ in zip(itertools.cycle(names), pictures)]
+                grid = make_grid(pictures, captions or None, columns=len(names) if 1 < len(names) <= 16 else None)
                 write_atomically(folder / "grid.png", lambda temporary: grid.save(temporary, "PNG"))
             write_json(path, record)
             state_path.unlink(missing_ok=True)

@@ -146,13 +146,9 @@ class Tally:
 
     def load(self, path: Path, settings: dict) -> int:
         """Restore what `save` wrote and return the number of images done."""
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = dict(file)
-            stored = json.loads(str(arrays["settings"]))
-        except Exception as error:  # numpy raises many types
-            raise ValueError(f"{path} is damaged ({error!r}): remove it to start this evaluation again.") from error
-        _check_settings(path, stored, settings)
+        with np.load(path, allow_pickle=False) as file:
+            arrays = dict(file)
+        _check_settings(path, json.loads(str(arrays["settings"])), settings)
         for (kind, space), accumulator in self.accumulators.items():
             if kind == "banks":
                 accumulator.update(arrays[f"banks/{space}/features"])
@@ -168,10 +164,7 @@ def finished_record(path: Path, settings: dict) -> dict | None:
     """The record in a metrics.json, `None` if there is no such file; a `ValueError` if its settings differ."""
     if not path.is_file():
         return None
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}): remove it to measure again.") from error
+    record = json.loads(path.read_text(encoding="utf-8"))
     _check_settings(path, {name: record.get(name) for name in settings}, settings)
     return record
 

@@ -70,6 +70,8 @@ def test_metrics_json_reproduces_the_measurement_and_feeds_the_card(folder, refe
     stored = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert stored == record
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"metrics.json", "grid.png", ".lock"}
+    with Image.open(tmp_path / "out" / "grid.png") as grid:
+        assert grid.width > 2 * grid.height  # four rows of ten classes
     assert stored["weights_sha256"] == weights_sha256(folder / "transformer")
     assert (stored["num_samples"], stored["seeds"], stored["device"]) == (40, "7-46", "cpu")
     assert (stored["guidance_scale"], stored["guidance_interval"], stored["dtype"]) == (2.0, [0.1, 1.0], "float32")

@@ -283,7 +283,8 @@ def publishable(arguments: Mapping[str, Any]) -> dict[str, Any]:
     paths += ("eval_reference", "resume_from_checkpoint")
     names = ("teacher_model_name_or_path", "pretrained_model_name_or_path", "dataset_name", "eval_network", "pipeline")
     facts = {name: value for name, value in arguments.items() if name not in paths}
-    local = {name for name in names if facts.get(name) is not None and Path(facts[name]).exists()}
+    given = [name for name in names if facts.get(name) is not None]
+    local = [name for name in given if facts[name].startswith(("/", ".", "~")) or Path(facts[name]).exists()]
     return facts | dict.fromkeys(local, LOCAL)
 
 

@@ -62,8 +62,8 @@ def main(args: GuidanceHeadArguments) -> Path:
     with contextlib.ExitStack() as stack:
         if accelerator.is_main_process:
             stack.enter_context(only_writer(output_dir))
-            for folder in ("samples", *(path.relative_to(output_dir) for path in output_dir.glob("generated/*"))):
-                remove_incomplete(output_dir / folder)
+            for folder in (output_dir / "samples", *output_dir.glob("generated/*")):
+                remove_incomplete(folder)
         accelerator.wait_for_everyone()
         trainer = HeadTrainer(args, accelerator)
         stop = stack.enter_context(StopRequest())

@@ -66,6 +66,8 @@ def test_metrics_json_reproduces_the_measurement_and_feeds_the_card(folder, refe
     stored = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert stored == record
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"metrics.json", "grid.png", ".lock"}
+    with Image.open(tmp_path / "out" / "grid.png") as grid:
+        assert grid.width > 2 * grid.height  # four rows of ten classes
     assert stored["weights_sha256"] == weights_sha256(folder / "transformer")
     assert (stored["num_samples"], stored["seeds"], stored["device"]) == (40, "7-46", "cpu")
     assert (stored["guidance_scale"], stored["guidance_interval"], stored["dtype"]) == (2.0, [0.1, 1.0], "float32")
@@ -107,7 +109,7 @@ def test_a_sweep_covers_all_combinations_and_resumes(folder, reference, tmp_path
     rows = list(csv.DictReader((tmp_path / "straight" / "sweep.csv").open()))
     axes = ("transformer", "scheduler", "guidance_scale", "guidance_interval")
     assert len(rows) == len({tuple(row[axis] for axis in axes) for row in rows}) == 16
-    assert rows[-1]["folder"] == "checkpoint-5-transformer_ema_0.5_euler_interval-0.4-1_guidance-3"
+    assert rows[-1]["folder"] == "checkpoint-5-ema_0.5_euler_interval-0.4-1_guidance-3"
     for row, record in zip(rows, straight, strict=True):
         assert json.loads((tmp_path / "straight" / row["folder"] / "metrics.json").read_text()) == record
     # Every axis has an effect; the interval has none without guidance.
@@ -144,9 +146,6 @@ def test_a_finished_evaluation_is_kept_without_overwrite(folder, reference, tmp_
     monkeypatch.undo()
     (second,) = evaluate(folder, reference, tmp_path, "--seed", 1, "--overwrite")
     assert second["seeds"] == "1-40" and second["metrics"] != first["metrics"]
-    (tmp_path / "metrics.json").write_text("{")
-    with pytest.raises(ValueError, match=r"metrics\.json is damaged"):
-        evaluate(folder, reference, tmp_path)
 
 
 def test_image_files_score_as_the_pipeline_that_made_them(folder, reference, make_pipeline, tmp_path):

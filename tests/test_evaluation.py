@@ -455,9 +455,6 @@ def test_resumed_evaluation_is_bit_exact_and_repeats_no_image(tmp_path):
 
     with pytest.raises(ValueError, match="seed was 0 and is 1"):
         accumulate(make_images, 50, [space], 8, state_path=state, **{**options, "settings": {"seed": 1}})
-    state.write_bytes(state.read_bytes()[:100])
-    with pytest.raises(ValueError, match=r"state\.npz is damaged"):
-        accumulate(make_images, 50, [space], 8, state_path=state, **options)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Training a guidance head: the loss falls, the transformer stays, interrupted runs resume bit-exactly."""
 
 import json
+import signal
 from functools import partial
 
 import pytest
@@ -71,8 +72,13 @@ def test_a_run_learns_and_writes_a_pipeline_with_the_same_transformer(source, fi
     assert json.loads((folder / "guidance_head/training_arguments.json").read_text())["pipeline"] == "a local folder"
 
 
-def test_resume_is_bit_exact(source, finished, tmp_path):
-    train_head(source, tmp_path, max_train_steps=3)
+def test_resume_after_a_signal_is_bit_exact(source, finished, tmp_path, monkeypatch):
+    script = load_script(SCRIPT)
+    take_step = script.take_step
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(script, "take_step", lambda *args: (take_step(*args), signal.raise_signal(signal.SIGTERM))[0])
+        train_head(source, tmp_path)
+    assert stopped.value.code == 128 + signal.SIGTERM and (tmp_path / "pipeline/guidance_head").is_dir()
     images = {path: path.stat().st_mtime_ns for path in tmp_path.glob("generated/*/*.png")}
     train_head(source, tmp_path, resume_from_checkpoint="latest")
     assert len(images) == 30 and all(path.stat().st_mtime_ns == time for path, time in images.items())

@@ -439,23 +439,38 @@ def test_adapter_of_a_converted_checkpoint_is_published(copied):
 def test_checkpoints_are_pushed_to_branches_in_the_background(hub, folder, later):
     with BackgroundPusher("digits", private=True, license="mit") as pusher:
         assert hub.repos["me/digits"].private  # created at once
-        pusher.push(later, revision="checkpoint-5")
-        pusher.push(folder)
+        pushes = [pusher.push(later, revision="checkpoint-5"), pusher.push(folder)]
     pushed = hub.files("me/digits", "checkpoint-5")
     assert files(later) | {"README.md": pushed["README.md"]} == pushed
     card = hub.files("me/digits")["README.md"].decode()
     assert "license: mit" in card and 'from_pretrained("me/digits"' in card
-    assert pusher.unpublished == set()
+    assert [push.exception() for push in pushes] == [None, None]
+
+
+def test_checkpoint_is_published_as_a_pipeline(hub, folder, tmp_path):
+    checkpoint = tmp_path / "checkpoint-7"
+    for part in ("transformer", "transformer_ema_0.9"):
+        shutil.copytree(folder / "transformer", checkpoint / part)
+    arguments = {"ema_decays": [0.9], "objective": "repa", "output_dir": str(tmp_path), "dataset_name": "me/data"}
+    arguments["teacher_model_name_or_path"] = "/elsewhere/teacher"
+    progress = {"step": 7, "arguments": arguments, "pipeline": {"guidance_scale": 1.5}}
+    (checkpoint / "progress.json").write_text(json.dumps(progress))
+    publish([str(checkpoint), "me/digits"])
+    files = hub.files("me/digits")
+    assert files[WEIGHTS] == (folder / WEIGHTS).read_bytes()
+    assert json.loads(files["model_index.json"])["guidance_scale"] == 1.5
+    card = files["README.md"].decode()
+    assert "| optimizer steps | 7 |" in card and "| objective | repa |" in card and "datasets:\n- me/data" in card
+    assert not [name for name, data in files.items() if str(tmp_path).encode() in data or b"/elsewhere" in data]
 
 
 def test_failing_hub_neither_stalls_nor_stops_a_run_and_the_logged_command_publishes(hub, folder, tmp_path, caplog):
     with BackgroundPusher("me/digits", license="mit") as pusher:
         hub.fault = lambda number, method, path: 503
         start = time.perf_counter()
-        pusher.push(folder, revision="checkpoint-5")
-        pusher.push(tmp_path / "gone")
+        pushes = [pusher.push(folder, revision="checkpoint-5"), pusher.push(tmp_path / "gone")]
         assert time.perf_counter() - start < 0.5
-    assert pusher.unpublished == {folder, tmp_path / "gone"}
+    assert all(push.exception() for push in pushes)
     assert "There is no folder" in caplog.text and hub.token not in caplog.text
     command, other = re.findall("pixelrepa-publish (.*)", caplog.text)
     assert shlex.split(other)[0] == str(tmp_path / "gone")
@@ -471,8 +486,7 @@ def test_failed_run_does_not_wait_for_pending_pushes(hub, folder, caplog):
     start = time.perf_counter()
     with pytest.raises(ZeroDivisionError), BackgroundPusher("me/digits") as pusher:
         hub.fault = lambda number, method, path: answer.wait() and 503  # the Hub hangs
-        pusher.push(folder)
-        assert pusher.unpublished == {folder}
+        assert not pusher.push(folder).done()
         raise ZeroDivisionError
     assert time.perf_counter() - start < 5
     assert f"To finish the job: pixelrepa-publish {folder} me/digits" in caplog.text

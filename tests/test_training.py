@@ -234,11 +234,13 @@ PUSH = {"push_to_hub": True, "push_checkpoints": True, "hub_model_id": "me/tiny"
 
 def test_checkpoints_and_pipeline_are_pushed_to_the_hub(hub, train, tmp_path, caplog, capsys):
     caplog.set_level("INFO")
+    (tmp_path / "run/hub/checkpoint-1").mkdir(parents=True)  # an earlier start could not push it
     train(tmp_path / "run", **PUSH, validation_steps=3)
     pipeline = {path.name: path.read_bytes() for path in (tmp_path / "run/pipeline").rglob("*") if path.is_file()}
     pushed = {branch: hub.files("me/tiny", branch) for branch in ("checkpoint-3", "checkpoint-6", "main")}
     for files in pushed.values():
         assert {"README.md", "model_index.json", "pipeline_pixelrepa.py", "samples.png"} <= files.keys()
+    assert [path.name for path in (tmp_path / "run/hub").iterdir()] == ["checkpoint-1"]
     weights_name = "transformer/diffusion_pytorch_model.safetensors"
     assert pushed["main"][weights_name] == pipeline["diffusion_pytorch_model.safetensors"]
     assert pushed["checkpoint-6"][weights_name] == pushed["main"][weights_name] != pushed["checkpoint-3"][weights_name]

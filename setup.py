@@ -16,6 +16,7 @@ setup(
     entry_points={
         "console_scripts": [
             "pixelrepa-generate=pixelrepa_diffusers.commands.generate:cli",
+            "pixelrepa-app=pixelrepa_diffusers.commands.app:cli",
             "pixelrepa-evaluate=pixelrepa_diffusers.commands.evaluate:cli",
             "pixelrepa-convert=pixelrepa_diffusers.commands.convert_checkpoint:cli",
             "pixelrepa-publish=pixelrepa_diffusers.commands.publish:cli",
@@ -48,6 +49,7 @@ setup(
         ],
         # The Inception network of FID and IS. It brings torchvision, which must match the installed torch build.
         "eval": ["datasets>=4.0", "evaluate>=0.4.6", "matplotlib>=3.9", "scipy>=1.13", "torch-fidelity>=0.4.0"],
+        "app": ["gradio>=6.0"],  # pixelrepa-app
         "dev": ["hypothesis>=6.100", "peft>=0.18", "psutil>=5.9", "pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.14"],
     },
     classifiers=[

@@ -3,20 +3,30 @@
 python tests/test_app.py PIPELINE SCREENSHOT visits the page of a pipeline and photographs it.
 """
 
+import contextlib
 import json
+import os
 import shlex
 import shutil
+import socket
+import subprocess
 import sys
 import tempfile
+import time
+import urllib.request
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
+from packaging.requirements import Requirement
 from PIL import Image
+from standin_hub import StandInHub, log_in
 
 from pixelrepa_diffusers.cli import parse
 from pixelrepa_diffusers.commands import app, generate
+from pixelrepa_diffusers.commands.publish import main as publish
 from pixelrepa_diffusers.sampling import SCHEDULERS, seeded
 
 
@@ -135,6 +145,50 @@ def test_page_in_a_browser(pipeline, tmp_path):
     words[words.index("again")] = str(tmp_path / "again")
     (again,) = generate.main(parse(generate.GenerateArguments, "", words))
     assert np.array_equal(Image.open(again), Image.open(pictures[1]))
+
+
+@pytest.fixture
+def space(pipeline, tmp_path, monkeypatch):
+    """The files of a published Space in a folder, and the stand-in Hub with the pipeline."""
+    with StandInHub() as hub:
+        log_in(hub, monkeypatch)
+        publish([str(pipeline), "me/digits", "--license", "mit", "--space", "me/page"])
+        for name, content in hub.files("me/page").items():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_bytes(content)
+        yield tmp_path, hub
+
+
+def test_space_has_a_header_requirements_and_the_package(space):
+    folder, _ = space
+    _, header, _ = (folder / "README.md").read_text().split("---\n")
+    expected = {"sdk": "gradio", "app_file": "app.py", "models": ["me/digits"], "license": "mit"}
+    assert yaml.safe_load(header).items() >= expected.items()
+    required = {Requirement(line).name for line in (folder / "requirements.txt").read_text().splitlines()}
+    assert {"torch", "diffusers", "safetensors"} <= required and "pytest" not in required
+    package = Path(app.__file__).parents[1]
+    for path in package.rglob("*.py"):
+        assert (folder / package.name / path.relative_to(package)).read_bytes() == path.read_bytes()
+
+
+def test_space_serves_the_published_pipeline(space):
+    pytest.importorskip("gradio")
+    folder, hub = space
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    variables = {"GRADIO_SERVER_PORT": str(port), **hub.environment(folder / "home")}
+    process = subprocess.Popen([sys.executable, folder / "app.py"], env={**os.environ, **variables})
+    try:
+        parts = []
+        while not parts and process.poll() is None:
+            time.sleep(0.2)
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/config") as answer:
+                parts = json.load(answer)["components"]
+    finally:
+        process.kill()
+        process.wait()
+    choices = [part["props"]["choices"] for part in parts if part["props"].get("label") == "Class"]
+    assert choices == [[[f"digit {index}, d{index}", index] for index in range(10)]]
 
 
 if __name__ == "__main__":

@@ -145,7 +145,7 @@ def build_page(args: AppArguments) -> "gradio.Blocks":
             paths, archive = write_download(Path(folder), images, record, solver)
             yield paths, strip, gradio.DownloadButton(value=archive, interactive=True)  # Gradio copies the files
 
-    title = Path(args.pipeline).name
+    title = "/".join(Path(args.pipeline).parts[-2:])
     with gradio.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gradio.Markdown(f"# {title}\n{size}×{size} pixels, {len(names)} classes, {device_name(pipe.device)}")
         with gradio.Row():

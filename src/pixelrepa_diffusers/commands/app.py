@@ -88,21 +88,45 @@ def sample_with_path(
     return images, make_grid(frames, [f"t = {states[index][0]:.2f}" for index in shown], columns=len(frames))
 
 
-def write_download(
-    folder: Path, images: Sequence[Image.Image], record: dict[str, Any], scheduler: str | None
-) -> tuple[list[Path], str]:
-    """Write the images as `pixelrepa-generate` does, with arguments.json, and return their paths and that of a ZIP of all."""
-    ((label, name),) = record["class_labels"].items()
+@dataclass
+class Request:
+    """What the user of the page asks for."""
+
+    class_label: int
+    seeds: range
+    num_inference_steps: int
+    scheduler: str | None  # None: the saved one
+    guidance: dict[str, Any]
+
+
+def answer(
+    pipe: PixelREPAPipeline,
+    request: Request,
+    args: AppArguments,
+    revision: str | None,
+    folder: Path,
+    on_evaluation: Callable[[int, int], object],
+) -> tuple[list[Path], Image.Image, Path]:
+    """
+    Sample with the scheduler of `pipe`, and write the images to `folder` as `pixelrepa-generate` does.
+
+    Returns:
+        The images' paths, the strip from noise to image, and the path of a ZIP with the images and arguments.json.
+    """
+    label, name = request.class_label, class_names(pipe)[request.class_label]
+    sampling = sampling_settings(pipe, label, request.num_inference_steps, request.guidance)
+    images, strip = sample_with_path(pipe, label, request.seeds, sampling, on_evaluation)
+    settings = {**describe_run(pipe, args, revision, sampling), "device": device_name(pipe.device)}
     content = folder / "images"
     content.mkdir()
+    record = {**settings, "class_labels": {label: name}, "seeds": list(request.seeds), "versions": versions()}
     write_json(content / "arguments.json", record)
-    settings = {key: value for key, value in record.items() if key not in ("class_labels", "seeds", "versions")}
     paths = []
-    for seed, image in zip(record["seeds"], images, strict=True):
+    for seed, image in zip(request.seeds, images, strict=True):
         paths.append(content / f"{label:04d}_{seed:06d}.png")
         facts = {**settings, "class_id": label, "class_name": name, "seed": seed}
-        image.save(paths[-1], pnginfo=png_info(facts, scheduler))
-    return paths, shutil.make_archive(str(folder / f"{label:04d}"), "zip", content)
+        image.save(paths[-1], pnginfo=png_info(facts, request.scheduler))
+    return paths, strip, Path(shutil.make_archive(str(folder / f"{label:04d}"), "zip", content))
 
 
 def build_page(args: AppArguments) -> "gradio.Blocks":
@@ -123,26 +147,21 @@ def build_page(args: AppArguments) -> "gradio.Blocks":
 
     def generate(values, progress=gradio.Progress()):  # noqa: B008 (Gradio finds it among the defaults)
         given = {name: [values[slider] for slider in sliders] for name, sliders in guidance.items()}
-        given = {name: numbers if len(numbers) > 1 else numbers[0] for name, numbers in given.items()}
-        seeds = range(values[seed], values[seed] + values[num_images])
-        solver = values[scheduler] or None
-        pipe.scheduler = SCHEDULERS[solver]() if solver else saved_scheduler
-        try:
-            sampling = sampling_settings(pipe, values[label], values[steps], given)
-            images, strip = sample_with_path(
-                pipe, values[label], seeds, sampling, lambda *done: progress(done, desc="Sampling", unit="evaluations")
-            )
-        except ValueError as error:
-            raise gradio.Error(str(error)) from error
-        record = {
-            **describe_run(pipe, args, revision, sampling),
-            "class_labels": {values[label]: names[values[label]]},
-            "seeds": list(seeds),
-            "device": device_name(pipe.device),
-            "versions": versions(),
-        }
+        request = Request(
+            values[label],
+            range(values[seed], values[seed] + values[num_images]),
+            values[steps],
+            values[scheduler] or None,
+            {name: numbers if len(numbers) > 1 else numbers[0] for name, numbers in given.items()},
+        )
+        pipe.scheduler = SCHEDULERS[request.scheduler]() if request.scheduler else saved_scheduler
         with tempfile.TemporaryDirectory() as folder:
-            paths, archive = write_download(Path(folder), images, record, solver)
+            try:
+                paths, strip, archive = answer(
+                    pipe, request, args, revision, Path(folder), lambda *done: progress(done, unit="evaluations")
+                )
+            except ValueError as error:  # such as a guidance interval that is empty
+                raise gradio.Error(str(error)) from error
             yield paths, strip, gradio.DownloadButton(value=archive, interactive=True)  # Gradio copies the files
 
     title = "/".join(Path(args.pipeline).parts[-2:])

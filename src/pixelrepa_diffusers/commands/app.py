@@ -129,6 +129,22 @@ def answer(
     return paths, strip, Path(shutil.make_archive(str(folder / f"{label:04d}"), "zip", content))
 
 
+def guidance_sliders(pipe: PixelREPAPipeline) -> dict[str, list["gradio.Slider"]]:
+    """Add a slider for each scale and two for each interval of the guidance that the pipeline has."""
+    from gradio import Row, Slider
+
+    sliders = {}
+    for name, value in saved_guidance(pipe).items():
+        kind, _, quantity = name.replace("_", " ").capitalize().rpartition(" ")
+        if quantity == "scale":
+            sliders[name] = [Slider(0, max(MAX_SCALE, value), value, step=0.05, label=f"{kind} scale")]
+        else:
+            ends = zip(("from", "to"), value, strict=True)
+            with Row():
+                sliders[name] = [Slider(0, 1, bound, step=0.01, label=f"{kind} {end} t") for end, bound in ends]
+    return sliders
+
+
 def build_page(args: AppArguments) -> "gradio.Blocks":
     """The page of a pipeline, which is loaded here. Requests are sampled one after another."""
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when Gradio is imported
@@ -143,7 +159,6 @@ def build_page(args: AppArguments) -> "gradio.Blocks":
         compile_transformer(pipe.transformer)
     saved_scheduler, names = pipe.scheduler, class_names(pipe)
     size = pipe.transformer.config.sample_size
-    guidance: dict[str, list[gradio.Slider]] = {}
 
     def generate(values, progress=gradio.Progress()):  # noqa: B008 (Gradio finds it among the defaults)
         given = {name: [values[slider] for slider in sliders] for name, sliders in guidance.items()}
@@ -161,7 +176,7 @@ def build_page(args: AppArguments) -> "gradio.Blocks":
                     pipe, request, args, revision, Path(folder), lambda *done: progress(done, unit="evaluations")
                 )
             except ValueError as error:  # such as a guidance interval that is empty
-                raise gradio.Error(str(error)) from error
+                raise gradio.Error(str(error), print_exception=False) from error
             yield paths, strip, gradio.DownloadButton(value=archive, interactive=True)  # Gradio copies the files
 
     title = "/".join(Path(args.pipeline).parts[-2:])
@@ -181,18 +196,7 @@ def build_page(args: AppArguments) -> "gradio.Blocks":
                 )
                 steps = gradio.Slider(1, MAX_STEPS, 50, step=1, label="Steps")
                 scheduler = gradio.Dropdown([("as saved", ""), *SCHEDULERS], value="", label="Solver")
-                for name, value in saved_guidance(pipe).items():
-                    words = name.replace("_", " ").capitalize()
-                    if name.endswith("_scale"):
-                        guidance[name] = [gradio.Slider(0, max(MAX_SCALE, value), value, step=0.05, label=words)]
-                    else:
-                        with gradio.Row():
-                            guidance[name] = [
-                                gradio.Slider(
-                                    0, 1, bound, step=0.01, label=f"{words.removesuffix(' interval')} {end} t"
-                                )
-                                for end, bound in zip(("from", "to"), value, strict=True)
-                            ]
+                guidance = guidance_sliders(pipe)
                 button = gradio.Button("Generate", variant="primary", elem_id="generate")
             with gradio.Column(scale=2):
                 look = {"show_label": False, "format": "png", "buttons": ["download", "fullscreen"]}

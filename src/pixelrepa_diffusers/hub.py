@@ -64,6 +64,7 @@ REQUIRED_FILES = (
 )
 PUBLISHED_FILES = (
     *("model_index.json", "pipeline_pixelrepa.py", "training_arguments.json", "samples.png", "README.md"),
+    *("modular_config.json", "modular_model_index.json", "modular_pixelrepa.py"),
     *(
         f"{part}/[!.]*.{suffix}"
         for part in ("transformer", "guidance_head", "guidance_transformer")

@@ -20,7 +20,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.hooks import PyramidAttentionBroadcastConfig
-from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+from diffusers.hooks._helpers import (
+    AttentionProcessorMetadata,
+    AttentionProcessorRegistry,
+    TransformerBlockMetadata,
+    TransformerBlockRegistry,
+)
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
@@ -183,6 +188,7 @@ class JiTAttention(nn.Module, AttentionModuleMixin):
 
     _default_processor_cls = JiTAttnProcessor
     _available_processors = [JiTAttnProcessor]
+    is_cross_attention = False
 
     def __init__(self, dim: int, heads: int, head_dim: int, dropout: float, norm_eps: float):
         super().__init__()
@@ -539,4 +545,9 @@ class JiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin,
 TransformerBlockRegistry.register(
     model_class=JiTBlock,
     metadata=TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=None),
+)
+# Perturbed-attention guidance replaces the attention of a block.
+AttentionProcessorRegistry.register(
+    model_class=JiTAttnProcessor,
+    metadata=AttentionProcessorMetadata(skip_processor_output_fn=lambda attn, hidden_states, *_: hidden_states),
 )

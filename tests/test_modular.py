@@ -272,7 +272,7 @@ def test_mistakes_are_refused(saved, modular):
     with pytest.raises(ValueError, match="no class called 'gold fish'"):
         sample(modular, class_labels="gold fish")
     modular.update_components(guidance_head=None)
-    with pytest.raises(ValueError, match="`self_guidance_scale=0[.]5` needs"):
+    with pytest.raises(ValueError, match=r"self_guidance_scale.* needs"):
         sample(modular)
     modular.update_components(guider=ClassifierFreeGuidance())
     with pytest.raises(ValueError, match="arguments of the default guider"):

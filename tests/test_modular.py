@@ -274,6 +274,7 @@ def test_mistakes_are_refused(saved, modular):
     modular.update_components(guidance_head=None)
     with pytest.raises(ValueError, match=r"self_guidance_scale.* needs"):
         sample(modular)
+    sample(modular, **PLAIN)
     modular.update_components(guider=ClassifierFreeGuidance())
     with pytest.raises(ValueError, match="arguments of the default guider"):
         sample(modular, guidance_scale=2.0, **PLAIN)

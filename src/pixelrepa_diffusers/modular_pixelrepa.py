@@ -45,6 +45,7 @@ _SETTINGS = {
     if name not in (*_MODELS, "scheduler")
 }
 _GUIDANCE = [name for name in _SETTINGS if name != "id2label"]
+_NEEDS = {"self_guidance_scale": "guidance_head", "autoguidance_scale": "guidance_transformer"}
 
 
 class PixelREPAGuidance(ClassifierFreeGuidance):
@@ -398,7 +399,9 @@ class PixelREPAModularPipeline(ModularPipeline):
         if self.transformer is None or self.scheduler is None:
             raise ValueError("The components are not loaded yet: call `pipe.load_components()` first.")
         components = {name: getattr(self, name) for name in (*_MODELS, "scheduler")}
-        return PixelREPAPipeline(**components, **{name: self.config[name] for name in _SETTINGS})
+        missing = [scale for scale, model in _NEEDS.items() if components[model] is None]
+        settings = {name: self.config[name] for name in _SETTINGS if name not in missing}
+        return PixelREPAPipeline(**components, **settings)
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
         """Save the folder of the [`PixelREPAPipeline`], from which both pipelines load; same arguments."""

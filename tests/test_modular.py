@@ -94,8 +94,15 @@ def modular(saved) -> PixelREPAModularPipeline:
 
 @pytest.mark.parametrize(
     "arguments",
-    [{}, PLAIN, {"guidance_interval": (0, 1)}, {"guidance_scale": 1}, {"class_labels": 2, "num_inference_steps": 1}],
-    ids=str,
+    [
+        {},
+        PLAIN,
+        {"image": torch.linspace(0, 1, 768).view(1, 3, 16, 16), "strength": 0.5},
+        {"guidance_interval": (0, 1)},
+        {"guidance_scale": 1},
+        {"class_labels": 2, "num_inference_steps": 1},
+    ],
+    ids=lambda arguments: ", ".join(arguments),
 )
 def test_the_default_guider_makes_the_images_of_the_standard_pipeline(standard, modular, arguments):
     if arguments.get("class_labels") == 2:

@@ -7,6 +7,7 @@ The file is published beside pipeline_pixelrepa.py as remote code and imports on
 """
 
 import inspect
+import math
 import re
 from typing import Any
 
@@ -77,6 +78,13 @@ class PixelREPABlock(ModularPipelineBlocks):
         return [ConfigSpec(name, default) for name, default in _SETTINGS.items()]
 
 
+def _image_inputs() -> list[InputParam]:
+    return [
+        InputParam("image", description="Image to start from: one per label, or one for all."),
+        InputParam("strength", type_hint=float, default=0.6, description="Share of the steps taken from an image."),
+    ]
+
+
 class PixelREPAInputStep(PixelREPABlock):
     description = "Checks the inputs, looks up class names and fills in the saved guidance settings."
 
@@ -87,6 +95,7 @@ class PixelREPAInputStep(PixelREPABlock):
             InputParam("num_inference_steps", type_hint=int, default=50, description="Number of solver steps."),
             InputParam("generator", description="`torch.Generator`, or a list with one per image."),
             InputParam("latents", type_hint=torch.Tensor, description="Unit noise of shape (B, C, S, S)."),
+            *_image_inputs(),
             InputParam("output_type", type_hint=str, default="pil", description='"pil", "np", "pt" or "latent".'),
             *(InputParam(name, description="Default: the value saved with the pipeline.") for name in _GUIDANCE),
         ]
@@ -117,6 +126,7 @@ class PixelREPAInputStep(PixelREPABlock):
         pipeline.check_inputs(
             class_labels=block_state.class_labels,
             num_inference_steps=block_state.num_inference_steps,
+            strength=1.0 if block_state.image is None else block_state.strength,
             generator=block_state.generator,
             latents=block_state.latents,
             output_type=block_state.output_type,
@@ -135,7 +145,8 @@ class PixelREPASetTimestepsStep(PixelREPABlock):
 
     @property
     def inputs(self) -> list[InputParam]:
-        return [InputParam("num_inference_steps", type_hint=int, default=50, description="Number of solver steps.")]
+        steps = InputParam("num_inference_steps", type_hint=int, default=50, description="Number of solver steps.")
+        return [steps, *_image_inputs()]
 
     @property
     def intermediate_outputs(self) -> list[OutputParam]:
@@ -150,15 +161,16 @@ class PixelREPASetTimestepsStep(PixelREPABlock):
         self, components: "PixelREPAModularPipeline", state: PipelineState
     ) -> tuple["PixelREPAModularPipeline", PipelineState]:
         block_state = self.get_block_state(state)
+        strength = 1.0 if block_state.image is None else block_state.strength
         block_state.timesteps, block_state.times = components.standard_pipeline.prepare_timesteps(
-            block_state.num_inference_steps, components._execution_device
+            block_state.num_inference_steps, components._execution_device, strength
         )
         self.set_block_state(state, block_state)
         return components, state
 
 
 class PixelREPAPrepareLatentsStep(PixelREPABlock):
-    description = "Draws the noise, with the model's `noise_scale`."
+    description = "Draws the noise, with the model's `noise_scale`, and adds it to an image."
 
     @property
     def inputs(self) -> list[InputParam]:
@@ -166,6 +178,8 @@ class PixelREPAPrepareLatentsStep(PixelREPABlock):
             InputParam("label_ids", required=True, type_hint=torch.Tensor, description="Class ids (B,)."),
             InputParam("generator", description="`torch.Generator`, or a list with one per image."),
             InputParam("latents", type_hint=torch.Tensor, description="Unit noise of shape (B, C, S, S)."),
+            InputParam("image", description="Image to start from."),
+            InputParam("times", required=True, type_hint=list[float], description="t of every evaluation."),
         ]
 
     @property
@@ -177,7 +191,12 @@ class PixelREPAPrepareLatentsStep(PixelREPABlock):
     ) -> tuple["PixelREPAModularPipeline", PipelineState]:
         block_state = self.get_block_state(state)
         block_state.latents = components.standard_pipeline.prepare_latents(
-            len(block_state.label_ids), components._execution_device, block_state.generator, block_state.latents
+            len(block_state.label_ids),
+            components._execution_device,
+            block_state.generator,
+            block_state.latents,
+            block_state.image,
+            block_state.times[0],
         )
         self.set_block_state(state, block_state)
         return components, state
@@ -193,7 +212,6 @@ class PixelREPALoopDenoiser(PixelREPABlock):
             InputParam("label_ids", required=True, type_hint=torch.Tensor, description="Class ids (B,)."),
             InputParam("null_ids", required=True, type_hint=torch.Tensor, description="Null labels (B,)."),
             InputParam("times", required=True, type_hint=list[float], description="t of every evaluation."),
-            InputParam("num_inference_steps", type_hint=int, default=50, description="Number of solver steps."),
             InputParam("guidance", required=True, type_hint=dict, description="Guidance scales and intervals."),
         ]
 
@@ -209,8 +227,8 @@ class PixelREPALoopDenoiser(PixelREPABlock):
             guider.guidance_scale = scale if guided else 1.0  # 1 asks for no unconditional batch
 
         # A guider counts solver steps: both evaluations of a Heun step have the same number.
-        step, num_steps = i // components.scheduler.order, block_state.num_inference_steps
-        guider.set_state(step=step, num_inference_steps=num_steps, timestep=t)
+        order = components.scheduler.order
+        guider.set_state(i // order, num_inference_steps=math.ceil(len(block_state.times) / order), timestep=t)
         batches = guider.prepare_inputs_from_block_state(block_state, {"labels": ("label_ids", "null_ids")})
         for batch in batches:
             guider.prepare_models(transformer)
@@ -273,10 +291,11 @@ class PixelREPADenoiseStep(LoopSequentialPipelineBlocks):
         block_state = self.get_block_state(state)
         block_state.pipeline = components.standard_pipeline
         components.transformer._reset_stateful_cache()  # a call that raised leaves its cache behind
-        with self.progress_bar(total=block_state.num_inference_steps) as progress_bar:
+        num_evaluations, order = len(block_state.timesteps), components.scheduler.order
+        with self.progress_bar(total=math.ceil(num_evaluations / order)) as progress_bar:
             for index, timestep in enumerate(block_state.timesteps):
                 components, block_state = self.loop_step(components, block_state, i=index, t=timestep)
-                if index == len(block_state.timesteps) - 1 or (index + 1) % components.scheduler.order == 0:
+                if index == num_evaluations - 1 or (index + 1) % order == 0:
                     progress_bar.update()
         self.set_block_state(state, block_state)
         return components, state
@@ -289,6 +308,7 @@ class PixelREPADecodeStep(PixelREPABlock):
     def inputs(self) -> list[InputParam]:
         return [
             InputParam("latents", required=True, type_hint=torch.Tensor, description="Images (B, C, S, S)."),
+            InputParam("guidance", type_hint=dict, description="Guidance scales and intervals."),
             InputParam("output_type", type_hint=str, default="pil", description='"pil", "np", "pt" or "latent".'),
         ]
 
@@ -300,7 +320,10 @@ class PixelREPADecodeStep(PixelREPABlock):
         self, components: "PixelREPAModularPipeline", state: PipelineState
     ) -> tuple["PixelREPAModularPipeline", PipelineState]:
         block_state = self.get_block_state(state)
-        block_state.images = components.standard_pipeline.decode(block_state.latents, block_state.output_type)
+        pipeline = components.standard_pipeline
+        if block_state.guidance is not None:  # named in the message about infinite values
+            pipeline._guidance_scale = block_state.guidance["guidance_scale"]
+        block_state.images = pipeline.decode(block_state.latents, block_state.output_type)
         self.set_block_state(state, block_state)
         return components, state
 
@@ -395,17 +418,18 @@ class PixelREPAModularPipeline(ModularPipeline):
 
     @property
     def standard_pipeline(self) -> PixelREPAPipeline:
-        """The standard pipeline of the same components and settings; its methods do the work."""
+        """A standard pipeline of the same components, without guidance settings; its methods do the work."""
         if self.transformer is None or self.scheduler is None:
             raise ValueError("The components are not loaded yet: call `pipe.load_components()` first.")
         components = {name: getattr(self, name) for name in (*_MODELS, "scheduler")}
-        missing = [scale for scale, model in _NEEDS.items() if components[model] is None]
-        settings = {name: self.config[name] for name in _SETTINGS if name not in missing}
-        return PixelREPAPipeline(**components, **settings)
+        return PixelREPAPipeline(**components, id2label=self.config.id2label)
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
         """Save the folder of the [`PixelREPAPipeline`], from which both pipelines load; same arguments."""
-        self.standard_pipeline.save_pretrained(save_directory, **kwargs)
+        components = self.standard_pipeline.components
+        missing = [scale for scale, model in _NEEDS.items() if components[model] is None]
+        settings = {name: self.config[name] for name in _SETTINGS if name not in missing}
+        PixelREPAPipeline(**components, **settings).save_pretrained(save_directory, **kwargs)
 
 
 # diffusers looks up the class of a modular pipeline by the blocks' `model_name`, and then by name in its own namespace.

@@ -8,6 +8,7 @@ class tokens, T = N or L + N tokens, D width, H heads, d head width, F feed-forw
 The file is published beside the weights as remote code and imports only torch and diffusers.
 """
 
+import functools
 import inspect
 import json
 import shutil
@@ -416,6 +417,19 @@ class JiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin,
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
         source = Path(inspect.getfile(type(self)))
         shutil.copyfile(source, Path(save_directory) / source.name)
+
+    @functools.wraps(ModelMixin.save_pretrained)  # pipelines look at its signature
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        fused = any(getattr(module, "fused_projections", False) for module in self.modules())
+        self.unfuse_qkv_projections()  # diffusers would save both and ignore the fused ones at the next load
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if fused:
+            self.fuse_qkv_projections()
+        # diffusers deletes the shards of an earlier save but leaves their index, which it then prefers to the weights.
+        for index in Path(save_directory).glob("*.safetensors.index*.json"):
+            shards = set(json.loads(index.read_text())["weight_map"].values())
+            if not all((index.parent / shard).exists() for shard in shards):
+                index.unlink()
 
     def to_json_string(self) -> str:
         config = json.loads(super().to_json_string())

@@ -66,6 +66,7 @@ MODELS = {
 }
 PUBLISHED_FILES = (
     *("model_index.json", "pipeline_pixelrepa.py", "training_arguments.json", "samples.png", "README.md"),
+    *("modular_config.json", "modular_model_index.json", "modular_pixelrepa.py"),
     *(
         f"{part}/[!.]*.{suffix}"
         for part in (*MODELS, "scheduler", "adapter")

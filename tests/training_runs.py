@@ -103,17 +103,10 @@ def read_metrics(output_dir: Path) -> list[dict]:
 
 def weights(checkpoint: Path) -> dict:
     """Every tensor of a checkpoint, the optimizer's included, by a readable name."""
-    import torch
-    from safetensors.torch import load_file
+    from pixelrepa_diffusers.training.checkpoints import read_tensors
 
-    tensors = {}
-    for file in sorted(checkpoint.rglob("*.safetensors")):
-        for name, tensor in load_file(file).items():
-            tensors[f"{file.parent.name}.{name}"] = tensor
-    state = torch.load(checkpoint / "optimizer.bin", weights_only=True)["state"]
-    for index, entries in state.items():
-        tensors.update({f"optimizer.{index}.{name}": value for name, value in entries.items()})
-    return tensors
+    folders = sorted({file.parent for file in checkpoint.rglob("*.safetensors")})
+    return {f"{folder.name}.{name}": value for folder in folders for name, value in read_tensors(folder).items()}
 
 
 def assert_equal(one: dict, other: dict) -> None:

@@ -87,6 +87,7 @@ def main(args: TrainingArguments) -> Path | None:
                 stack.enter_context(pusher)
         accelerator.wait_for_everyone()
         trainer = Trainer(args, accelerator, source, pusher)
+        stack.callback(trainer.checkpointer.wait)
         stop = stack.enter_context(StopRequest())
         trainer.train(stop)
         folder = trainer.finish()
@@ -209,7 +210,7 @@ class Trainer:
             self.ema = ConstantDecayEMA(transformer, args.ema_decays, args.ema_update_every, args.ema_offload)
         settings = {name: pipeline.config[name] for name in ("id2label", "guidance_scale", "guidance_interval")}
         self.checkpointer = Checkpointer(args, accelerator, self.objective, self.ema, self.optimizer, settings)
-        self.step, self.last_checkpoint = 0, checkpoint
+        self.step = 0
         if checkpoint is not None:
             progress = self.checkpointer.load(checkpoint)
             self.step = progress["step"]
@@ -290,7 +291,7 @@ class Trainer:
             self.step += 1
             monitor.add(self.step, result)
             if logging_step and monitor.pending:
-                monitor.report(self.step, result, learning_rate, self.last_checkpoint)
+                monitor.report(self.step, result, learning_rate, self.checkpointer.last)
 
             stopping = stop.agreed(accelerator, now=logging_step)
             finished = self.step == self.max_train_steps
@@ -298,15 +299,14 @@ class Trainer:
             sampling_step = args.validation_steps and (finished or self.step % args.validation_steps == 0)
             evaluation_step = args.eval_steps and (finished or self.step % args.eval_steps == 0)
             if saving_step:
-                monitor.check_finite(self.step, self.objective, self.last_checkpoint)
+                monitor.check_finite(self.step, self.objective, self.checkpointer.last)
             # Before the checkpoint: a run that is killed in between resumes from an earlier one and repeats them.
             if sampling_step:
                 exporter.write_samples(self.step)
             if evaluation_step:
                 exporter.evaluate(self.step)
             if saving_step:
-                self.last_checkpoint = self.checkpointer.save(self.step, result.position)
-                logger.info(f"Wrote {self.last_checkpoint}.")
+                self.checkpointer.save(self.step, result.position)
                 if args.push_checkpoints:
                     exporter.push_checkpoint(self.step)
             if saving_step or sampling_step or evaluation_step:
@@ -319,6 +319,7 @@ class Trainer:
         self.exporter.save_pipeline(folder, self.step)
         if self.accelerator.is_main_process:
             logger.info(f"Wrote {folder} and {self.metrics.plot()}.")
+        self.checkpointer.wait()
         self.accelerator.end_training()
         return folder
 

@@ -1,6 +1,7 @@
 """FSDP2 with training/accelerate/fsdp2.yaml on two CPU processes."""
 
 import shutil
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import patch_environment
 from accelerate.utils.launch import prepare_multi_gpu_env
 from fsdp import allow_fsdp_on_cpu
+from torch.multiprocessing import ProcessRaisedException
 from training_runs import ROOT, arguments, assert_equal, train_in_fork, weights
 
 from pixelrepa_diffusers import PixelREPAPipeline
@@ -19,12 +21,14 @@ from pixelrepa_diffusers import PixelREPAPipeline
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
 # With its usual ε Adam divides vanishing gradients by themselves, which compares the signs of rounding errors.
-SETTINGS = {"adam_epsilon": 1e-3, "learning_rate": 1e-3, "train_batch_size": 2}
+SETTINGS = {"ddp_timeout": 77, "adam_epsilon": 1e-3, "learning_rate": 1e-3, "train_batch_size": 2}
 
 
 def _train_sharded(words: list[str], log: Path) -> None:
     allow_fsdp_on_cpu()
     train_in_fork(words, log)
+    group = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))
+    assert group.options._timeout == timedelta(seconds=77)
 
 
 @pytest.fixture(scope="module")
@@ -78,3 +82,8 @@ def test_sharded_and_plain_checkpoints_are_exchanged(sharded_run, train, train_s
     expected = weights(sharded_run / "checkpoint-6")
     for name in ("plain first", "sharded first"):
         torch.testing.assert_close(weights(tmp_path / name / "checkpoint-6"), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_what_cannot_be_sharded_is_refused_before_training(train_sharded, tmp_path):
+    with pytest.raises(ProcessRaisedException, match="neither --ema_offload nor --use_8bit_adam"):
+        train_sharded(tmp_path / "run", use_8bit_adam=True)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,9 +13,20 @@ import datasets
 import pytest
 import torch
 from accelerate import debug_launcher
-from training_runs import ROOT, TRAINER, arguments, assert_equal, launch_two, read_metrics, train_in_fork, weights
+from training_runs import (
+    ROOT,
+    TRAINER,
+    arguments,
+    assert_equal,
+    launch_two,
+    read_metrics,
+    train_in_fork,
+    weights,
+    write_manifest,
+)
 
 from pixelrepa_diffusers import PixelREPAPipeline
+from pixelrepa_diffusers.training.checkpoints import Checkpointer
 from pixelrepa_diffusers.training.export import Exporter
 
 
@@ -87,6 +99,23 @@ def test_two_processes_resume_bit_exactly_and_match_one_process(train, image_fol
     torch.testing.assert_close(*losses, atol=0, rtol=1e-5)
 
 
+def test_checkpoint_of_an_earlier_version_resumes_bit_exactly(train, finished_run, tmp_path, monkeypatch):
+    save, run = Checkpointer.save, tmp_path / "run"
+
+    def also_as_before(checkpointer, step, loader_state):
+        torch.save(checkpointer.optimizer.state_dict(), tmp_path / "optimizer.bin")
+        save(checkpointer, step, loader_state)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpointer, "save", also_as_before)
+        train(run, max_train_steps=3, lr_warmup_steps=0)
+    shutil.rmtree(run / "checkpoint-3/optimizer")
+    shutil.move(tmp_path / "optimizer.bin", run / "checkpoint-3")
+    write_manifest(run / "checkpoint-3")
+    train(run, lr_warmup_steps=0, resume_from_checkpoint="latest")
+    assert_equal(weights(finished_run / "checkpoint-6"), weights(run / "checkpoint-6"))
+
+
 # --------------------------------------------------------------------------------------------------- kills and signals
 
 
@@ -96,7 +125,7 @@ def test_run_killed_at_twenty_random_moments_is_bit_exact(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr[-4000:]
     report = json.loads(result.stdout.splitlines()[-1])
-    assert report["kills"] == 20
+    assert report["kills"] == 20 and report["kills_amid_writing"] >= 10
     expected = weights(Path(report["undisturbed"]) / "checkpoint-6")
     for run in report["finished_runs"]:
         assert_equal(expected, weights(Path(run) / "checkpoint-6"))

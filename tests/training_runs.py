@@ -118,6 +118,15 @@ def assert_equal(one: dict, other: dict) -> None:
     assert not different, different
 
 
+def write_manifest(checkpoint: Path) -> None:
+    """Make the manifest match the files of an altered checkpoint."""
+    from pixelrepa_diffusers.files import MANIFEST, _fingerprint
+
+    names = [path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file()]
+    manifest = {name: _fingerprint(checkpoint / name) for name in names if name != MANIFEST}
+    (checkpoint / MANIFEST).write_text(json.dumps(manifest))
+
+
 def fork(task: Callable[[], object], log: Path) -> int:
     """Run `task` on the CPU in a child that leads its own process group and appends its output to `log`."""
     import torch
@@ -147,14 +156,17 @@ def fork(task: Callable[[], object], log: Path) -> int:
         os._exit(status)
 
 
-def ended(child: int, seconds: float) -> int | None:
-    """Exit status of a child (negative: the signal that ended it), or None if it still runs after `seconds`."""
+def ended(child: int, seconds: float, condition: Callable[[], bool] = lambda: True) -> int | None:
+    """
+    Exit status of a child (negative: the signal that ended it), or None if it still runs after `seconds`, once the
+    condition holds.
+    """
     deadline = time.monotonic() + seconds
     while True:
         pid, status = os.waitpid(child, os.WNOHANG)
         if pid:
             return os.waitstatus_to_exitcode(status)
-        if time.monotonic() > deadline:
+        if time.monotonic() > deadline and condition():
             return None
         time.sleep(0.002)
 
@@ -179,7 +191,10 @@ def train_in_fork(words: list[str], log: Path) -> None:
 
 
 def kill_trials(folder: Path, trials: int, seed: int) -> dict:
-    """Kill forked runs by SIGKILL at random moments and resume them, until `trials` kills and one finished run."""
+    """
+    Kill forked runs by SIGKILL at random moments, every other one amid the writing of a checkpoint, and resume them, until
+    `trials` kills and one finished run.
+    """
     load_script(TRAINER)  # the children inherit the imports
     draw, data, log = random.Random(seed), write_images(folder / "data"), folder / "log.txt"
 
@@ -192,19 +207,25 @@ def kill_trials(folder: Path, trials: int, seed: int) -> dict:
     assert ended(start("undisturbed"), 300) == 0, log.read_text()
     duration = time.perf_counter() - started
 
-    kills, finished = 0, []
+    def writing() -> bool:
+        return any((folder / name).glob(".checkpoint-*.incomplete"))
+
+    kills, kills_amid_writing, finished = 0, 0, []
     while kills < trials or not finished:
         name = f"run{len(finished)}"
         child = start(name)
-        status = ended(child, draw.uniform(0.1, 1.0) * duration if kills < trials else 300)
+        delay = draw.uniform(0.1, 1.0) * duration if kills < trials else 300
+        status = ended(child, delay, writing if kills % 2 else lambda: True)
         if status is None:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             kills += 1
+            kills_amid_writing += writing()
         else:
             assert status == 0, f"A resumed run failed:\n{log.read_text()[-4000:]}"
             finished.append(str(folder / name))
-    return {"kills": kills, "finished_runs": finished, "undisturbed": str(folder / "undisturbed")}
+    counts = {"kills": kills, "kills_amid_writing": kills_amid_writing}
+    return {**counts, "finished_runs": finished, "undisturbed": str(folder / "undisturbed")}
 
 
 if __name__ == "__main__":

@@ -24,12 +24,19 @@ import contextlib
 import json
 import logging
 import signal
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, ProjectConfiguration, gather_object
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    gather_object,
+)
 from diffusers.optimization import get_scheduler
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -110,7 +117,10 @@ def create_accelerator(args: TrainingArguments) -> Accelerator:
         log_with=None if args.dry_run else trackers or None,
         project_config=ProjectConfiguration(args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))),
         # The only buffers are position tables, which are equal everywhere.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=timedelta(seconds=args.ddp_timeout)),
+        ],
     )
     check_launch(accelerator.num_processes)
     args.mixed_precision = accelerator.mixed_precision
@@ -120,9 +130,10 @@ def create_accelerator(args: TrainingArguments) -> Accelerator:
     if missing:
         raise ImportError(f"--report_to {' '.join(missing)}: not installed.")
     if accelerator.distributed_type == DistributedType.FSDP:
-        if not accelerator.is_fsdp2 or args.ema_offload:
+        if not accelerator.is_fsdp2 or args.ema_offload or args.use_8bit_adam:
             raise ValueError(
-                "FSDP needs `fsdp_version: 2`, as in training/accelerate/fsdp2.yaml, and no --ema_offload."
+                "FSDP needs `fsdp_version: 2`, as in training/accelerate/fsdp2.yaml, and neither --ema_offload nor "
+                "--use_8bit_adam."
             )
         # Autocast selects dtypes as under DDP. accelerate's policy would also round images, noise, timesteps and position
         # tables, and reduce gradients in the compute dtype.

@@ -9,6 +9,7 @@ import shutil
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import fields
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -152,7 +153,8 @@ class Checkpointer:
         self.module, self.ema, self.optimizer = accelerator.unwrap_model(objective), ema, optimizer
         self.sharded = accelerator.distributed_type == DistributedType.FSDP
         # The writing threads need a process group of their own: training uses the default one meanwhile.
-        self.group = dist.new_group(backend="gloo") if self.sharded else None
+        timeout = timedelta(seconds=args.ddp_timeout)
+        self.group = dist.new_group(timeout=timeout, backend="gloo") if self.sharded else None
         on_gpu = accelerator.device.type == "cuda"
         self.stager = DefaultStager(
             StagingOptions(on_gpu, False, use_async_staging=False, use_non_blocking_copy=on_gpu)
@@ -252,9 +254,7 @@ class Checkpointer:
             self._load_weights(folder, progress)
             self._load_optimizer(folder, progress)
         except pickle.UnpicklingError:  # torch's own message recommends loading the file unsafely
-            raise ValueError(
-                f"{folder}/optimizer.bin is refused: it contains more than tensors and numbers."
-            ) from None
+            raise ValueError(f"{folder} is refused: its optimizer state is more than tensors and numbers.") from None
         except (RuntimeError, ValueError, OSError, KeyError) as error:
             changed = f" Arguments changed since: {changes}." if changes else ""
             raise ValueError(f"{folder} does not fit this run.{changed} {error}") from error

@@ -1,6 +1,6 @@
 """How long saving a checkpoint stops training, and how long writing it takes.
 
-    python benchmarks/checkpointing.py --config training/configs/pixelrepa_b16.yaml --output_dir /tmp/checkpoints
+python benchmarks/checkpointing.py --config training/configs/pixelrepa_b16.yaml --output_dir /tmp/checkpoints
 """
 
 from __future__ import annotations

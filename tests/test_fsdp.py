@@ -1,7 +1,6 @@
 """FSDP2 with training/accelerate/fsdp2.yaml on two CPU processes."""
 
 import shutil
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -21,14 +20,12 @@ from pixelrepa_diffusers import PixelREPAPipeline
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
 # With its usual ε Adam divides vanishing gradients by themselves, which compares the signs of rounding errors.
-SETTINGS = {"ddp_timeout": 77, "adam_epsilon": 1e-3, "learning_rate": 1e-3, "train_batch_size": 2}
+SETTINGS = {"adam_epsilon": 1e-3, "learning_rate": 1e-3, "train_batch_size": 2}
 
 
 def _train_sharded(words: list[str], log: Path) -> None:
     allow_fsdp_on_cpu()
     train_in_fork(words, log)
-    group = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))
-    assert group.options._timeout == timedelta(seconds=77)
 
 
 @pytest.fixture(scope="module")

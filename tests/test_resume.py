@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import datasets
@@ -19,6 +20,7 @@ from training_runs import (
     arguments,
     assert_equal,
     launch_two,
+    load_script,
     read_metrics,
     train_in_fork,
     weights,
@@ -26,6 +28,7 @@ from training_runs import (
 )
 
 from pixelrepa_diffusers import PixelREPAPipeline
+from pixelrepa_diffusers.training.arguments import parse_arguments
 from pixelrepa_diffusers.training.checkpoints import Checkpointer
 from pixelrepa_diffusers.training.export import Exporter
 
@@ -172,6 +175,11 @@ def test_signal_stops_the_run_with_checkpoint_pipeline_and_curves(image_folder, 
     assert json.loads((checkpoint / "progress.json").read_text())["step"] == int(checkpoint.name.split("-")[1]) > 0
     PixelREPAPipeline.from_pretrained(run / "pipeline")
     assert (run / "curves.png").exists()
+
+
+def test_processes_wait_for_the_one_that_writes_longer_than_by_default(image_folder, tmp_path):
+    accelerator = load_script(TRAINER).create_accelerator(parse_arguments(arguments(image_folder, tmp_path)))
+    assert accelerator.init_handler.timeout == timedelta(hours=1)
 
 
 # --------------------------------------------------------------------------------------------- choice of a checkpoint

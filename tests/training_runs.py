@@ -193,7 +193,7 @@ def train_in_fork(words: list[str], log: Path) -> None:
 def kill_trials(folder: Path, trials: int, seed: int) -> dict:
     """
     Kill forked runs by SIGKILL at random moments, every other one amid the writing of a checkpoint, and resume them, until
-    `trials` kills and one finished run.
+    `trials` kills and one finished run. Every finished run must equal an undisturbed one.
     """
     load_script(TRAINER)  # the children inherit the imports
     draw, data, log = random.Random(seed), write_images(folder / "data"), folder / "log.txt"
@@ -223,9 +223,10 @@ def kill_trials(folder: Path, trials: int, seed: int) -> dict:
             kills_amid_writing += writing()
         else:
             assert status == 0, f"A resumed run failed:\n{log.read_text()[-4000:]}"
-            finished.append(str(folder / name))
-    counts = {"kills": kills, "kills_amid_writing": kills_amid_writing}
-    return {**counts, "finished_runs": finished, "undisturbed": str(folder / "undisturbed")}
+            finished.append(folder / name)
+            assert_equal(weights(folder / "undisturbed/checkpoint-6"), weights(finished[-1] / "checkpoint-6"))
+            assert not [path for path in finished[-1].rglob(".*") if path.name != ".lock"]
+    return {"kills": kills, "kills_amid_writing": kills_amid_writing, "equal_runs": len(finished)}
 
 
 if __name__ == "__main__":

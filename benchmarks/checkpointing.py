@@ -38,11 +38,12 @@ def main(num_saves: int = 3) -> None:
     args.checkpoints_total_limit = 1
     checkpointer = Checkpointer(args, accelerator, objective, ema, optimizer, pipeline_config={})
 
-    stops, writes = [], []
+    stops, cpu_times, writes = [], [], []
     for step in range(1, num_saves + 1):
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.thread_time()
         checkpointer.save(step, loader_state={})
         stops.append(time.perf_counter() - started)
+        cpu_times.append(time.thread_time() - cpu_started)
         folder = checkpointer.wait()
         writes.append(time.perf_counter() - started)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
@@ -51,6 +52,7 @@ def main(num_saves: int = 3) -> None:
         "checkpoint_GiB": size / 2**30,
         "first_stop_s": stops[0],
         "stop_s": statistics.median(stops[1:]),
+        "stop_cpu_s": statistics.median(cpu_times[1:]),
         "written_after_s": statistics.median(writes),
     }
     print(json.dumps(facts, indent=1))

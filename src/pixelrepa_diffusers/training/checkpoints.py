@@ -20,6 +20,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import DistributedType
 from diffusers import ModelMixin
 from safetensors.torch import save_file
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 
@@ -209,7 +210,10 @@ class Checkpointer:
             if self.sharded:
                 for name, tensors in state.items():
                     storage = dcp.HuggingFaceStorageWriter(str(path / name), save_distributed=True)
-                    dcp.save(tensors, storage_writer=storage, process_group=self.group)
+                    try:
+                        dcp.save(tensors, storage_writer=storage, process_group=self.group)
+                    except CheckpointException as error:  # no `Exception`; holds those of the processes
+                        raise next(iter(error.failures.values()))[0] from error
             else:
                 (path / "optimizer").mkdir()
                 save_file(state["optimizer"], path / "optimizer" / "optimizer.safetensors")

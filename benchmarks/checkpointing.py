@@ -14,7 +14,7 @@ from accelerate import Accelerator
 
 from pixelrepa_diffusers.ema import ConstantDecayEMA
 from pixelrepa_diffusers.sampling import device_name
-from pixelrepa_diffusers.training.arguments import parse_arguments
+from pixelrepa_diffusers.training.arguments import TrainingArguments, parse_arguments
 from pixelrepa_diffusers.training.builders import (
     build_objective,
     build_optimizer,
@@ -24,8 +24,7 @@ from pixelrepa_diffusers.training.builders import (
 from pixelrepa_diffusers.training.checkpoints import Checkpointer
 
 
-def main(num_saves: int = 3) -> None:
-    args = parse_arguments()
+def main(args: TrainingArguments, num_saves: int = 3) -> None:
     accelerator = Accelerator(mixed_precision="no")
     transformer = build_transformer(args, num_classes=1000)
     projector = build_projector(args, transformer.config, teacher_dim=768)
@@ -59,4 +58,4 @@ def main(num_saves: int = 3) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(parse_arguments())

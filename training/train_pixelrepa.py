@@ -49,7 +49,14 @@ from pixelrepa_diffusers.training.builders import (
     transformer_config,
 )
 from pixelrepa_diffusers.training.checkpoints import Checkpointer, find_checkpoint
-from pixelrepa_diffusers.training.data import ImageLoader, ImageSource, StreamSource, draws, open_source
+from pixelrepa_diffusers.training.data import (
+    ImageLoader,
+    ImageSource,
+    StreamSource,
+    draws,
+    merge_states,
+    open_source,
+)
 from pixelrepa_diffusers.training.dry_run import dry_run
 from pixelrepa_diffusers.training.export import Exporter, build_pipeline, open_evaluation
 from pixelrepa_diffusers.training.reporting import MetricLogger, StepMonitor
@@ -130,12 +137,13 @@ def create_accelerator(args: TrainingArguments) -> Accelerator:
 
 
 class StopRequest:
-    """Context in which SIGTERM and Ctrl-C request an orderly stop; a second Ctrl-C interrupts at once."""
+    """Context in which SIGTERM, SIGUSR1 and Ctrl-C request an orderly stop; a second Ctrl-C interrupts at once."""
 
     signal: signal.Signals | None = None
 
     def __enter__(self) -> StopRequest:
-        self.handlers = {number: signal.signal(number, self.receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+        self.handlers = {number: signal.signal(number, self.receive) for number in numbers}
         return self
 
     def __exit__(self, *_) -> None:
@@ -262,7 +270,7 @@ class Trainer:
         epoch = self.loader.batches_per_epoch
         parameters = sum(p.numel() for group in self.optimizer.param_groups for p in group["params"])
         facts = {
-            "images": len(source) if epoch else "a stream",
+            "images": len(source) if epoch else f"{len(source.shard_names)} shards, {source.num_readers} readers",
             "classes": source.num_classes,
             "trainable parameters": f"{parameters:,}",
             "global batch": f"{self.loader.global_batch_size} ({args.train_batch_size} per process × "
@@ -305,7 +313,8 @@ class Trainer:
             if evaluation_step:
                 exporter.evaluate(self.step)
             if saving_step:
-                self.last_checkpoint = self.checkpointer.save(self.step, result.position)
+                position = merge_states(gather_object([result.position]))
+                self.last_checkpoint = self.checkpointer.save(self.step, position)
                 logger.info(f"Wrote {self.last_checkpoint}.")
                 if args.push_checkpoints:
                     exporter.push_checkpoint(self.step)

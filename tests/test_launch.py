@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import time
@@ -11,12 +12,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.config import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
 from pictures import encoded, make_image, write_shards
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-from training_runs import arguments, ended, fork, train_in_fork, weights
+from training_runs import ROOT, arguments, ended, fork, train_in_fork, weights
 
 
 STEPS = 30
+LAUNCH_FILES = sorted((ROOT / "training/accelerate").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", [*LAUNCH_FILES, ROOT / "training/slurm.sh"], ids=lambda file: file.name)
+def test_launch_files_have_only_keys_and_flags_of_accelerate(file):
+    if file in LAUNCH_FILES:
+        load_config_from_file(str(file))
+    parser = launch_command_parser()
+    for command in re.findall(r"accelerate launch (.*?)training/train_pixelrepa", file.read_text(), flags=re.S):
+        assert set(re.findall(r"--\w+", command)) <= parser._option_string_actions.keys()
 
 
 def start_node(port: int, words: list[str], log: Path) -> int:

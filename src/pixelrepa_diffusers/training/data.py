@@ -34,7 +34,7 @@ from ..images import BadImageError, list_classes, list_images, read_image
 logger = logging.getLogger(__name__)
 
 MANIFEST = "prepared.json"
-SHARD_STRIDE = 10**9  # index of an image in a stream: shard · SHARD_STRIDE + position in the shard
+SHARD_STRIDE = 10**6  # index of an image in a stream: shard · SHARD_STRIDE + position in the shard
 
 
 @dataclass
@@ -194,10 +194,7 @@ def name_classes(names: list[str] | None, num_classes: int) -> dict[str, str] | 
 
 def check_label(label: int, num_classes: int, name: str) -> None:
     if not 0 <= label < num_classes:
-        raise ValueError(
-            f"Label {label} of image {name} is outside [0, {num_classes}). Correct the data, or pass --num_classes with "
-            "the real number of classes."
-        )
+        raise ValueError(f"Label {label} of image {name} is outside [0, {num_classes}): correct it, or --num_classes.")
 
 
 def open_source(args: DataArguments) -> ImageSource | StreamSource:
@@ -267,11 +264,9 @@ def open_data_set_source(args: DataArguments) -> ImageSource | StreamSource:
     data, files = open_data_set(args)
     label_column = None if args.unconditional else args.label_column
     columns = [args.image_column] + ([label_column] if label_column else [])
-    for column in columns:
-        if column not in (data.features or ()):
-            raise ValueError(
-                f"{args.dataset_name} has no column {column!r}, only {data.features}: set --image_column and --label_column."
-            )
+    for column in set(columns).difference(data.features or ()):
+        known = f"only {data.features}: set --image_column and --label_column."
+        raise ValueError(f"{args.dataset_name} has no column {column!r}, {known}")
     feature = data.features[label_column] if label_column else None
     class_names = getattr(feature, "names", None)
     num_classes = 1 if args.unconditional else args.num_classes
@@ -465,7 +460,7 @@ class ImageLoader:
 
     Batches are dictionaries of CPU tensors, in pinned memory if there is a CUDA device: `pixel_values` `uint8` (batch_size,
     3, resolution, resolution), see [`to_float`], and of shape (batch_size,) `class_labels` `int64`, `index` `int64`, the
-    image's position in the source (in a stream: shard · 10⁹ + position in the shard), `flipped` `bool`, and `skipped`
+    image's position in the source (in a stream: shard · 10⁶ + position in the shard), `flipped` `bool`, and `skipped`
     `int64`, the number of bad images that the item replaces.
 
     Args:
@@ -510,8 +505,7 @@ class ImageLoader:
     ):
         if source.resolution is not None and (source.resolution != resolution or not center_crop):
             raise ValueError(
-                f"The prepared images are centre crops of {source.resolution} pixels: they cannot serve resolution "
-                f"{resolution} with center_crop={center_crop}."
+                f"The images were prepared as centre crops of {source.resolution} pixels, and serve no others."
             )
         self.source, self.resolution, self.seed = source, resolution, seed
         self.center_crop, self.random_flip, self.on_bad_image = center_crop, random_flip, on_bad_image
@@ -530,8 +524,7 @@ class ImageLoader:
         if num_readers % world_size or num_readers > num_shards:
             raise ValueError(
                 f"{num_readers} readers cannot divide {num_shards} shards among {world_size} processes: set --stream_readers "
-                f"to a multiple of {world_size} up to {num_shards}. If there is none, write more shards, or run "
-                "pixelrepa-prepare-dataset once."
+                f"to a multiple of {world_size} up to {num_shards}, or write more shards."
             )
         self.order |= {"num_shards": num_shards, "stream_readers": num_readers}
         self.order["shuffle_buffer_size"] = source.shuffle_buffer_size
@@ -622,11 +615,10 @@ def leave_process_group(worker_id: int) -> None:
 
 def check_global_batch(num_images: int, batch_size: int, accumulation_steps: int, world_size: int) -> None:
     """Raise ValueError if an epoch would have no optimizer step."""
-    global_batch_size = batch_size * accumulation_steps * world_size
-    if num_images < global_batch_size:
+    size, factors = batch_size * accumulation_steps * world_size, f"{batch_size} × {accumulation_steps} × {world_size}"
+    if num_images < size:
         raise ValueError(
-            f"{num_images} images do not fill one global batch of {global_batch_size} = {batch_size} per process × "
-            f"{accumulation_steps} accumulation steps × {world_size} processes."
+            f"{num_images} images do not fill one global batch of {size} = {factors} (batch × accumulation × processes)."
         )
 
 

@@ -19,7 +19,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from training_runs import ROOT, arguments, ended, fork, train_in_fork, weights
 
 
-STEPS = 30
+STEPS = 20
 LAUNCH_FILES = sorted((ROOT / "training/accelerate").glob("*.yaml"))
 
 
@@ -59,7 +59,7 @@ def test_run_of_two_machines_survives_the_loss_of_one_and_equals_one_process(tra
     settings = {
         "dataset_name": "webdataset", "data_files": folder / "*.tar", "streaming": True, "num_classes": 3,
         "image_column": "png", "label_column": "cls", "shuffle_buffer_size": 16, "max_train_steps": STEPS,
-        "checkpointing_steps": 5, "adam_epsilon": 1e-3, "learning_rate": 1e-3, "resume_from_checkpoint": "latest",
+        "checkpointing_steps": 10, "adam_epsilon": 1e-3, "learning_rate": 1e-3, "resume_from_checkpoint": "latest",
     }  # fmt: skip
     run, log = tmp_path / "nodes", tmp_path / "log.txt"
     words = arguments(None, run, **settings)

@@ -56,7 +56,7 @@ from pixelrepa_diffusers.training.builders import (
     transformer_config,
 )
 from pixelrepa_diffusers.training.checkpoints import Checkpointer, find_checkpoint
-from pixelrepa_diffusers.training.data import ImageSource, StreamSource, draws, open_source
+from pixelrepa_diffusers.training.data import ImageSource, StreamSource, draws, merge_states, open_source
 from pixelrepa_diffusers.training.dry_run import dry_run
 from pixelrepa_diffusers.training.export import Exporter, build_pipeline, open_evaluation
 from pixelrepa_diffusers.training.reporting import MetricLogger, StepMonitor
@@ -236,7 +236,7 @@ class Trainer:
         epoch = self.loader.batches_per_epoch
         parameters = sum(p.numel() for group in self.optimizer.param_groups for p in group["params"])
         facts = {
-            "images": len(source) if epoch else "a stream",
+            "images": len(source) if epoch else f"{len(source.shard_names)} shards, {source.num_readers} readers",
             "classes": source.num_classes,
             "trainable parameters": f"{parameters:,}",
             "global batch": f"{self.loader.global_batch_size} ({args.train_batch_size} per process × "
@@ -279,7 +279,7 @@ class Trainer:
             if evaluation_step:
                 exporter.evaluate(self.step)
             if saving_step:
-                self.checkpointer.save(self.step, result.position)
+                self.checkpointer.save(self.step, merge_states(gather_object([result.position])))
                 if args.push_checkpoints:
                     exporter.push_checkpoint(self.step)
             if saving_step or sampling_step or evaluation_step:

@@ -130,9 +130,12 @@ class StepMonitor:
         if self.pending:
             self.check_losses(last_checkpoint)
         # A loss is computed before the update: a NaN gradient shows in the weights first.
-        weights = [parameter.detach() for parameter in objective.parameters()]
-        norm = torch.nn.utils.get_total_norm(weights)
-        if not (norm.full_tensor() if isinstance(norm, DTensor) else norm).isfinite():
+        weights = [p.to_local() if isinstance(p, DTensor) else p for p in objective.parameters()]
+        weights = [
+            weight.detach() for weight in weights if weight.numel()
+        ]  # small ones have no shard on some processes
+        largest = torch.nn.utils.get_total_norm(weights, norm_type=float("inf"))
+        if not self.accelerator.gather(largest).isfinite().all():
             raise NonFiniteLossError(
                 f"The weights after step {step} are not finite, because its gradient was not. The last good checkpoint is "
                 f"{last_checkpoint}: resume from it with a smaller --learning_rate, --max_grad_norm 1 or --on_nonfinite skip."

@@ -23,12 +23,19 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, ProjectConfiguration, gather_object
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    gather_object,
+)
 from diffusers.optimization import get_scheduler
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -88,6 +95,7 @@ def main(args: TrainingArguments) -> Path | None:
                 stack.enter_context(pusher)
         accelerator.wait_for_everyone()
         trainer = Trainer(args, accelerator, source, pusher)
+        stack.callback(trainer.checkpointer.wait)
         stop = stack.enter_context(StopRequest())
         trainer.train(stop)
         folder = trainer.finish()
@@ -110,7 +118,10 @@ def create_accelerator(args: TrainingArguments) -> Accelerator:
         log_with=None if args.dry_run else trackers or None,
         project_config=ProjectConfiguration(args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))),
         # The only buffers are position tables, which are equal everywhere.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=timedelta(seconds=args.ddp_timeout)),
+        ],
     )
     check_launch(accelerator.num_processes)
     args.mixed_precision = accelerator.mixed_precision
@@ -120,9 +131,10 @@ def create_accelerator(args: TrainingArguments) -> Accelerator:
     if missing:
         raise ImportError(f"--report_to {' '.join(missing)}: not installed.")
     if accelerator.distributed_type == DistributedType.FSDP:
-        if not accelerator.is_fsdp2 or args.ema_offload:
+        if not accelerator.is_fsdp2 or args.ema_offload or args.use_8bit_adam:
             raise ValueError(
-                "FSDP needs `fsdp_version: 2`, as in training/accelerate/fsdp2.yaml, and no --ema_offload."
+                "FSDP needs `fsdp_version: 2`, as in training/accelerate/fsdp2.yaml, and neither --ema_offload nor "
+                "--use_8bit_adam."
             )
         # Autocast selects dtypes as under DDP. accelerate's policy would also round images, noise, timesteps and position
         # tables, and reduce gradients in the compute dtype.
@@ -171,7 +183,7 @@ class Trainer:
             self.ema = ConstantDecayEMA(transformer, args.ema_decays, args.ema_update_every, args.ema_offload)
         settings = {name: pipeline.config[name] for name in ("id2label", "guidance_scale", "guidance_interval")}
         self.checkpointer = Checkpointer(args, accelerator, self.objective, self.ema, self.optimizer, settings)
-        self.step, self.last_checkpoint = 0, checkpoint
+        self.step = 0
         if checkpoint is not None:
             progress = self.checkpointer.load(checkpoint)
             self.step = progress["step"]
@@ -252,7 +264,7 @@ class Trainer:
             self.step += 1
             monitor.add(self.step, result)
             if logging_step and monitor.pending:
-                monitor.report(self.step, result, learning_rate, self.last_checkpoint)
+                monitor.report(self.step, result, learning_rate, self.checkpointer.last)
 
             stopping = stop.agreed(accelerator, now=logging_step)
             finished = self.step == self.max_train_steps
@@ -260,16 +272,14 @@ class Trainer:
             sampling_step = args.validation_steps and (finished or self.step % args.validation_steps == 0)
             evaluation_step = args.eval_steps and (finished or self.step % args.eval_steps == 0)
             if saving_step:
-                monitor.check_finite(self.step, self.objective, self.last_checkpoint)
+                monitor.check_finite(self.step, self.objective, self.checkpointer.last)
             # Before the checkpoint: a run that is killed in between resumes from an earlier one and repeats them.
             if sampling_step:
                 exporter.write_samples(self.step)
             if evaluation_step:
                 exporter.evaluate(self.step)
             if saving_step:
-                position = merge_states(gather_object([result.position]))
-                self.last_checkpoint = self.checkpointer.save(self.step, position)
-                logger.info(f"Wrote {self.last_checkpoint}.")
+                self.checkpointer.save(self.step, merge_states(gather_object([result.position])))
                 if args.push_checkpoints:
                     exporter.push_checkpoint(self.step)
             if saving_step or sampling_step or evaluation_step:
@@ -282,6 +292,7 @@ class Trainer:
         self.exporter.save_pipeline(folder, self.step)
         if self.accelerator.is_main_process:
             logger.info(f"Wrote {folder} and {self.metrics.plot()}.")
+        self.checkpointer.wait()
         self.accelerator.end_training()
         return folder
 

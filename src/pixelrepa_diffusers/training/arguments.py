@@ -130,6 +130,9 @@ class BookkeepingArguments:
     resume_from_checkpoint: str | None = flag(
         None, '"latest" (starts from scratch if there is none), or a checkpoint: a path or a name in --output_dir.'
     )
+    ddp_timeout: int = flag(
+        3600, "Seconds that processes wait for each other, as while the main one still writes a checkpoint.", ge=1
+    )
     logging_steps: int = flag(50, "Steps between log lines; only these synchronize the device.", ge=1)
     validation_steps: int = flag(5000, "Steps between sample grids; 0 for none.", ge=0)
     num_validation_images: int = flag(16, "Images of a sample grid, spread over the classes.", ge=1)

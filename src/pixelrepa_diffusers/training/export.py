@@ -101,11 +101,15 @@ class Exporter:
         grids = sorted(self.output_dir.glob("samples/step-*.png"))
         self.samples = next((path for path in reversed(grids) if path.name <= _grid_name(step)), None)
 
-    def pipeline(self) -> PixelREPAPipeline:
-        """Return a pipeline that shares no module with training."""
+    def pipeline(self, everywhere: bool = False) -> PixelREPAPipeline | None:
+        """Return a pipeline that shares no module with training, on the main process or on all of them."""
         trained = self.accelerator.unwrap_model(self.objective).transformer
         weights = trained.state_dict() if self.ema is None else self.ema.state_dict_for(self.ema.decays[0])
-        transformer = with_weights(trained.config, gather_weights(weights)).to(self.accelerator.device)
+        keep = everywhere or self.accelerator.is_main_process
+        weights = gather_weights(weights, keep)
+        if not keep:
+            return None
+        transformer = with_weights(trained, weights).to(self.accelerator.device)
         pipeline = PixelREPAPipeline(transformer, JiTFlowMatchScheduler(), **self.settings)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
@@ -133,7 +137,7 @@ class Exporter:
 
     def evaluate(self, step: int) -> None:
         """Log --eval_metrics. Every process makes its share of the images; no global random state is used."""
-        pipeline, args = self.pipeline(), self.args
+        pipeline, args = self.pipeline(everywhere=True), self.args
         cast_transformer(pipeline.transformer, torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32)
         metrics = evaluate_pipeline(
             pipeline,

@@ -131,8 +131,8 @@ class StepMonitor:
             self.check_losses(last_checkpoint)
         # A loss is computed before the update: a NaN gradient shows in the weights first.
         weights = [parameter.detach() for parameter in objective.parameters()]
-        largest = torch.nn.utils.get_total_norm(weights, norm_type=float("inf"))
-        if not (largest.full_tensor() if isinstance(largest, DTensor) else largest).isfinite():
+        norm = torch.nn.utils.get_total_norm(weights)
+        if not (norm.full_tensor() if isinstance(norm, DTensor) else norm).isfinite():
             raise NonFiniteLossError(
                 f"The weights after step {step} are not finite, because its gradient was not. The last good checkpoint is "
                 f"{last_checkpoint}: resume from it with a smaller --learning_rate, --max_grad_norm 1 or --on_nonfinite skip."

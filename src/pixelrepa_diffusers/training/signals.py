@@ -1,4 +1,4 @@
-"""Orderly stops of a training script on SIGTERM and Ctrl-C."""
+"""Orderly stops of a training script on SIGTERM, SIGUSR1 and Ctrl-C."""
 
 from __future__ import annotations
 

@@ -12,8 +12,8 @@ from pixelrepa_diffusers import PixelREPAPipeline, get_preset
 from pixelrepa_diffusers.teacher import SemanticTeacher
 from pixelrepa_diffusers.training.arguments import TrainingArguments
 from pixelrepa_diffusers.training.builders import build_objective, build_optimizer
+from pixelrepa_diffusers.training.draws import BatchDraws
 from pixelrepa_diffusers.training.export import build_pipeline
-from pixelrepa_diffusers.training.step import draw
 from pixelrepa_diffusers.transformer_jit import JiTBlock
 
 
@@ -28,8 +28,7 @@ def drawn(indices, step: int = 5, **changes) -> dict[str, torch.Tensor]:
     """Draws for images of 2×2 pixels, 25 tokens and 7 classes; the class of image i is i % 7."""
     settings = {"seed": 3, "P_mean": 0.3, "P_std": 0.5, "label_drop_prob": 0.3, "mask_ratio": 0.4, **changes}
     index = torch.as_tensor(indices)
-    batch = {"index": index, "class_labels": index % 7, "pixel_values": torch.zeros(len(index), 3, 2, 2)}
-    return draw(TrainingArguments(**settings), batch, step, 25, 7, torch.device("cpu"))
+    return BatchDraws(num_classes=7, num_tokens=25, **settings)(step, index, index % 7, torch.Size([3, 2, 2]))
 
 
 def test_draws_have_the_distributions_of_the_arguments():

@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -329,7 +329,8 @@ class IndexedBatches(Dataset):
     def __getitem__(self, key: tuple[int, int, list[int]]) -> tuple[tuple[int, int], dict[str, torch.Tensor]]:
         epoch, batch, indices = key
         items = [self.loader.make_item(epoch, rotate(self.loader.source, index)) for index in indices]
-        return (epoch, batch), default_collate(items)
+        collated, transform = default_collate(items), self.loader.batch_transform
+        return (epoch, batch), collated if transform is None else transform(collated)
 
 
 class StreamedBatches(IterableDataset):
@@ -409,6 +410,8 @@ class ImageLoader:
         position (`dict[str, int]`): `{"epoch": e, "batch": b}`, the next global batch. It advances with the last
             accumulation step, so it is valid for any division of the same global batch.
         batches_per_epoch (`int`, *optional*): Global batches (optimizer steps) per epoch; None for a stream.
+        batch_transform (`Callable`, *optional*): Applied to every batch in the worker that made it; not used for streams. Set it before
+            iterating.
 
     Raises:
         ValueError: If prepared images have another resolution or need random crops, or do not fill one global batch.
@@ -444,6 +447,7 @@ class ImageLoader:
         starts = ((step * world_size + rank) * batch_size for step in range(accumulation_steps))
         self.parts = [range(start, start + batch_size) for start in starts]
         self.position = {"epoch": 0, "batch": 0}
+        self.batch_transform: Callable[[dict], dict] | None = None
 
     def state_dict(self) -> dict[str, int | None]:
         """The position and the settings that determine the order of the data."""

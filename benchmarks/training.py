@@ -69,8 +69,9 @@ from pixelrepa_diffusers.training.builders import (
     compile_blocks,
 )
 from pixelrepa_diffusers.training.data import DataArguments, ImageSource, measure_throughput, open_source, to_float
+from pixelrepa_diffusers.training.draws import BatchDraws
 from pixelrepa_diffusers.training.reporting import peak_memory
-from pixelrepa_diffusers.training.step import draw, prepared_batches
+from pixelrepa_diffusers.training.step import PreparedBatches
 
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -149,6 +150,7 @@ class Bench:
         transformer = build_transformer(self.training_args, setting.num_classes)
         config = transformer.config
         self.num_tokens = (config.sample_size // config.patch_size) ** 2
+        self.draw = BatchDraws.from_arguments(self.training_args, config)
         self.teacher = self.build_teacher(args.teacher, config)
         teacher_dim = Dinov2Config().hidden_size if self.teacher is None else self.teacher.feature_dim
         projector = build_projector(self.training_args, config, teacher_dim)
@@ -177,10 +179,9 @@ class Bench:
             dtype=self.dtype,
         ).to(DEVICE)
 
-    def batches(self) -> Iterator:
+    def batches(self) -> PreparedBatches:
         teach = None if self.teacher is None else lambda pixel_values, batch: self.teacher(pixel_values)
-        classes = self.setting.num_classes
-        return prepared_batches(self.training_args, self.loader, teach, 0, self.num_tokens, classes, DEVICE)
+        return PreparedBatches(self.training_args, self.loader, self.draw, teach, 0, DEVICE)
 
     def step_flops(self) -> int:
         """FLOPs of a training step: batch · (3 · (student + projector) + teacher)."""
@@ -201,8 +202,11 @@ class Bench:
         pixel_values = to_float(batch["pixel_values"].to(DEVICE))
 
         def prepare():
-            to_float(batch["pixel_values"].to(DEVICE, non_blocking=True))
-            draw(self.training_args, batch, 0, self.num_tokens, self.setting.num_classes, DEVICE)
+            pixels, index, labels = (
+                batch[name].to(DEVICE, non_blocking=True) for name in ("pixel_values", "index", "class_labels")
+            )
+            to_float(pixels)
+            self.draw(0, index, labels, pixels.shape[1:])
 
         functions = {"data": prepare}
         if self.teacher is not None:

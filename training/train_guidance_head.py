@@ -35,6 +35,7 @@ from pixelrepa_diffusers.sampling import fetch_pipeline, load_pipeline
 from pixelrepa_diffusers.training.builders import build_optimizer
 from pixelrepa_diffusers.training.checkpoints import find_checkpoint, list_checkpoints
 from pixelrepa_diffusers.training.data import DataArguments, ImageLoader, open_source
+from pixelrepa_diffusers.training.draws import BatchDraws
 from pixelrepa_diffusers.training.guidance_head import (
     GuidanceHeadArguments,
     HeadOnFrozenTransformer,
@@ -46,7 +47,7 @@ from pixelrepa_diffusers.training.guidance_head import (
     write_samples,
 )
 from pixelrepa_diffusers.training.reporting import MetricLogger, StepMonitor
-from pixelrepa_diffusers.training.step import prepared_batches, take_step
+from pixelrepa_diffusers.training.step import PreparedBatches, take_step
 
 
 logger = get_logger(__name__)
@@ -138,8 +139,8 @@ def train(args: GuidanceHeadArguments, accelerator: Accelerator, output_dir: Pat
     )
 
     # Inputs and outputs
-    num_tokens = (config.sample_size // config.patch_size) ** 2
-    batches = prepared_batches(args, loader, None, step, num_tokens, config.num_classes, accelerator.device)
+    draw = BatchDraws.from_arguments(args, config)
+    batches = PreparedBatches(args, loader, draw, None, step, accelerator.device)
     accelerator.init_trackers("guidance_head", config={name: str(value) for name, value in args.saved().items()})
     metrics = MetricLogger(accelerator, output_dir, step)
     monitor = StepMonitor(args, accelerator, metrics, step, max_train_steps)
@@ -155,11 +156,11 @@ def train(args: GuidanceHeadArguments, accelerator: Accelerator, output_dir: Pat
     while step < max_train_steps:
         logging_step = (step + 1) % args.logging_steps == 0 or step + 1 == max_train_steps
         current_rate = lr_scheduler.get_last_lr()[0]
-        result = take_step(args, accelerator, objective, optimizer, ema, batches, step, needs_grad_norm=logging_step)
+        result = take_step(args, accelerator, objective, optimizer, ema, batches, step, measure=logging_step)
         lr_scheduler.step()
         step += 1
         monitor.add(step, result)
-        if logging_step and monitor.pending:
+        if logging_step:
             monitor.report(step, result, current_rate, checkpoint)
         finished = step == max_train_steps
         saving_step = finished or step % args.checkpointing_steps == 0

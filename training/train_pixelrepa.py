@@ -14,8 +14,8 @@ A tiny run on any CPU, with one sub-folder of images per class and any small DIN
 Outputs in --output_dir: checkpoint-N/ (transformer, EMAs and adapter as diffusers folders, optimizer, position in the data),
 samples/step-N.png, metrics.jsonl, curves.png, and at the end pipeline/, which `DiffusionPipeline.from_pretrained` loads.
 
-Every random draw is keyed by (seed, step, image): on one kind of device, neither the number of processes nor a restart
-changes the run. (Dropout, used by JiT-H only, is keyed by (seed, step, process, micro-step).)
+Every random draw is a function of (seed, step, image): neither the number of processes and workers nor a restart changes
+the run. (Dropout, used by JiT-H only, is keyed by (seed, step, process, micro-step).)
 """
 
 from __future__ import annotations
@@ -50,10 +50,12 @@ from pixelrepa_diffusers.training.builders import (
 )
 from pixelrepa_diffusers.training.checkpoints import Checkpointer, find_checkpoint
 from pixelrepa_diffusers.training.data import ImageLoader, ImageSource, StreamSource, draws, open_source
+from pixelrepa_diffusers.training.draws import BatchDraws
 from pixelrepa_diffusers.training.dry_run import dry_run
 from pixelrepa_diffusers.training.export import Exporter, build_pipeline, open_evaluation
+from pixelrepa_diffusers.training.flops import flops_per_image
 from pixelrepa_diffusers.training.reporting import MetricLogger, StepMonitor
-from pixelrepa_diffusers.training.step import WEIGHT_DRAWS, prepared_batches, take_step
+from pixelrepa_diffusers.training.step import WEIGHT_DRAWS, PreparedBatches, take_step
 from pixelrepa_diffusers.training.teacher_cache import CachedTeacher
 
 
@@ -196,6 +198,7 @@ class Trainer:
         if args.pretrained_model_name_or_path is not None and checkpoint is None:
             load_pretrained(args, transformer, projector, source.id2label)
         objective = build_objective(args, transformer, projector)
+        flops = flops_per_image(objective, None if args.teacher_cache_dir is not None else teacher)
         apply_switches(args, objective)
         if args.compile and teacher is not None:
             teacher.compile()
@@ -230,8 +233,10 @@ class Trainer:
             self.loader.batch_transform = teach.file.read_into
         elif teacher is not None:
             teach = lambda pixel_values, batch: teacher(pixel_values)  # noqa: E731
-        num_tokens = (config.sample_size // config.patch_size) ** 2
-        self.batches = prepared_batches(args, self.loader, teach, self.step, num_tokens, num_classes, device)
+        draw = BatchDraws.from_arguments(args, config)
+        if args.compile and device.type == "cuda":
+            draw.compile()
+        self.batches = PreparedBatches(args, self.loader, draw, teach, self.step, device)
 
         # Outputs
         self.announce(source)
@@ -240,7 +245,7 @@ class Trainer:
             config={k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in args.saved().items()},
         )
         self.metrics = MetricLogger(accelerator, self.output_dir, self.step)
-        self.monitor = StepMonitor(args, accelerator, self.metrics, self.step, self.max_train_steps)
+        self.monitor = StepMonitor(args, accelerator, self.metrics, self.step, self.max_train_steps, flops)
         self.exporter = Exporter(
             args, accelerator, self.objective, self.ema, settings, self.metrics, spaces, pusher, self.step
         )
@@ -290,7 +295,7 @@ class Trainer:
             self.lr_scheduler.step()
             self.step += 1
             monitor.add(self.step, result)
-            if logging_step and monitor.pending:
+            if logging_step:
                 monitor.report(self.step, result, learning_rate, self.last_checkpoint)
 
             stopping = stop.agreed(accelerator, now=logging_step)

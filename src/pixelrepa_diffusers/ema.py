@@ -44,14 +44,21 @@ class ConstantDecayEMA:
         return [parameter.detach().to(device=device, dtype=torch.float32) for parameter in module.parameters()]
 
     @torch.no_grad()
-    def update(self, module: nn.Module) -> None:
-        """Update the EMA weights from `module`; call it after every optimizer step."""
+    def update(self, module: nn.Module, skipped: torch.Tensor | None = None) -> None:
+        """
+        Update the EMA weights from `module`; call it after every optimizer step.
+
+        A true `skipped` (bool, on the device) leaves them as they are, without a device sync.
+        """
         self.num_calls += 1
         if self.num_calls % self.update_every:
             return
         parameters = self._parameters(module)
         for decay, average in self.averages.items():
-            torch._foreach_lerp_(average, parameters, 1 - decay**self.update_every)
+            weight = 1 - decay**self.update_every
+            if skipped is not None:
+                weight = [weight * ~skipped.to(average[0].device)] * len(average)
+            torch._foreach_lerp_(average, parameters, weight)
 
     def state_dict_for(self, decay: float) -> dict[str, torch.Tensor]:
         """EMA weights by parameter name, float32, for `module.load_state_dict`; the tensors are not copies."""

@@ -162,8 +162,8 @@ def seeded(seeds: Iterable[int]) -> list[torch.Generator]:
 
 def cast_transformer(transformer: JiTTransformer2DModel, dtype: torch.dtype) -> None:
     """Cast in place as `from_pretrained(dtype=...)` does: the timestep MLP stays in float32."""
-    transformer.to(dtype)
-    transformer.conditioning.time_embedding.float()
+    for name, parameter in transformer.named_parameters():
+        parameter.data = parameter.data.to(torch.float32 if "time_embedding" in name else dtype)
 
 
 def compile_transformer(transformer: JiTTransformer2DModel, cuda_graphs: bool = False) -> None:

@@ -21,6 +21,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -60,6 +61,7 @@ from pixelrepa_diffusers.training.step import PreparedBatches, take_step
 ROOT = Path(__file__).parent.parent
 DEVICE, ON_GPU = training.DEVICE, training.DEVICE.type == "cuda"
 STAGES = ("tests", "host", "training", "sampling", "images", "demo")
+PAGE, DOCS = ROOT / "docs" / "performance.md", ROOT / "docs" / "performance"
 BEGIN, END = "<!-- written by benchmarks/gpu_report.py --docs -->\n", "<!-- end -->"
 
 
@@ -245,10 +247,9 @@ def demo_runs(args: ReportArguments) -> dict[str, Callable[[], dict]]:
         output = ["--output_dir", folder / f"run{seed}", "--seed", seed, "--resume_from_checkpoint", "latest"]
         script("training/train_pixelrepa.py", "--config", "training/configs/digits.yaml", *data, *output, *small)
         count = [] if ON_GPU else ["--num_images", 10, "--num_inference_steps", 2]
-        pipeline = folder / f"run{seed}" / "pipeline"
-        script("examples/digits/score_digits.py", "--pipeline", pipeline, "--data_dir", folder, *count)
-        scores = [path for path in pipeline.parent.rglob("*.json") if "score" in path.name]
-        return json.loads(scores[0].read_text()) if scores else {}
+        run = folder / f"run{seed}"
+        script("examples/digits/score_digits.py", "--pipeline", run / "pipeline", "--data_dir", folder, *count)
+        return json.loads((run / "scores.json").read_text())["guidance 2"]
 
     def ablation() -> dict:
         script("examples/digits/run_ablation.py", "examples/digits/ablation.yaml")
@@ -308,7 +309,8 @@ def plot(report: dict, folder: Path) -> None:
 
 COLUMNS = (
     "arithmetic", "host ms", "images/s", "s/image", "GiB", "MFU", "ratio", "tests", "skipped", "failures", "errors",
-    "killed", "resumed", "steps", "denoising loss, first", "last", "reason",
+    "killed", "resumed", "steps", "denoising loss, first", "last", "recognised",
+    "precision (k=3)", "recall (k=3)", "reason",
 )  # fmt: skip
 
 
@@ -328,19 +330,20 @@ def render(report: dict) -> str:
     return "\n".join(lines)
 
 
-def write_docs(report: dict) -> None:
-    """Replace the part of docs/performance.md between the markers."""
-    file = ROOT / "docs" / "performance.md"
-    before, _, rest = file.read_text(encoding="utf-8").partition(BEGIN)
-    after = rest.partition(END)[2]
-    text = f"{before}{BEGIN}{render(report)}{END}{after}"
-    write_atomically(file, lambda path: path.write_text(text, encoding="utf-8"))
+def write_docs(report: dict, folder: Path) -> None:
+    """Replace the part of docs/performance.md between the markers; copy the report and its plots beside it."""
+    DOCS.mkdir(exist_ok=True)
+    for file in (folder / "report.json", *folder.glob("*.png")):
+        shutil.copy(file, DOCS)
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+    text = f"{before}{BEGIN}{render(report)}{END}{rest.partition(END)[2]}"
+    write_atomically(PAGE, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def main(args: ReportArguments) -> dict:
     if args.docs:
         report = json.loads((args.output_dir / "report.json").read_text(encoding="utf-8"))
-        write_docs(report)
+        write_docs(report, args.output_dir)
         return report
     report = measure(args)
     plot(report, args.output_dir)

@@ -83,6 +83,7 @@ def test_two_processes_resume_bit_exactly_and_match_one_process(train, image_fol
     for name in one:
         if name.startswith("transformer"):
             torch.testing.assert_close(one[name], two[name], atol=1e-5, rtol=0)
+    assert {row["slowest_rank"] for row in read_metrics(tmp_path / "straight")} <= {0, 1}
     losses = [torch.tensor([row["loss"] for row in read_metrics(tmp_path / run)]) for run in ("one", "straight")]
     torch.testing.assert_close(*losses, atol=0, rtol=1e-5)
 

@@ -35,13 +35,19 @@ class ConstantDecayEMA:
         self.decays, self.update_every, self.offload = tuple(decays), update_every, offload
         self.num_calls = 0
         self.names = [name for name, _ in module.named_parameters()]
+        self._followed = (None, [])
         parameters = self._parameters(module)
-        self.averages = {decay: [parameter.clone() for parameter in parameters] for decay in self.decays}
+        self.averages = {decay: [parameter.detach().clone() for parameter in parameters] for decay in self.decays}
 
     def _parameters(self, module: nn.Module) -> list[torch.Tensor]:
         """The parameters in order, as float32 on the device of the EMA weights."""
-        device = "cpu" if self.offload else None
-        return [parameter.detach().to(device=device, dtype=torch.float32) for parameter in module.parameters()]
+        if module is not self._followed[0]:  # a walk through all modules takes as long as an update
+            self._followed = (module, list(module.parameters()))
+        parameters = self._followed[1]
+        if self.offload or any(parameter.dtype != torch.float32 for parameter in parameters):
+            device = "cpu" if self.offload else None
+            parameters = [parameter.to(device=device, dtype=torch.float32) for parameter in parameters]
+        return parameters
 
     @torch.no_grad()
     def update(self, module: nn.Module, skipped: torch.Tensor | None = None) -> None:

@@ -100,7 +100,7 @@ class OptimizationArguments:
     center_crop: bool = flag(True, "Center crop as in ADM; otherwise a random square of the short side.")
     random_flip: bool = flag(True, "Flip half of the images horizontally.")
     on_nonfinite: Literal["stop", "skip"] = flag(
-        "stop", "On a non-finite gradient stop the run, or skip the step (synchronizes the device every step)."
+        "stop", "At a non-finite gradient stop the run, or skip the step. (fp16 skips overflows by itself.)"
     )
 
 
@@ -111,7 +111,9 @@ class PerformanceArguments:
     mixed_precision: Literal["no", "fp16", "bf16"] | None = flag(None, "Default: accelerate's configuration.")
     allow_tf32: bool = flag(False, "Use TF32 for float32 matrix products.")
     gradient_checkpointing: bool = flag(False, "Recompute activations to save memory.")
-    compile: bool = flag(False, "Compile the blocks and the teacher.")
+    compile: bool = flag(
+        False, "Compile the blocks, the teacher and, on a GPU, the draws. Dropout, if any, draws other masks."
+    )
     attention_backend: str | None = flag(None, "diffusers attention backend of the student, such as _native_cudnn.")
     teacher_cache_dir: str | None = flag(
         None, "Store the teacher features here and compute them once instead of every epoch (small data sets)."

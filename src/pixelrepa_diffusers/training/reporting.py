@@ -149,8 +149,10 @@ class StepMonitor:
             self.check_losses(last_checkpoint)
         # A loss is computed before the update: a NaN gradient shows in the weights first.
         weights = [parameter.detach() for parameter in objective.parameters()]
-        largest = torch.nn.utils.get_total_norm(weights, norm_type=float("inf"))
-        if not (largest.full_tensor() if isinstance(largest, DTensor) else largest).isfinite():
+        weights = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in weights]
+        # The norm of an empty shard is undefined.
+        largest = torch.nn.utils.get_total_norm([w for w in weights if w.numel()], norm_type=float("inf"))
+        if not self.accelerator.gather(largest[None]).isfinite().all():
             raise NonFiniteLossError(
                 f"The weights after step {step} are not finite, because its gradient was not. The last good checkpoint is "
                 f"{last_checkpoint}: resume from it with a smaller --learning_rate, --max_grad_norm 1 or --on_nonfinite skip."

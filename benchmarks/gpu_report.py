@@ -209,6 +209,8 @@ def image_run(args: ReportArguments) -> dict[str, Callable[[], dict]]:
             killed.kill()
             killed.wait()
             resumed = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log).returncode
+        shutil.copy(max(folder.glob("samples/step-*.png")), args.output_dir / "images_samples.png")
+        shutil.copy(folder / "curves.png", args.output_dir / "images_curves.png")
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         return {
             "killed": killed.returncode < 0,
@@ -217,7 +219,6 @@ def image_run(args: ReportArguments) -> dict[str, Callable[[], dict]]:
             "denoising loss, first": rows[0]["denoising_loss"],
             "last": rows[-1]["denoising_loss"],
             "images/s": statistics.median(row["images_per_second"] for row in rows),
-            "files": str(folder),
         }
 
     return {"killed and resumed": train}
@@ -283,7 +284,8 @@ def measure(args: ReportArguments) -> dict:
             begin = time.perf_counter()
             rows = cell()
             done[name] = {"seconds": time.perf_counter() - begin, "rows": rows if isinstance(rows, list) else [rows]}
-            report["date"] = date.today().isoformat()
+            # Above the number of cores, the machine was busy.
+            report |= {"date": date.today().isoformat(), "load_average": round(os.getloadavg()[0], 1)}
             write_json(file, report)
     return report
 
@@ -317,8 +319,10 @@ COLUMNS = (
 def render(report: dict) -> str:
     """The report in Markdown."""
     libraries = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
-    lines = [f"Measured on {report['device']} ({report['cores']} CPU cores), {report['date']}; {libraries}.", ""]
-    for stage, cells in report["stages"].items():
+    machine = f"{report['device']} ({report['cores']} CPU cores, load average {report['load_average']})"
+    lines = [f"Measured on {machine}, {report['date']}; {libraries}.", ""]
+    for stage in [name for name in STAGES if report["stages"].get(name)]:
+        cells = report["stages"][stage]
         rows = [{"cell": name, **row} for name, cell in cells.items() for row in cell["rows"]]
         columns = ["cell", *(name for name in COLUMNS if any(row.get(name) is not None for row in rows))]
         lines += [f"**{stage}**", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]

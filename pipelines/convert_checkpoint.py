@@ -1,7 +1,4 @@
-"""Convert a published PixelREPA or JiT checkpoint into a diffusers pipeline, and back.
-
-Same as the installed command `pixelrepa-convert`.
-"""
+"""The installed command `pixelrepa-convert` as a script."""
 
 from pixelrepa_diffusers.commands.convert_checkpoint import cli
 

@@ -1,7 +1,4 @@
-"""Measure FID, Inception Score, precision, recall and FD-DINOv2 of a pipeline or of images.
-
-Same as the installed command `pixelrepa-evaluate`; for `accelerate launch`, which takes a script.
-"""
+"""The installed command `pixelrepa-evaluate` as a script, which `accelerate launch` takes."""
 
 from pixelrepa_diffusers.commands.evaluate import cli
 

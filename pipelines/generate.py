@@ -1,7 +1,4 @@
-"""Generate images with a PixelREPA or JiT pipeline.
-
-Same as the installed command `pixelrepa-generate`; for `accelerate launch`, which takes a script.
-"""
+"""The installed command `pixelrepa-generate` as a script, which `accelerate launch` takes."""
 
 from pixelrepa_diffusers.commands.generate import cli
 

@@ -1,7 +1,4 @@
-"""Compute the reference statistics that metrics compare with.
-
-Same as the installed command `pixelrepa-prepare-reference`; for `accelerate launch`, which takes a script.
-"""
+"""The installed command `pixelrepa-prepare-reference` as a script, which `accelerate launch` takes."""
 
 from pixelrepa_diffusers.commands.prepare_reference import cli
 

@@ -1,7 +1,4 @@
-"""Publish a saved pipeline and its model card on the Hub, in one commit.
-
-Same as the installed command `pixelrepa-publish`.
-"""
+"""The installed command `pixelrepa-publish` as a script."""
 
 from pixelrepa_diffusers.commands.publish import cli
 

@@ -47,14 +47,10 @@ TRAINING = {
 
 
 @pytest.fixture(scope="module")
-def pipeline(tmp_path_factory):
-    transformer = JiTTransformer2DModel(
-        sample_size=8, patch_size=4, num_layers=2, num_attention_heads=2, attention_head_dim=8, bottleneck_dim=8,
-        in_context_len=2, in_context_start=1, num_classes=3,
-    )  # fmt: skip
+def pipeline(make_pipeline, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pipeline")
     names = {0: "zero, nought", 1: "one", 2: "two"}
-    PixelREPAPipeline(transformer, JiTFlowMatchScheduler(), names, guidance_scale=2.0).save_pretrained(folder)
+    make_pipeline({"num_classes": 3}, id2label=names, guidance_scale=2.0).save_pretrained(folder)
     return folder
 
 

@@ -4,6 +4,7 @@ import contextlib
 from dataclasses import dataclass
 
 import pytest
+import transformers
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 
@@ -70,3 +71,9 @@ def test_cpu_launch_that_drops_processes_is_detected(monkeypatch, num_processes)
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match="asked for several") if num_processes > 1 else contextlib.nullcontext():
         check_launch(1)
+
+
+def test_commands_show_no_loading_bars_without_a_terminal():
+    transformers.utils.logging.enable_progress_bar()
+    run(lambda: None)
+    assert not transformers.utils.logging.is_progress_bar_enabled()

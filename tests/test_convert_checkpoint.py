@@ -113,29 +113,3 @@ def test_empty_folders_are_filled_and_nothing_is_overwritten(tmp_path):
     with pytest.raises(FileExistsError, match="is not empty"):
         convert(tmp_path)
     assert sorted(tmp_path.rglob("*")) == before
-
-
-@pytest.mark.parametrize(
-    "options, named",
-    [
-        (["--guidance_interval", "0.9", "0.1"], "guidance_interval"),
-        (["--in_context_start", "4"], "in_context_start"),
-        (["--id2label", PUBLISHED.with_name("adapter.safetensors")], "not a JSON object"),
-    ],
-)
-def test_wrong_settings_are_refused_before_anything_is_written(tmp_path, options, named):
-    with pytest.raises(ValueError, match=named):
-        convert(tmp_path / "pipe", *options)
-    assert os.listdir(tmp_path) == []
-
-
-@pytest.mark.parametrize(
-    "options, named",
-    [
-        (["--checkpoint_path", "a.pth"], "--output_dir needed without"),
-        (["--to_original", "--pipeline", ".", "--output_path", "o"], "no model_index.json"),
-    ],
-)
-def test_missing_flags_and_other_folders_are_refused(options, named):
-    with pytest.raises((ValueError, FileNotFoundError), match=named):
-        main(arguments(*options))

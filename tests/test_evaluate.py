@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import TEACHER_IMAGE_SIZE, encoder, random_images, reference_of
-from training_runs import ROOT, TEACHER, launch_two
+from training_runs import TEACHER, in_two_processes
 
 from pixelrepa_diffusers.cli import parse
 from pixelrepa_diffusers.commands import evaluate as command
@@ -33,17 +33,13 @@ def reference(tmp_path_factory):
     return path
 
 
-def words(folder, reference, output_dir, *options, num_samples=40) -> list[str]:
+def evaluate(folder, reference, output_dir, *options, num_samples=40) -> list[dict]:
     source = ["--pipeline", folder, "--num_inference_steps", 2] if folder else []
     given = [
         *("--output_dir", output_dir, "--metrics", "fd_teacher", "--teacher", TEACHER, "--batch_size", 8),
         *("--teacher_image_size", TEACHER_IMAGE_SIZE, "--teacher_reference", reference, "--num_samples", num_samples),
     ]
-    return [str(word) for word in [*source, *given, *options]]
-
-
-def evaluate(*args, **kwargs) -> list[dict]:
-    return main(parse(EvaluateArguments, "", words(*args, **kwargs)))
+    return main(parse(EvaluateArguments, "", [str(word) for word in [*source, *given, *options]]))
 
 
 def stop_after(monkeypatch, batches: int) -> list:
@@ -70,6 +66,8 @@ def test_metrics_json_reproduces_the_measurement_and_feeds_the_card(folder, refe
     stored = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert stored == record
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"metrics.json", "grid.png", ".lock"}
+    with Image.open(tmp_path / "out" / "grid.png") as grid:
+        assert grid.width > 2 * grid.height  # four rows of ten classes
     assert stored["weights_sha256"] == weights_sha256(folder / "transformer")
     assert (stored["num_samples"], stored["seeds"], stored["device"]) == (40, "7-46", "cpu")
     assert (stored["guidance_scale"], stored["guidance_interval"], stored["dtype"]) == (2.0, [0.1, 1.0], "float32")
@@ -82,9 +80,10 @@ def test_metrics_json_reproduces_the_measurement_and_feeds_the_card(folder, refe
 def test_two_processes_measure_what_one_does(folder, reference, tmp_path):
     options = ("--metrics", "fd_teacher", "precision_recall_teacher", "--chunk_size", "16")
     (one,) = evaluate(folder, reference, tmp_path / "one", *options)
-    record = tmp_path / "two" / "metrics.json"
-    launch_two(ROOT / "pipelines" / "evaluate.py", words(folder, reference, tmp_path / "two", *options), record)
-    assert json.loads(record.read_text())["metrics"] == pytest.approx(one["metrics"], rel=1e-10)
+    in_two_processes(evaluate, folder, reference, tmp_path / "two", *options)
+    assert json.loads((tmp_path / "two" / "metrics.json").read_text())["metrics"] == pytest.approx(
+        one["metrics"], rel=1e-10
+    )
     assert (tmp_path / "two" / "grid.png").read_bytes() == (tmp_path / "one" / "grid.png").read_bytes()
 
 
@@ -110,7 +109,7 @@ def test_a_sweep_covers_all_combinations_and_resumes(folder, reference, tmp_path
     rows = list(csv.DictReader((tmp_path / "straight" / "sweep.csv").open()))
     axes = ("transformer", "scheduler", "guidance_scale", "guidance_interval")
     assert len(rows) == len({tuple(row[axis] for axis in axes) for row in rows}) == 16
-    assert rows[-1]["folder"] == "checkpoint-5-transformer_ema_0.5_euler_interval-0.4-1_guidance-3"
+    assert rows[-1]["folder"] == "checkpoint-5-ema_0.5_euler_interval-0.4-1_guidance-3"
     for row, record in zip(rows, straight, strict=True):
         assert json.loads((tmp_path / "straight" / row["folder"] / "metrics.json").read_text()) == record
     # Every axis has an effect; the interval has none without guidance.
@@ -160,25 +159,3 @@ def test_image_files_score_as_the_pipeline_that_made_them(folder, reference, mak
     assert record["metrics"] == expected["metrics"]
     with pytest.raises(ValueError, match="there are 40 images"):
         evaluate(None, reference, tmp_path / "more", "--images", tmp_path / "images", num_samples=41)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (("--num_samples", 45), "multiple of the model's 10 classes"),
-        (("--metrics", "fid"), "--inception_reference"),
-        (("--teacher_reference", "missing.npz"), r"missing\.npz"),
-        (("--teacher_pooling", "patches"), "network"),
-        (("--images", "here"), "either --pipeline or --images"),
-        (("--guidance_intervals", "0.5"), "LOW:HIGH"),
-        (("--guidance_intervals", "0.9:0.1"), "guidance_interval"),
-        (("--guidance_scales", 2, "2.0"), "same name"),
-        (("--transformers", "nowhere"), "--transformers"),
-    ],
-)
-def test_wrong_arguments_fail_before_weights_are_read(folder, reference, tmp_path, options, message):
-    config_only = tmp_path / "config-only"
-    shutil.copytree(folder, config_only, ignore=shutil.ignore_patterns("*.safetensors"))
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
-        evaluate(config_only, reference, tmp_path / "out", *options)
-    assert not (tmp_path / "out").exists()

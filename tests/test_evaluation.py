@@ -1,21 +1,20 @@
 """The evaluation library: arithmetic against independent implementations, streaming, references, networks and the loop."""
 
-import pickle
+import os
 import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
 
+import evaluate
 import numpy as np
 import pytest
-import scipy.linalg
 import torch
-from accelerate import Accelerator, debug_launcher
-from accelerate.state import AcceleratorState
+from accelerate import Accelerator
 from PIL import Image
 from record_torch_fidelity import draw_images, draw_weights
 from tiny import TinyClassifier, encoder, random_images, reference_of
-from training_runs import TEACHER
+from training_runs import TEACHER, in_two_processes
 from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
 from pixelrepa_diffusers import evaluation
@@ -31,7 +30,6 @@ from pixelrepa_diffusers.evaluation import (
     evaluate_pipeline,
     extract,
     file_images,
-    finished_record,
     frechet_distance,
     gather,
     network_sha256,
@@ -75,32 +73,22 @@ def statistics_of(*batches) -> FeatureStatistics:
     return FeatureStatistics.from_moments(moments_of(*batches))
 
 
-def scores_of(logits, order=None, **options) -> InceptionScoreSums:
+def scores_of(logits, **options) -> InceptionScoreSums:
+    """In four batches, the last images first."""
     scores = InceptionScoreSums(len(logits), **options)
-    for batch in np.array_split(np.arange(len(logits)) if order is None else order, 4):
+    for batch in np.array_split(np.arange(len(logits))[::-1].copy(), 4):
         scores.update(logits[batch], batch)
     return scores
 
 
-# ---------------------------------------------------------------------------------------------------- Fréchet distance
-
-
-@pytest.mark.parametrize("zeros", [0, 25])
-def test_frechet_distance_of_commuting_covariances(rng, zeros):
+def test_frechet_distance_of_commuting_covariances(rng):
     rotation = np.linalg.qr(rng.normal(size=(40, 40)))[0]
     a, b = rng.uniform(0.1, 5, (2, 40))
-    a[:zeros], b[zeros // 2 : zeros] = 0, 0
+    a[:25], b[12:25] = 0, 0
     mu1, mu2 = rng.normal(size=(2, 40))
     expected = ((mu1 - mu2) ** 2).sum() + ((np.sqrt(a) - np.sqrt(b)) ** 2).sum()
     sigma1, sigma2 = (rotation * a) @ rotation.T, (rotation * b) @ rotation.T
     assert frechet_distance(mu1, sigma1, mu2, sigma2) == pytest.approx(expected, rel=1e-12)
-
-
-def test_frechet_distance_equals_the_matrix_square_root(rng):
-    sigma1, sigma2 = (factor @ factor.T for factor in rng.normal(size=(2, 30, 30)))
-    mu = rng.normal(size=30)
-    expected = (mu**2).sum() + np.trace(sigma1 + sigma2 - 2 * scipy.linalg.sqrtm(sigma1 @ sigma2).real)
-    assert frechet_distance(mu, sigma1, np.zeros(30), sigma2) == pytest.approx(expected, rel=1e-10)
 
 
 def test_frechet_distance_is_exact_for_singular_covariances(rng):
@@ -142,7 +130,6 @@ def test_features_that_are_not_finite_are_refused(accumulator, value, message):
 
 
 def _on_two_processes(folder, features, logits, real):
-    AcceleratorState._reset_state(reset_partial_state=True)  # forked from a parent with one process
     rank = Accelerator(cpu=True).process_index
     moments, bank, scores = FeatureMoments(), FeatureBank(), InceptionScoreSums(60)
     for batch in np.array_split(np.arange(60)[rank::2], 4):
@@ -164,7 +151,7 @@ def _on_two_processes(folder, features, logits, real):
 def test_two_processes_equal_one_also_without_images(rng, tmp_path):
     features, logits = rng.normal(size=(60, 6)) + 2, rng.normal(size=(60, 5)) * 3
     real, one = FeatureStatistics(np.zeros(6), np.eye(6)), moments_of(features)
-    debug_launcher(_on_two_processes, args=(str(tmp_path), features, logits, real), num_processes=2)
+    in_two_processes(_on_two_processes, str(tmp_path), features, logits, real)
     ranks = [dict(np.load(tmp_path / f"{rank}.npz")) for rank in (0, 1)]
     assert all(np.array_equal(ranks[0][name], ranks[1][name]) for name in ranks[0])
     np.testing.assert_allclose(ranks[0]["mean"], one.mean, rtol=1e-13)
@@ -172,19 +159,6 @@ def test_two_processes_equal_one_also_without_images(rng, tmp_path):
     np.testing.assert_array_equal(ranks[0]["bank"], np.sort(features.astype(np.float16), axis=0))
     np.testing.assert_allclose(ranks[0]["scores"], list(scores_of(logits).compute().values()), rtol=1e-13)
     assert ranks[0]["fid"] == pytest.approx(FeatureStatistics.from_moments(one).distance(real), rel=1e-12)
-
-
-# ----------------------------------------------------------------------------------------------------- Inception Score
-
-
-def test_inception_score_equals_its_definition_in_any_order(rng):
-    logits = rng.normal(size=(50, 8)) * 2
-    expected = []
-    for part in np.split(logits, 5):
-        p = torch.from_numpy(part).softmax(1).numpy()
-        expected.append(np.exp(np.mean([(row * np.log(row / p.mean(0))).sum() for row in p])))
-    scores = scores_of(torch.from_numpy(logits), rng.permutation(50), splits=5, shuffle_seed=None)
-    assert list(scores.compute().values()) == pytest.approx([np.mean(expected), np.std(expected)], rel=1e-12)
 
 
 # ------------------------------------------------------------------------------------------------ precision and recall
@@ -198,8 +172,7 @@ def share_inside(queries, centres, k):
     return np.mean([any(distance(q, c) <= r for c, r in zip(centres, radii, strict=True)) for q in queries])
 
 
-@pytest.mark.parametrize("k", [1, 3, 5])
-@pytest.mark.parametrize("offset", [0, 1e6])
+@pytest.mark.parametrize("k, offset", [(1, 0), (3, 0), (5, 0), (3, 1e6)])
 def test_precision_and_recall_equal_brute_force(rng, k, offset):
     generated, real = rng.normal(size=(40, 4)) * 1.2 + 0.5 + offset, rng.normal(size=(30, 4)) + offset
     result = precision_recall(generated, torch.from_numpy(real), k=k, batch_size=7)
@@ -219,14 +192,6 @@ def test_rounding_does_not_decide_about_copies(rng):
         assert precision_recall(features, features + 100) == {"precision": 0, "recall": 0}
 
 
-def test_half_precision_moves_precision_and_recall_by_at_most_a_thousandth(rng):
-    generated, real = rng.normal(size=(1000, 64)) * 0.9 + 0.1, rng.normal(size=(1000, 64))
-    exact = precision_recall(generated, real)
-    halved = precision_recall(generated.astype(np.float16), real.astype(np.float16))
-    assert 0.05 < exact["recall"] < 0.95
-    assert all(abs(exact[name] - halved[name]) <= 0.001 for name in exact)
-
-
 # --------------------------------------------------------------------------------------- parity with torch-fidelity
 
 
@@ -241,7 +206,7 @@ def test_fid_equals_torch_fidelity(recorded):
 
 @pytest.mark.parametrize("seed, prefix", [(2020, "isc"), (None, "isc_unshuffled")])
 def test_inception_score_equals_torch_fidelity(recorded, seed, prefix):
-    scores = scores_of(recorded["logits_generated"], np.arange(40)[::-1], shuffle_seed=seed)
+    scores = scores_of(recorded["logits_generated"], shuffle_seed=seed)
     expected = [float(recorded[f"{prefix}_{part}"]) for part in ("mean", "std")]
     assert list(scores.compute().values()) == pytest.approx(expected, rel=1e-12)
 
@@ -295,26 +260,15 @@ def test_files_of_other_programs_are_references(tmp_path):
         ({"mu": np.zeros(3)}, "sigma"),
         ({"mu": np.zeros(3), "sigma": np.eye(2)}, "shape"),
         ({"mu": np.zeros(3), "sigma": np.full((3, 3), np.nan)}, "finite"),
-        ({"mu": np.array([None] * 3), "sigma": np.eye(3)}, "allow_pickle"),
+        (None, ""),
     ],
 )
-def test_bad_reference_arrays_are_refused_by_file_name(tmp_path, arrays, message):
-    np.savez(tmp_path / "bad.npz", **arrays)
+def test_unfit_reference_files_are_refused_by_name(tmp_path, arrays, message):
+    np.savez(tmp_path / "bad.npz", **arrays or {"mu": np.zeros(3), "sigma": np.eye(3)})
+    if arrays is None:
+        os.truncate(tmp_path / "bad.npz", 100)
     with pytest.raises(ValueError, match=r"bad\.npz cannot be read.*" + message):
         FeatureStatistics.load(tmp_path / "bad.npz")
-
-
-def test_damaged_and_unsafe_reference_files_are_refused(tmp_path):
-    class Hostile:
-        def __reduce__(self):
-            return Path.touch, (tmp_path / "executed",)
-
-    reference_of(TinyClassifier(), random_images(9)).save(tmp_path / "good.npz")
-    for content in (pickle.dumps({"mu": Hostile()}), (tmp_path / "good.npz").read_bytes()[:100]):
-        (tmp_path / "bad.npz").write_bytes(content)
-        with pytest.raises(ValueError, match=r"bad\.npz cannot be read"):
-            FeatureStatistics.load(tmp_path / "bad.npz")
-    assert not (tmp_path / "executed").exists()
 
 
 def test_statistics_of_different_networks_are_not_compared():
@@ -382,6 +336,12 @@ def test_network_hash_follows_weights_and_settings():
     assert network_sha256(encoder()).startswith("d8c1be200a467d5222c85b90")
 
 
+def test_missing_torch_fidelity_is_named_with_its_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    with pytest.raises(ImportError, match=r"pixelrepa-diffusers\[eval\]"):
+        InceptionNetwork()
+
+
 def test_images_may_be_pil_arrays_or_tensors():
     tensor = random_images(3)
     arrays = tensor.permute(0, 2, 3, 1).numpy()
@@ -391,15 +351,6 @@ def test_images_may_be_pil_arrays_or_tensors():
     for images in (tensor.float(), tensor.movedim(1, 3)):
         with pytest.raises(ValueError, match="8-bit RGB"):
             stack_images(images)
-
-
-def test_inception_errors_say_what_to_do(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
-    with pytest.raises(ImportError, match=r"pixelrepa-diffusers\[eval\]"):
-        InceptionNetwork()
-    torch.save({"x": Path("x")}, tmp_path / "unsafe.pth")
-    with pytest.raises(ValueError, match="is not a file of Inception weights"):
-        InceptionNetwork(tmp_path / "unsafe.pth")
 
 
 # ------------------------------------------------------------------------------------------------------ evaluate modules
@@ -422,6 +373,10 @@ def test_modules_on_images_equal_the_functions(rng, load, tmp_path):
     expected = precision_recall(outputs["features"].half(), reference.features, k=2)
     assert load("precision_recall", network=network).compute(images=images, reference=reference, k=2) == expected
 
+    combined = evaluate.combine([load(name, network=network) for name in ("fid", "fd_dinov2")])
+    combined.add_batch(images=images)
+    assert len(set(combined.compute(reference=reference).values())) == 1
+
     metric = load("inception_score", network=network, batch_size=9)
     metric.add_batch(images=images[:25])
     metric.add_batch(images=images[25:])
@@ -435,16 +390,6 @@ def test_modules_take_features_of_any_origin(rng, load):
     expected = precision_recall(features.astype(np.float16), real)
     assert load("precision_recall").compute(features=features, reference=real) == expected
     assert load("inception_score").compute(features=np.zeros((10, 4)))["inception_score"] == 1
-
-
-def test_modules_combine(load):
-    import evaluate
-
-    network = TinyClassifier()
-    combined = evaluate.combine([load("fid", network=network), load("fd_dinov2", network=network)])
-    combined.add_batch(images=random_images(20))
-    result = combined.compute(reference=FeatureStatistics(np.zeros(12), np.eye(12)))
-    assert result["fid"] == result["fd_dinov2"] > 0
 
 
 def test_modules_refuse_what_they_cannot_score(load):
@@ -473,23 +418,16 @@ def test_streamed_metrics_of_a_pipeline_equal_those_of_all_images(make_pipeline)
     values = evaluate_pipeline(pipeline, spaces, num_images=30, batch_size=7, seed=5, num_inference_steps=2)
     assert torch.equal(torch.get_rng_state(), state)
 
-    made = [
-        pipeline(index % 10, generator=torch.Generator().manual_seed(5 + index), num_inference_steps=2).images[0]
-        for index in range(30)
-    ]
+    made = pipeline([*range(10)] * 3, generator=seeded(range(5, 35)), num_inference_steps=2).images
+    np.testing.assert_array_equal(
+        pipeline_images(pipeline, 30, 5, num_inference_steps=2)(range(30)), stack_images(made)
+    )
     outputs = extract(network, made)
     fid = statistics_of(outputs["features"]).distance(reference)
     expected = {"fid": fid, **scores_of(outputs["logits"]).compute()}
     expected |= precision_recall(outputs["features"].half(), reference.features)
     assert list(values) == ["fid", "inception_score", "inception_score_std", "precision", "recall"]
     assert values == pytest.approx(expected, rel=1e-5)
-
-
-def test_generated_images_equal_saved_ones(make_pipeline):
-    pipeline = make_pipeline(guidance_scale=1.5)
-    images = pipeline_images(pipeline, 20, seed=3, num_inference_steps=2)(range(20))
-    saved = pipeline([*range(10), *range(10)], generator=seeded(range(3, 23)), num_inference_steps=2).images
-    np.testing.assert_array_equal(images.permute(0, 2, 3, 1).numpy(), np.stack([np.asarray(one) for one in saved]))
 
 
 def test_resumed_evaluation_is_bit_exact_and_repeats_no_image(tmp_path):
@@ -517,21 +455,6 @@ def test_resumed_evaluation_is_bit_exact_and_repeats_no_image(tmp_path):
 
     with pytest.raises(ValueError, match="seed was 0 and is 1"):
         accumulate(make_images, 50, [space], 8, state_path=state, **{**options, "settings": {"seed": 1}})
-    state.write_bytes(state.read_bytes()[:100])
-    with pytest.raises(ValueError, match=r"state\.npz is damaged"):
-        accumulate(make_images, 50, [space], 8, state_path=state, **options)
-
-
-def test_a_finished_record_is_kept_for_equal_settings_only(tmp_path):
-    path = tmp_path / "metrics.json"
-    assert finished_record(path, {"seed": 0}) is None
-    path.write_text('{"seed": 0, "sizes": [1, 2], "metrics": {"fid": 1.0}}')
-    assert finished_record(path, {"seed": 0, "sizes": (1, 2)})["metrics"] == {"fid": 1.0}
-    with pytest.raises(ValueError, match="another evaluation: seed was 0 and is 1"):
-        finished_record(path, {"seed": 1})
-    path.write_text("{")
-    with pytest.raises(ValueError, match=r"metrics\.json is damaged"):
-        finished_record(path, {"seed": 0})
 
 
 @pytest.mark.parametrize(
@@ -553,19 +476,6 @@ def test_unsuitable_references_are_refused_before_an_image_is_made(metrics, num_
     networks = {"inception": change.get("network", TinyClassifier)}
     with pytest.raises(ValueError, match=message):
         open_spaces(metrics, num_images, networks, {"inception": change.get("reference", reference)})
-
-
-@pytest.mark.parametrize(
-    "settings, message",
-    [
-        ({"num_images": 44}, "multiple of the model's 10 classes, got 44"),
-        ({"num_images": 10, "num_inference_steps": 0}, "num_inference_steps"),
-        ({"num_images": 10, "guidance_interval": (0.5, 0.1)}, "guidance_interval"),
-    ],
-)
-def test_unsuitable_settings_are_refused_before_an_image_is_made(make_pipeline, settings, message):
-    with pytest.raises(ValueError, match=message):
-        pipeline_images(make_pipeline(), **settings)
 
 
 def test_image_files_have_one_size(tmp_path):

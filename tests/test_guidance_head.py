@@ -1,12 +1,12 @@
 """Training a guidance head: the loss falls, the transformer stays, interrupted runs resume bit-exactly."""
 
 import json
+import signal
+from functools import partial
 
 import pytest
-from accelerate import debug_launcher
-from conftest import reset_accelerate_state
 from diffusers import DiffusionPipeline
-from training_runs import assert_equal, load_script, read_metrics, weights
+from training_runs import assert_equal, in_two_processes, load_script, read_metrics, weights
 
 from pixelrepa_diffusers import PixelREPAPipeline
 from pixelrepa_diffusers.cli import parse
@@ -72,22 +72,21 @@ def test_a_run_learns_and_writes_a_pipeline_with_the_same_transformer(source, fi
     assert json.loads((folder / "guidance_head/training_arguments.json").read_text())["pipeline"] == "a local folder"
 
 
-def test_resume_is_bit_exact(source, finished, tmp_path):
-    train_head(source, tmp_path, max_train_steps=3)
+def test_resume_after_a_signal_is_bit_exact(source, finished, tmp_path, monkeypatch):
+    script = load_script(SCRIPT)
+    take_step = script.take_step
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(script, "take_step", lambda *args: (take_step(*args), signal.raise_signal(signal.SIGTERM))[0])
+        train_head(source, tmp_path)
+    assert stopped.value.code == 128 + signal.SIGTERM and (tmp_path / "pipeline/guidance_head").is_dir()
     images = {path: path.stat().st_mtime_ns for path in tmp_path.glob("generated/*/*.png")}
     train_head(source, tmp_path, resume_from_checkpoint="latest")
     assert len(images) == 30 and all(path.stat().st_mtime_ns == time for path, time in images.items())
     assert_equal(weights(finished / "checkpoint-6"), weights(tmp_path / "checkpoint-6"))
 
 
-def train_in_fork(*args):
-    reset_accelerate_state()  # the parent has one process
-    train_head(*args, train_batch_size=2, max_train_steps=3)
-
-
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_two_processes_train_the_same_head_as_one(source, finished, tmp_path):
-    debug_launcher(train_in_fork, args=(source, tmp_path), num_processes=2)
+    in_two_processes(partial(train_head, train_batch_size=2, max_train_steps=3), source, tmp_path)
     record = json.loads((tmp_path / "pipeline/guidance_head/training_arguments.json").read_text())
     assert record["num_processes"] == 2
     for path in finished.glob("generated/*/*.png"):

@@ -165,6 +165,8 @@ def test_parts_that_do_not_fit_are_refused(transformer, adapter, batch, features
         PixelREPAObjective(transformer, adapter)(**batch, teacher_features=features[:, 1:])
     with pytest.raises(ValueError, match="`grid_size` is 5"):
         PixelREPAObjective(transformer, ConvProjector(D, TEACHER_DIM, grid_size=5))
+    with pytest.raises(ValueError, match="`hidden_size`"):
+        PixelREPAObjective(transformer, MLPProjector(2 * D, TEACHER_DIM, projector_dim=16))
     with pytest.raises(ValueError, match="`alignment_depth`"):
         PixelREPAObjective(transformer, alignment_depth=4)
 
@@ -175,6 +177,8 @@ def test_timesteps_are_logit_normal():
     logits = torch.logit(t)
     assert logits.mean().item() == pytest.approx(-0.8, abs=0.02)
     assert logits.std().item() == pytest.approx(0.8, abs=0.02)
+    for P_mean, bound in ((-1e6, 0.0), (1e6, 1.0)):
+        assert (draw_timesteps(4, torch.Generator(), P_mean, 0.8) == bound).all()
 
 
 def test_keep_mask_drops_tokens_independently_with_the_mask_ratio():
@@ -182,6 +186,8 @@ def test_keep_mask_drops_tokens_independently_with_the_mask_ratio():
     assert keep_mask.shape == (200, 256) and keep_mask.dtype == torch.bool
     assert keep_mask.float().mean().item() == pytest.approx(0.8, abs=0.01)
     assert keep_mask.sum(1).unique().numel() > 5  # not a fixed fraction of each image
+    for ratio in (0, 1):
+        assert (draw_keep_mask(64, 256, torch.Generator().manual_seed(0), ratio) == (1 - ratio)).all()
 
 
 def test_labels_are_dropped_independently_to_the_null_class():

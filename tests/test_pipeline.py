@@ -1,7 +1,6 @@
 """PixelREPAPipeline: class labels to images."""
 
 import json
-import re
 
 import numpy as np
 import pytest
@@ -21,6 +20,7 @@ from diffusers import (
 )
 from diffusers.hooks import FasterCacheConfig, SeaCacheConfig, TextKVCacheConfig
 from diffusers.schedulers.scheduling_minimax_h3 import MiniMaxH3Scheduler
+from tiny import files
 
 from pixelrepa_diffusers import JiTFlowMatchScheduler, JiTTransformer2DModel, PixelREPAPipeline
 
@@ -243,19 +243,6 @@ def test_the_batch_doubles_only_inside_the_guidance_interval(make_pipeline, sche
     assert [size for size, _, _ in calls] == [4 if index in guided else 2 for index in range(10)]
 
 
-def test_bounds_on_the_grid_are_compared_in_float32_as_published(make_pipeline):
-    pipeline = make_pipeline(SHALLOW)
-    calls = record_calls(pipeline)
-    for steps in (10, 49, 50):
-        grid = torch.linspace(0.0, 1.0, steps + 1)
-        for low, high in ((grid[steps // 10], grid[-2]), (grid[3], grid[7])):
-            calls.clear()
-            sample(pipeline, steps=steps, guidance_scale=2.0, guidance_interval=(low.item(), high.item()))
-            times = torch.tensor([time for _, time, _ in calls])
-            assert set(times.tolist()) <= set(grid.tolist())
-            assert [size == 4 for size, _, _ in calls] == ((times < high) & (times > low)).tolist()
-
-
 def test_saved_guidance_is_the_default_of_a_call(make_pipeline):
     plain = make_pipeline()
     saved = make_pipeline(guidance_scale=3.0, guidance_interval=(0.2, 0.8))
@@ -326,30 +313,22 @@ def test_a_callback_can_disable_guidance_and_interrupt_for_one_call(make_pipelin
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_half_precision_error_of_a_sample_is_that_of_one_forward_pass(make_pipeline, tmp_path, dtype):
     pipeline, dtypes = make_pipeline(SHALLOW), set()
-    transformer, latents, labels = pipeline.transformer, torch.cat([NOISE, -NOISE]), torch.arange(4)
-    transformer.save_pretrained(tmp_path)
+    latents, labels = torch.cat([NOISE, -NOISE]), torch.arange(4)
+    pipeline.transformer.save_pretrained(tmp_path)
     half = make_pipeline(JiTTransformer2DModel.from_pretrained(tmp_path, dtype=dtype))
     half.transformer.register_forward_pre_hook(lambda module, arguments: dtypes.add(arguments[0].dtype))
 
-    def rms(difference):
-        return difference.float().square().mean().sqrt().item()
+    def error(run):
+        return (run(half) - run(pipeline)).float().square().mean().sqrt().item()
 
     with torch.no_grad():
         one_forward = max(
-            rms(half.transformer(latents, t, labels).sample - transformer(latents, t, labels).sample)
-            for t in (0.0, 0.5, 1.0)
+            error(lambda pipe, t=t: pipe.transformer(latents, t, labels).sample) for t in (0.0, 0.5, 1.0)
         )
-    errors = [
-        rms(
-            sample(half, labels.tolist(), steps, latents=latents)
-            - sample(pipeline, labels.tolist(), steps, latents=latents)
-        )
-        for steps in (10, 30, 90)
-    ]
+    errors = [error(lambda pipe, n=n: sample(pipe, labels.tolist(), n, latents=latents)) for n in (10, 90)]
     # Measured with a float32 state: 0.6 to 1.1 of one forward pass, decreasing with the number of steps
     assert dtypes == {torch.float32}
-    assert max(errors) < 1.5 * one_forward
-    assert errors[2] < 1.1 * errors[1] < 1.2 * errors[0]
+    assert max(errors) < 1.5 * one_forward and errors[1] < 1.2 * errors[0]
 
 
 # Other schedulers
@@ -415,12 +394,10 @@ def test_a_pipeline_survives_saving_and_loading_twice(make_pipeline, tmp_path):
     pipeline = make_pipeline(id2label=NAMES, guidance_scale=2.5, guidance_interval=(0.2, 0.9))
     pipeline.save_pretrained(tmp_path / "one")
     load(tmp_path / "one").save_pretrained(tmp_path / "two")
-    one, two = (
-        {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-        for folder in (tmp_path / "one", tmp_path / "two")
-    )
+    one, two = (files(tmp_path / name) for name in ("one", "two"))
     assert one == two  # in particular, no path of this machine
     assert {name for name in one if name.endswith(".py")} == {
+        "modular_pixelrepa.py",
         "pipeline_pixelrepa.py",
         "transformer/transformer_jit.py",
         "scheduler/scheduling_jit.py",
@@ -531,8 +508,3 @@ def test_caches_that_do_not_fit_are_refused(make_transformer, config, reason):
     with pytest.raises(ValueError, match=f"{type(config).__name__} does not fit this model: .*{reason}"):
         transformer.enable_cache(config)
     assert not transformer.is_cache_enabled
-
-
-def test_the_documented_caches_are_the_tested_ones():
-    documented = set(re.findall(r"`(\w+Config)`", JiTTransformer2DModel.__doc__))
-    assert documented == {type(make(None)).__name__ for make in CACHES.values()}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from training_runs import ROOT, TEACHER, launch_two
+from training_runs import TEACHER, in_two_processes
 
 from pixelrepa_diffusers import JiTFlowMatchScheduler, PixelREPAPipeline
 from pixelrepa_diffusers.cli import parse
@@ -44,22 +44,18 @@ def teacher():
     return VisionEncoderNetwork.from_pretrained(TEACHER, image_size=28, pooling="patches")
 
 
-def words(folders, data, output_dir, *options) -> list[str]:
+def probe(folders, data, output_dir, *options) -> dict:
     given = [
         *("--pipelines", *folders, "--names", "first", "second", "--data_dir", data, "--teacher", TEACHER),
         *("--image_size", 28, "--images_per_class", KEPT, "--num_inference_steps", 5, "--batch_size", 8),
         *("--output_dir", output_dir, *options),
     ]
-    return [str(word) for word in given]
-
-
-def arguments(*args) -> ProbeArguments:
-    return parse(ProbeArguments, "", words(*args))
+    return main(parse(ProbeArguments, "", [str(word) for word in given]))
 
 
 @pytest.fixture(scope="module")
 def record(folders, data, tmp_path_factory):
-    return main(arguments(folders, data, tmp_path_factory.mktemp("out")))
+    return probe(folders, data, tmp_path_factory.mktemp("out"))
 
 
 def test_near_and_far_are_nearest_to_and_farthest_from_the_class_mean(record, data, teacher):
@@ -112,7 +108,7 @@ def test_a_late_start_at_the_first_grid_point_is_the_whole_grid(make_pipeline, s
 
 
 def test_two_processes_find_what_one_does(record, folders, data, tmp_path):
-    launch_two(ROOT / "pipelines" / "probe_alignment.py", words(folders, data, tmp_path), tmp_path / "probe.json")
+    in_two_processes(probe, folders, data, tmp_path)
     two = json.loads((tmp_path / "probe.json").read_text())
     assert two["subsets"] == record["subsets"]
     for name, pair in record["frechet_distance"].items():
@@ -120,7 +116,7 @@ def test_two_processes_find_what_one_does(record, folders, data, tmp_path):
 
 
 def test_table_and_plot_are_written_and_an_earlier_probe_is_kept(folders, data, tmp_path, capsys):
-    main(arguments(folders[:1] * 2, data, tmp_path, "--max_classes", 2))
+    probe(folders[:1] * 2, data, tmp_path, "--max_classes", 2)
     stored = json.loads((tmp_path / "probe.json").read_text())
     assert len(stored["classes"]) == 2 and stored["images_per_subset"]["near"] == 2 * KEPT
     assert stored["frechet_distance"]["first"] == stored["frechet_distance"]["second"]
@@ -130,7 +126,7 @@ def test_table_and_plot_are_written_and_an_earlier_probe_is_kept(folders, data, 
     with Image.open(tmp_path / "probe.png") as image:
         assert min(image.size) > 100
     with pytest.raises(FileExistsError, match="--overwrite"):
-        main(arguments(folders, data, tmp_path))
+        probe(folders, data, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -148,5 +144,5 @@ def test_wrong_arguments_fail_before_anything_is_computed(
     monkeypatch.chdir(tmp_path)
     make_pipeline().save_pretrained("ten")
     with pytest.raises(ValueError, match=message):
-        main(arguments(folders, data, tmp_path / "out", *options))
+        probe(folders, data, tmp_path / "out", *options)
     assert not (tmp_path / "out").exists()

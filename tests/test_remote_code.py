@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import AutoModel, DiffusionPipeline, UniPCMultistepScheduler
 from safetensors.torch import load_file
+from tiny import files
 
 from pixelrepa_diffusers import JiTFlowMatchScheduler, JiTGuidanceHead, JiTTransformer2DModel, PixelREPAPipeline
 
@@ -172,12 +173,9 @@ def test_remote_code_loads_without_warnings(remote):
 @pytest.mark.parametrize("name", ["again", "and_again"])
 def test_a_folder_saved_by_remote_code_is_identical_and_loads_with_the_package(pipeline, saved, remote, name):
     _, folder, _ = remote
-
-    written, expected = (
-        {path.relative_to(place).as_posix(): path.read_bytes() for path in place.rglob("*") if path.is_file()}
-        for place in (folder / name, saved / "plain")
-    )
-    assert written == expected  # in particular, no path of this machine
+    # The standard loader does not fetch the blocks of the modular pipeline, so it cannot save them.
+    expected = {path: content for path, content in files(saved / "plain").items() if not path.startswith("modular_")}
+    assert files(folder / name) == expected  # in particular, no path of this machine
     loaded = PixelREPAPipeline.from_pretrained(folder / name)
     types = PixelREPAPipeline, JiTTransformer2DModel, JiTFlowMatchScheduler
     assert (type(loaded), type(loaded.transformer), type(loaded.scheduler)) == types

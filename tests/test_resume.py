@@ -5,14 +5,23 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import datasets
 import pytest
 import torch
 from accelerate import debug_launcher
-from training_runs import ROOT, TRAINER, arguments, assert_equal, launch_two, read_metrics, train_in_fork, weights
+from training_runs import (
+    ROOT,
+    TRAINER,
+    arguments,
+    assert_equal,
+    launch_two,
+    load_script,
+    read_metrics,
+    train_in_fork,
+    weights,
+)
 
 from pixelrepa_diffusers import PixelREPAPipeline
 from pixelrepa_diffusers.training.export import Exporter
@@ -64,7 +73,6 @@ def test_resume_with_another_number_of_micro_steps_gives_the_same_weights(train,
     torch.testing.assert_close(stopped, straight, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_two_processes_resume_bit_exactly_and_match_one_process(train, image_folder, tmp_path):
     # With its usual ε Adam divides vanishing gradients, of which a fresh adaLN-zero has many, by themselves: it would
     # compare the signs of rounding errors.
@@ -128,20 +136,14 @@ def test_run_killed_while_sampling_repeats_the_samples(train, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_stops_the_run_with_checkpoint_pipeline_and_curves(image_folder, tmp_path, number):
-    run, steps = tmp_path / "run", 100_000
-    words = arguments(image_folder, run, max_train_steps=steps, checkpointing_steps=steps, logging_steps=1)
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / TRAINER), *words]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    metrics = run / "metrics.jsonl"
-    while process.poll() is None and not (metrics.exists() and metrics.read_text()):
-        time.sleep(0.05)
-    process.send_signal(number)
-    assert "--resume_from_checkpoint latest" in process.communicate(timeout=120)[1]
-    assert process.returncode == 128 + number
-    (checkpoint,) = run.glob("checkpoint-*")
-    assert json.loads((checkpoint / "progress.json").read_text())["step"] == int(checkpoint.name.split("-")[1]) > 0
+def test_signal_stops_the_run_with_checkpoint_pipeline_and_curves(train, tmp_path, monkeypatch, caplog, number):
+    run, script = tmp_path / "run", load_script(TRAINER)
+    take_step = script.take_step
+    monkeypatch.setattr(script, "take_step", lambda *args: (take_step(*args), signal.raise_signal(number))[0])
+    with pytest.raises(SystemExit) as stopped:
+        train(run, max_train_steps=100, checkpointing_steps=100, logging_steps=1)
+    assert stopped.value.code == 128 + number and "--resume_from_checkpoint latest" in caplog.text
+    assert json.loads((run / "checkpoint-1/progress.json").read_text())["step"] == 1
     PixelREPAPipeline.from_pretrained(run / "pipeline")
     assert (run / "curves.png").exists()
 

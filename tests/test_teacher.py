@@ -192,18 +192,11 @@ def test_autocast_does_not_change_the_features(images):
         torch.testing.assert_close(teacher(images), expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["dinov2", "dinov3", "siglip2-naflex"])
+@pytest.mark.parametrize("name", ["dinov2", "siglip2-naflex"])
 def test_teacher_compiles_to_one_graph(name, images):
     teacher = make_teacher(ENCODERS[name], image_size=48)
     compiled = torch.compile(teacher, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(images), teacher(images))
-
-
-def test_construction_draws_no_random_numbers():
-    encoder = make_encoder(ENCODERS["dinov2"])
-    state = torch.get_rng_state()
-    SemanticTeacher(encoder, 4, 32, MEAN, STD)
-    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize(

@@ -1,28 +1,32 @@
 """Training runs: what they write, measure, publish and refuse."""
 
-import importlib.util
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator, debug_launcher
+from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from PIL import Image
-from standin_hub import StandInHub
+from standin_hub import StandInHub, log_in
 from tiny import TEACHER_IMAGE_SIZE, encoder, reference_of
-from training_runs import ROOT, TEACHER, TRAINER, arguments, assert_equal, read_metrics, train_in_fork, weights
+from training_runs import (
+    ROOT,
+    TEACHER,
+    arguments,
+    assert_equal,
+    in_two_processes,
+    read_metrics,
+    train_in_fork,
+    weights,
+)
 
 from pixelrepa_diffusers import JiTTransformer2DModel, PixelREPAPipeline
 from pixelrepa_diffusers.adapter import MaskedTransformerAdapter
 from pixelrepa_diffusers.evaluation import evaluate_pipeline, open_spaces
 from pixelrepa_diffusers.files import FolderInUseError, only_writer
-from pixelrepa_diffusers.hub import card_for_folder
+from pixelrepa_diffusers.hub import PublishError, card_for_folder
 from pixelrepa_diffusers.images import list_images, read_image
 from pixelrepa_diffusers.teacher import SemanticTeacher
 from pixelrepa_diffusers.training.reporting import MetricLogger, NonFiniteLossError
@@ -151,7 +155,6 @@ def test_non_finite_step_is_skipped_on_request(train, tmp_path):
     assert all(torch.isfinite(value).all() for value in weights(tmp_path / "run/checkpoint-3").values())
 
 
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_skip_counts_are_summed_across_ranks(train, image_folder, tmp_path):
     damaged = tmp_path / "damaged"
     shutil.copytree(image_folder, damaged)
@@ -162,7 +165,7 @@ def test_skip_counts_are_summed_across_ranks(train, image_folder, tmp_path):
     train(tmp_path / "one", damaged, **settings, train_batch_size=4)
     log = tmp_path / "log.txt"
     words = arguments(damaged, tmp_path / "two", **settings, train_batch_size=2)
-    debug_launcher(train_in_fork, args=(words, log), num_processes=2)
+    in_two_processes(train_in_fork, words, log)
     one, two = (read_metrics(tmp_path / run)[0] for run in ("one", "two"))
     assert one["skipped_images"] == two["skipped_images"] > 0
     skipped = re.findall(r"Step \d was skipped.*Its images were \[(.*)\]", log.read_text())
@@ -217,54 +220,38 @@ def test_run_in_the_folder_of_another_run_is_refused(train, tmp_path):
         train(tmp_path / "run")
 
 
-@pytest.mark.parametrize(
-    ("overrides", "error", "message"),
-    [
-        ({"guidance_interval": [0.9, 0.1]}, ValueError, "guidance_interval"),
-        ({"train_data_dir": None}, ValueError, "exactly one"),
-        ({"mixed_precision": "fp16"}, ValueError, "not supported on CPU"),
-        ({"report_to": ["tensorboard", "dvclive"]}, ImportError, "--report_to dvclive: not installed"),
-        ({"teacher_model_name_or_path": "/missing"}, OSError, "--teacher_model_name_or_path .* --objective none"),
-        ({"pretrained_model_name_or_path": ROOT}, ValueError, "neither a pipeline nor a checkpoint"),
-        ({"dry_run": True, "dry_run_processes": 4, "train_batch_size": 8}, ValueError, "24 images do not fill"),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
-)
-def test_wrong_run_is_refused_before_the_first_step(train, tmp_path, overrides, error, message):
-    assert importlib.util.find_spec("dvclive") is None
-    with pytest.raises(error, match=re.compile(message, re.DOTALL)):
-        train(tmp_path / "run", **overrides)
-    assert not (tmp_path / "run/metrics.jsonl").exists()
-
-
 # ----------------------------------------------------------------------------------------------------------------- Hub
 
 
-def run_with_hub(hub: StandInHub, image_folder: Path, folder: Path, **changes: str) -> subprocess.CompletedProcess:
-    words = arguments(image_folder, folder / "run", hub_model_id="me/tiny", validation_steps=3)
-    command = [sys.executable, str(ROOT / TRAINER), *words, "--push_to_hub", "--push_checkpoints"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **hub.environment(folder / "home"), **changes}
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
-
-
-def test_checkpoints_and_pipeline_are_pushed_to_the_hub(image_folder, tmp_path):
+@pytest.fixture
+def hub(monkeypatch):
     with StandInHub() as hub:
-        result = run_with_hub(hub, image_folder, tmp_path)
-        assert result.returncode == 0, result.stderr[-4000:]
-        pushed = {branch: hub.files("me/tiny", branch) for branch in ("checkpoint-3", "checkpoint-6", "main")}
+        log_in(hub, monkeypatch)
+        yield hub
+
+
+PUSH = {"push_to_hub": True, "push_checkpoints": True, "hub_model_id": "me/tiny"}
+
+
+def test_checkpoints_and_pipeline_are_pushed_to_the_hub(hub, train, tmp_path, caplog, capsys):
+    caplog.set_level("INFO")
+    (tmp_path / "run/hub/checkpoint-1").mkdir(parents=True)  # an earlier start could not push it
+    train(tmp_path / "run", **PUSH, validation_steps=3)
     pipeline = {path.name: path.read_bytes() for path in (tmp_path / "run/pipeline").rglob("*") if path.is_file()}
+    pushed = {branch: hub.files("me/tiny", branch) for branch in ("checkpoint-3", "checkpoint-6", "main")}
     for files in pushed.values():
         assert {"README.md", "model_index.json", "pipeline_pixelrepa.py", "samples.png"} <= files.keys()
+    assert [path.name for path in (tmp_path / "run/hub").iterdir()] == ["checkpoint-1"]
     weights_name = "transformer/diffusion_pytorch_model.safetensors"
     assert pushed["main"][weights_name] == pipeline["diffusion_pytorch_model.safetensors"]
     assert pushed["checkpoint-6"][weights_name] == pushed["main"][weights_name] != pushed["checkpoint-3"][weights_name]
     # Without a terminal: a banner and log lines, no progress bar, no messages of accelerate.
-    assert "images: 24" in result.stderr and "Step 2 of 6: denoise" in result.stderr
-    assert "steps:  " not in result.stderr and "Optimizer state saved" not in result.stderr
+    assert "images: 24" in caplog.text and "Step 2 of 6: denoise" in caplog.text
+    assert "steps:  " not in capsys.readouterr().err and "Optimizer state saved" not in caplog.text
 
 
-def test_missing_login_ends_the_run_before_it_starts(image_folder, tmp_path):
-    with StandInHub() as hub:
-        result = run_with_hub(hub, image_folder, tmp_path, HF_TOKEN="")
-    assert result.returncode == 2 and "hf auth login" in result.stderr
+def test_missing_login_ends_the_run_before_it_starts(hub, train, tmp_path, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(PublishError, match="hf auth login"):
+        train(tmp_path / "run", **PUSH)
     assert not (tmp_path / "run/metrics.jsonl").exists()

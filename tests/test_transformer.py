@@ -56,19 +56,15 @@ def saved(make_transformer, tmp_path_factory):
 # Architecture
 
 
-PUBLISHED_MILLIONS = {"JiT-B/16": 131, "JiT-L/16": 459, "JiT-H/16": 953}
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_presets_have_the_published_sizes(name):
+# test_arguments.py compares the numbers of parameters with the published ones.
+@pytest.mark.parametrize("name", ["JiT-Digits/4", "JiT-B/16", "JiT-H/32"])
+def test_presets_predict_an_image_and_align_their_patches(name):
     preset = PRESETS[name]
     with torch.device("meta"):
         transformer = JiTTransformer2DModel(**preset.transformer_config()).eval()
         transformer.tables = transformer.tables.to("meta")  # the tables are computed, hence real even here
         inputs = make_inputs(channels=preset.in_channels, size=preset.sample_size)
         output = transformer(**inputs, return_alignment_states=True)
-    millions = round(transformer.num_parameters() / 1e6)
-    assert millions == PUBLISHED_MILLIONS.get(name, millions)
     assert output.sample.shape == (2, preset.in_channels, preset.sample_size, preset.sample_size)
     tokens = (preset.sample_size // preset.patch_size) ** 2
     assert output.alignment_states.shape == (2, tokens, preset.num_attention_heads * preset.attention_head_dim)
@@ -282,17 +278,16 @@ def test_rms_norm_computes_in_float32_and_rounds_only_its_result(dtype):
     assert torch.equal(norm(states), exact.to(dtype))
 
 
-@pytest.mark.parametrize("autocast", [True, False])
-def test_the_residual_stream_is_float32_after_the_class_tokens_under_autocast(make_transformer, autocast):
-    # As in the published code, which concatenates float32 class tokens; a bfloat16 model stays bfloat16.
-    transformer, dtypes = make_transformer(), set()
-    if not autocast:
-        transformer.to(torch.bfloat16)
+def test_the_residual_stream_is_float32_after_the_class_tokens_under_autocast(make_transformer):
+    transformer, dtypes = (
+        make_transformer(),
+        set(),
+    )  # as in the published code, which concatenates float32 class tokens
     for block in transformer.transformer_blocks:
         block.register_forward_pre_hook(lambda _, arguments: dtypes.add(arguments[0].dtype))
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    with torch.autocast("cpu", torch.bfloat16):
         sample = predict(transformer)
-    assert dtypes == {torch.float32 if autocast else torch.bfloat16}
+    assert dtypes == {torch.float32}
     assert (sample.float() - predict(make_transformer())).abs().max() < 6e-2
 
 
@@ -540,12 +535,3 @@ def test_a_compiled_training_step_has_the_same_gradients(make_transformer, count
     plain, compiled = (make_transformer(num_layers=1, in_context_start=0).train() for _ in range(2))
     compiled.compile(fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(backward(compiled), backward(plain), rtol=1e-4, atol=1e-6)
-
-
-def test_names_declared_for_diffusers_exist(make_transformer):
-    transformer = make_transformer()
-    classes = {type(module).__name__ for module in transformer.modules()}
-    assert set(transformer._no_split_modules) | set(transformer._repeated_blocks) <= classes
-    names = [name for name, _ in transformer.named_parameters()]
-    for pattern in (*transformer._skip_layerwise_casting_patterns, *transformer._keep_in_fp32_modules):
-        assert any(re.search(pattern, name) for name in names), pattern

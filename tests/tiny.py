@@ -1,6 +1,7 @@
 """Tiny real components that several test files share."""
 
 import json
+from pathlib import Path
 
 import torch
 from training_runs import TEACHER
@@ -55,6 +56,11 @@ def recorded_architecture() -> JiTTransformer2DModel:
         t_eps=config["t_eps"],
         noise_scale=config["noise_scale"],
     )
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Content of all files in a folder, by path."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def random_images(count: int, seed: int = 1) -> torch.Tensor:

@@ -54,36 +54,34 @@ def write_images(folder: Path, classes: int = 3, per_class: int = 8, size: int =
     return folder
 
 
+SETTINGS = {  # of a run of seconds
+    "preset": "JiT-Digits/4",
+    "num_layers": 3,
+    "num_attention_heads": 2,
+    "attention_head_dim": 8,
+    "bottleneck_dim": 8,
+    "in_context_len": 2,
+    "in_context_start": 1,
+    "adapter_layers": 1,
+    "teacher_model_name_or_path": str(TEACHER),
+    "train_batch_size": 4,
+    "max_train_steps": 6,
+    "learning_rate": 1e-2,
+    "lr_warmup_steps": 2,
+    "ema_decays": [0.9, 0.5],
+    "checkpointing_steps": 3,
+    "validation_steps": 0,
+    "num_validation_images": 4,
+    "validation_inference_steps": 2,
+    "logging_steps": 2,
+    "dataloader_num_workers": 0,
+    "report_to": "none",
+}
+
+
 def arguments(data: Path, output_dir: Path, **overrides) -> list[str]:
-    """The command line of a run of seconds."""
-    values = {
-        "train_data_dir": data,
-        "output_dir": output_dir,
-        "preset": "JiT-Digits/4",
-        "num_layers": 3,
-        "num_attention_heads": 2,
-        "attention_head_dim": 8,
-        "bottleneck_dim": 8,
-        "in_context_len": 2,
-        "in_context_start": 1,
-        "adapter_layers": 1,
-        "teacher_model_name_or_path": TEACHER,
-        "train_batch_size": 4,
-        "max_train_steps": 6,
-        "learning_rate": 1e-2,
-        "lr_warmup_steps": 2,
-        "ema_decays": [0.9, 0.5],
-        "checkpointing_steps": 3,
-        "validation_steps": 0,
-        "num_validation_images": 4,
-        "validation_inference_steps": 2,
-        "logging_steps": 2,
-        "dataloader_num_workers": 0,
-        "report_to": "none",
-        **overrides,
-    }
     words = []
-    for name, value in values.items():
+    for name, value in {"train_data_dir": data, "output_dir": output_dir, **SETTINGS, **overrides}.items():
         if value is not None:
             words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return words
@@ -174,6 +172,21 @@ def launch_two(script: Path, words: list[str], record: Path) -> None:
     run = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert run.returncode == 0, run.stderr[-4000:]
     assert json.loads(record.read_text())["num_processes"] == 2, run.stderr[-4000:]
+
+
+def in_two_processes(main: Callable, *args) -> None:
+    """Call `main(*args)` in two CPU processes, forked: interpreters of their own would spend seconds on imports."""
+    from accelerate import debug_launcher
+
+    debug_launcher(_in_fork, args=(main, args), num_processes=2)
+
+
+def _in_fork(main: Callable, args: tuple) -> None:
+    from accelerate.state import AcceleratorState, PartialState
+
+    AcceleratorState._reset_state(reset_partial_state=True)  # forked from the parent, which has one process
+    assert PartialState(cpu=True).num_processes == 2
+    main(*args)
 
 
 def train_in_fork(words: list[str], log: Path) -> None:

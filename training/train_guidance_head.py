@@ -28,13 +28,14 @@ from diffusers.optimization import get_scheduler
 
 from pixelrepa_diffusers.cli import check_launch, parse, run
 from pixelrepa_diffusers.ema import ConstantDecayEMA
-from pixelrepa_diffusers.files import discard_folder, only_writer, remove_incomplete, write_json
+from pixelrepa_diffusers.files import only_writer, remove_incomplete, write_atomically, write_json
 from pixelrepa_diffusers.guidance_jit import JiTGuidanceHead
 from pixelrepa_diffusers.objective import PixelREPAObjective
-from pixelrepa_diffusers.sampling import fetch_pipeline, load_pipeline
-from pixelrepa_diffusers.training.builders import build_optimizer
-from pixelrepa_diffusers.training.checkpoints import find_checkpoint, list_checkpoints
-from pixelrepa_diffusers.training.data import DataArguments, ImageLoader, open_source
+from pixelrepa_diffusers.pipeline_pixelrepa import PixelREPAPipeline
+from pixelrepa_diffusers.sampling import fetch_pipeline, load_pipeline, sample_grid
+from pixelrepa_diffusers.training.builders import build_loader, build_optimizer
+from pixelrepa_diffusers.training.checkpoints import find_checkpoint
+from pixelrepa_diffusers.training.data import DataArguments, open_source
 from pixelrepa_diffusers.training.draws import BatchDraws
 from pixelrepa_diffusers.training.guidance_head import (
     GuidanceHeadArguments,
@@ -44,9 +45,9 @@ from pixelrepa_diffusers.training.guidance_head import (
     load_checkpoint,
     save_checkpoint,
     save_pipeline,
-    write_samples,
 )
 from pixelrepa_diffusers.training.reporting import MetricLogger, StepMonitor
+from pixelrepa_diffusers.training.signals import StopRequest
 from pixelrepa_diffusers.training.step import PreparedBatches, take_step
 
 
@@ -62,10 +63,20 @@ def main(args: GuidanceHeadArguments) -> Path:
     with contextlib.ExitStack() as stack:
         if accelerator.is_main_process:
             stack.enter_context(only_writer(output_dir))
-            for folder in ("samples", *(path.relative_to(output_dir) for path in output_dir.glob("generated/*"))):
-                remove_incomplete(output_dir / folder)
+            for folder in (output_dir / "samples", *output_dir.glob("generated/*")):
+                remove_incomplete(folder)
         accelerator.wait_for_everyone()
-        return train(args, accelerator, output_dir)
+        trainer = HeadTrainer(args, accelerator)
+        stop = stack.enter_context(StopRequest())
+        trainer.train(stop)
+        folder = trainer.finish()
+        if trainer.step < trainer.max_train_steps:
+            logger.warning(
+                f"Stopped by {stop.signal.name} at step {trainer.step} of {trainer.max_train_steps}. Continue with "
+                "--resume_from_checkpoint latest."
+            )
+            raise SystemExit(128 + stop.signal)
+    return folder
 
 
 def create_accelerator(args: GuidanceHeadArguments) -> Accelerator:
@@ -81,110 +92,114 @@ def create_accelerator(args: GuidanceHeadArguments) -> Accelerator:
     return accelerator
 
 
-def build_loader(args: GuidanceHeadArguments, accelerator: Accelerator, folder: str | Path, config) -> ImageLoader:
-    source = open_source(DataArguments(train_data_dir=str(folder), unconditional=config.num_classes == 1))
-    if source.num_classes != config.num_classes:
-        raise ValueError(
-            f"{folder} has {source.num_classes} classes, the transformer {config.num_classes}. Give the data it was "
-            "trained on, or leave --train_data_dir out to train on the model's own images."
+class HeadTrainer:
+    """A training run: everything that is built before the first step, and the loop."""
+
+    def __init__(self, args: GuidanceHeadArguments, accelerator: Accelerator):
+        self.args, self.accelerator, self.output_dir = args, accelerator, Path(args.output_dir)
+        self.last_checkpoint = checkpoint = find_checkpoint(self.output_dir, args.resume_from_checkpoint)
+        accelerator.wait_for_everyone()
+
+        # Models and images
+        with accelerator.local_main_process_first():  # which downloads
+            self.source, _ = fetch_pipeline(args.pipeline, args.revision)
+            self.pipe = pipe = load_pipeline(self.source, "float32")
+        pipe.set_progress_bar_config(disable=True)
+        config = pipe.transformer.config
+        head = JiTGuidanceHead.from_transformer(pipe.transformer, args.depth)
+        self.trained = HeadOnFrozenTransformer(pipe.transformer, head)
+        folder = str(args.train_data_dir or generate_images(args, accelerator, pipe))
+        images = open_source(DataArguments(train_data_dir=folder, unconditional=config.num_classes == 1))
+        if images.num_classes != config.num_classes:
+            raise ValueError(
+                f"{folder} has {images.num_classes} classes, the transformer {config.num_classes}. Give the data it was "
+                "trained on, or leave --train_data_dir out to train on the model's own images."
+            )
+        self.loader = build_loader(args, accelerator, images, config.sample_size)
+
+        # Optimization
+        self.max_train_steps, warmup_steps = args.resolved_steps(self.loader.batches_per_epoch)
+        objective = PixelREPAObjective(self.trained)
+        learning_rate = args.resolved_learning_rate(accelerator.num_processes)
+        optimizer = build_optimizer(args, objective, learning_rate)
+        self.objective, self.optimizer = accelerator.prepare(objective, optimizer)
+        self.ema = ConstantDecayEMA(self.trained, args.ema_decays, args.ema_update_every) if args.use_ema else None
+        self.step = 0
+        if checkpoint is not None:
+            progress = load_checkpoint(args, accelerator, self.ema, checkpoint)
+            self.step = progress["step"]
+            self.loader.load_state_dict(progress["loader"])
+            logger.info(f"Resumed {checkpoint}.")
+        for group in self.optimizer.param_groups:  # those of the command line take precedence over the saved ones
+            group.update(lr=learning_rate, initial_lr=learning_rate)
+        self.lr_scheduler = get_scheduler(
+            args.lr_scheduler, self.optimizer, None, warmup_steps, self.max_train_steps, last_epoch=self.step - 1
         )
-    return ImageLoader(
-        source,
-        config.sample_size,
-        args.train_batch_size,
-        args.seed,
-        center_crop=args.center_crop,
-        random_flip=args.random_flip,
-        on_bad_image=args.on_bad_image,
-        accumulation_steps=args.gradient_accumulation_steps,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-        num_workers=args.dataloader_num_workers,
-    )
 
+        # Inputs and outputs
+        draw = BatchDraws.from_arguments(args, config)
+        self.batches = PreparedBatches(args, self.loader, draw, None, self.step, accelerator.device)
+        accelerator.init_trackers("guidance_head", config={name: str(value) for name, value in args.saved().items()})
+        self.metrics = MetricLogger(accelerator, self.output_dir, self.step)
+        self.monitor = StepMonitor(args, accelerator, self.metrics, self.step, self.max_train_steps)
+        if accelerator.is_main_process:
+            write_json(self.output_dir / "arguments.json", args.saved())
+        logger.info(
+            f"Training a head of {head.num_parameters():,} parameters after {head.config.depth} of {config.num_layers} "
+            f"blocks for {self.max_train_steps} steps of {self.loader.global_batch_size} images."
+        )
 
-def train(args: GuidanceHeadArguments, accelerator: Accelerator, output_dir: Path) -> Path:
-    checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint)
-    accelerator.wait_for_everyone()
+    def train(self, stop: StopRequest) -> None:
+        """Train to the last step, or to the step at which a signal stops the run."""
+        args, accelerator, monitor = self.args, self.accelerator, self.monitor
+        self.objective.train()
+        stopping = False
+        while self.step < self.max_train_steps and not stopping:
+            logging_step = (self.step + 1) % args.logging_steps == 0 or self.step + 1 == self.max_train_steps
+            learning_rate = self.lr_scheduler.get_last_lr()[0]
+            result = take_step(
+                args, accelerator, self.objective, self.optimizer, self.ema, self.batches, self.step, logging_step
+            )
+            self.lr_scheduler.step()
+            self.step += 1
+            monitor.add(self.step, result)
+            if logging_step:
+                monitor.report(self.step, result, learning_rate, self.last_checkpoint)
 
-    # Models and images
-    with accelerator.local_main_process_first():  # which downloads
-        source, _ = fetch_pipeline(args.pipeline, args.revision)
-        pipe = load_pipeline(source, "float32")
-    pipe.set_progress_bar_config(disable=True)
-    config = pipe.transformer.config
-    trained = HeadOnFrozenTransformer(pipe.transformer, JiTGuidanceHead.from_transformer(pipe.transformer, args.depth))
-    loader = build_loader(args, accelerator, args.train_data_dir or generate_images(args, accelerator, pipe), config)
+            stopping = stop.agreed(accelerator, now=logging_step)
+            finished = self.step == self.max_train_steps
+            saving_step = finished or stopping or self.step % args.checkpointing_steps == 0
+            sampling_step = args.validation_steps and (finished or self.step % args.validation_steps == 0)
+            if saving_step:
+                monitor.check_finite(self.step, self.objective, self.last_checkpoint)
+            if sampling_step and accelerator.is_main_process:
+                self.write_samples()
+            if saving_step:
+                self.last_checkpoint = save_checkpoint(args, accelerator, self.ema, self.step, result.position)
+                logger.info(f"Wrote {self.last_checkpoint}.")
+            if saving_step or sampling_step:
+                monitor.restart_clock(self.step)
+        monitor.bar.close()
 
-    # Optimization
-    max_train_steps, warmup_steps = args.resolved_steps(loader.batches_per_epoch)
-    objective = PixelREPAObjective(trained)
-    learning_rate = args.resolved_learning_rate(accelerator.num_processes)
-    objective, optimizer = accelerator.prepare(objective, build_optimizer(args, objective, learning_rate))
-    ema = ConstantDecayEMA(trained, args.ema_decays, args.ema_update_every) if args.use_ema else None
-    step = 0
-    if checkpoint is not None:
-        progress = load_checkpoint(args, accelerator, ema, checkpoint)
-        step = progress["step"]
-        loader.load_state_dict(progress["loader"])
-        logger.info(f"Resumed {checkpoint}.")
-    for group in optimizer.param_groups:  # those of the command line take precedence over the saved ones
-        group.update(lr=learning_rate, initial_lr=learning_rate)
-    lr_scheduler = get_scheduler(
-        args.lr_scheduler,
-        optimizer,
-        num_warmup_steps=warmup_steps,
-        num_training_steps=max_train_steps,
-        last_epoch=step - 1,
-    )
+    def guided_pipeline(self) -> PixelREPAPipeline:
+        return guided_pipeline(self.args, self.pipe, self.trained, self.ema)
 
-    # Inputs and outputs
-    draw = BatchDraws.from_arguments(args, config)
-    batches = PreparedBatches(args, loader, draw, None, step, accelerator.device)
-    accelerator.init_trackers("guidance_head", config={name: str(value) for name, value in args.saved().items()})
-    metrics = MetricLogger(accelerator, output_dir, step)
-    monitor = StepMonitor(args, accelerator, metrics, step, max_train_steps)
-    if accelerator.is_main_process:
-        write_json(output_dir / "arguments.json", args.saved())
-    parameters = sum(parameter.numel() for parameter in trained.parameters())
-    logger.info(
-        f"Training a head of {parameters:,} parameters after {trained.head.config.depth} of {config.num_layers} blocks "
-        f"for {max_train_steps} steps of {loader.global_batch_size} images."
-    )
+    def write_samples(self) -> None:
+        """Write a grid of guided samples, from the same noise at every step."""
+        args, path = self.args, self.output_dir / "samples" / f"step-{self.step:07d}.png"
+        number, num_steps = args.num_validation_images, args.num_inference_steps
+        grid = sample_grid(self.guided_pipeline(), number, num_steps, args.generation_batch_size)
+        path.parent.mkdir(exist_ok=True)
+        write_atomically(path, lambda temporary: grid.save(temporary, "PNG"))
 
-    objective.train()
-    while step < max_train_steps:
-        logging_step = (step + 1) % args.logging_steps == 0 or step + 1 == max_train_steps
-        current_rate = lr_scheduler.get_last_lr()[0]
-        result = take_step(args, accelerator, objective, optimizer, ema, batches, step, measure=logging_step)
-        lr_scheduler.step()
-        step += 1
-        monitor.add(step, result)
-        if logging_step:
-            monitor.report(step, result, current_rate, checkpoint)
-        finished = step == max_train_steps
-        saving_step = finished or step % args.checkpointing_steps == 0
-        sampling_step = args.validation_steps and (finished or step % args.validation_steps == 0)
-        if saving_step:
-            monitor.check_finite(step, objective, checkpoint)
-        if sampling_step and accelerator.is_main_process:
-            path = output_dir / "samples" / f"step-{step:07d}.png"
-            write_samples(args, guided_pipeline(args, pipe, trained, ema), path)
-        if saving_step:
-            checkpoint = save_checkpoint(args, accelerator, ema, step, result.position)
-            if accelerator.is_main_process and args.checkpoints_total_limit is not None:
-                for old in list_checkpoints(output_dir)[: -args.checkpoints_total_limit]:
-                    discard_folder(old)
-        if saving_step or sampling_step:
-            monitor.restart_clock(step)
-    monitor.bar.close()
-
-    folder = output_dir / "pipeline"
-    save_pipeline(args, accelerator, source, guided_pipeline(args, pipe, trained, ema), folder, step)
-    if accelerator.is_main_process:
-        logger.info(f"Wrote {folder} and {metrics.plot()}.")
-    accelerator.end_training()
-    return folder
+    def finish(self) -> Path:
+        """Write the pipeline and the curves, and return the pipeline's folder."""
+        folder = self.output_dir / "pipeline"
+        save_pipeline(self.args, self.accelerator, self.source, self.guided_pipeline(), folder, self.step)
+        if self.accelerator.is_main_process:
+            logger.info(f"Wrote {folder} and {self.metrics.plot()}.")
+        self.accelerator.end_training()
+        return folder
 
 
 if __name__ == "__main__":

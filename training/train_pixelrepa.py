@@ -23,7 +23,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import signal
 from pathlib import Path
 
 import torch
@@ -40,6 +39,7 @@ from pixelrepa_diffusers.hub import BackgroundPusher
 from pixelrepa_diffusers.training.arguments import TrainingArguments, parse_arguments
 from pixelrepa_diffusers.training.builders import (
     apply_switches,
+    build_loader,
     build_objective,
     build_optimizer,
     build_projector,
@@ -49,12 +49,13 @@ from pixelrepa_diffusers.training.builders import (
     transformer_config,
 )
 from pixelrepa_diffusers.training.checkpoints import Checkpointer, find_checkpoint
-from pixelrepa_diffusers.training.data import ImageLoader, ImageSource, StreamSource, draws, open_source
+from pixelrepa_diffusers.training.data import ImageSource, StreamSource, draws, open_source
 from pixelrepa_diffusers.training.draws import BatchDraws
 from pixelrepa_diffusers.training.dry_run import dry_run
 from pixelrepa_diffusers.training.export import Exporter, build_pipeline, open_evaluation
 from pixelrepa_diffusers.training.flops import flops_per_image
 from pixelrepa_diffusers.training.reporting import MetricLogger, StepMonitor
+from pixelrepa_diffusers.training.signals import StopRequest
 from pixelrepa_diffusers.training.step import WEIGHT_DRAWS, PreparedBatches, take_step
 from pixelrepa_diffusers.training.teacher_cache import CachedTeacher
 
@@ -131,33 +132,6 @@ def create_accelerator(args: TrainingArguments) -> Accelerator:
     return accelerator
 
 
-class StopRequest:
-    """Context in which SIGTERM and Ctrl-C request an orderly stop; a second Ctrl-C interrupts at once."""
-
-    signal: signal.Signals | None = None
-
-    def __enter__(self) -> StopRequest:
-        self.handlers = {number: signal.signal(number, self.receive) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-
-    def receive(self, number: int, frame) -> None:
-        if self.signal and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.signal = signal.Signals(number)
-
-    def agreed(self, accelerator: Accelerator, now: bool) -> bool:
-        """Whether to stop. Several processes must stop at the same step: they compare when `now` is true on all."""
-        if accelerator.num_processes > 1:
-            if not now:
-                return False
-            self.signal = next((received for received in gather_object([self.signal]) if received), None)
-        return self.signal is not None
-
-
 class Trainer:
     """A training run: everything that is built before the first step, and the loop."""
 
@@ -171,19 +145,7 @@ class Trainer:
         self.args, self.accelerator, self.output_dir = args, accelerator, Path(args.output_dir)
         device, num_classes = accelerator.device, source.num_classes
         checkpoint = self.agree_on_checkpoint()
-        self.loader = ImageLoader(
-            source,
-            transformer_config(args, num_classes)["sample_size"],
-            args.train_batch_size,
-            args.seed,
-            center_crop=args.center_crop,
-            random_flip=args.random_flip,
-            on_bad_image=args.on_bad_image,
-            accumulation_steps=args.gradient_accumulation_steps,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
-            num_workers=args.dataloader_num_workers,
-        )
+        self.loader = build_loader(args, accelerator, source, transformer_config(args, num_classes)["sample_size"])
         self.max_train_steps, self.warmup_steps = args.resolved_steps(self.loader.batches_per_epoch)
 
         # Models

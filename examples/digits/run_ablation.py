@@ -30,18 +30,19 @@ from score_digits import read_digits, to_vectors
 from sklearn.svm import SVC
 
 from pixelrepa_diffusers import JiTFlowMatchScheduler, JiTTransformer2DModel, PixelREPAPipeline, get_preset
-from pixelrepa_diffusers.cli import run
+from pixelrepa_diffusers.cli import as_words, run
 from pixelrepa_diffusers.evaluation import (
     FeatureSpace,
     VisionEncoderNetwork,
     accumulate,
     feature_statistics,
+    file_images,
     finished_record,
     pipeline_images,
     results,
 )
 from pixelrepa_diffusers.files import write_json
-from pixelrepa_diffusers.images import list_images, read_image
+from pixelrepa_diffusers.images import list_images
 from pixelrepa_diffusers.sampling import device_name, versions
 from pixelrepa_diffusers.training.arguments import ObjectiveArguments, TrainingArguments, parse_arguments
 from pixelrepa_diffusers.training.data import open_source
@@ -101,11 +102,8 @@ class Evaluator:
 
     def read_features(self, folder: str, space: FeatureSpace):
         paths = list_images(folder)
-
-        def make_images(indices: Sequence[int]) -> torch.Tensor:
-            return torch.stack([read_image(paths[index], self.resolution) for index in indices])
-
-        return accumulate(make_images, len(paths), [space], self.args.batch_size, description=folder)
+        images = file_images(paths, self.resolution)
+        return accumulate(images, len(paths), [space], self.args.batch_size, description=folder)
 
     def measure_real(self, train_dir: str) -> dict[str, float]:
         """Scores of real images: an upper bound for a generator."""
@@ -133,31 +131,25 @@ class Evaluator:
         return results(tally, [self.space]) | recognised
 
 
-def run_folder(args: AblationArguments, arm: str, seed: int) -> Path:
-    return Path(args.output_dir) / arm / f"seed-{seed}"
-
-
 def training_command(args: AblationArguments, arm: str, seed: int) -> list[str]:
     """The arguments of train_pixelrepa.py for one run."""
     values = {
+        "config": args.config,
         **args.arguments,
         **args.arms[arm],
         "seed": seed,
-        "output_dir": str(run_folder(args, arm, seed)),
+        "output_dir": f"{args.output_dir}/{arm}/seed-{seed}",
         "resume_from_checkpoint": "latest",
         "checkpoints_total_limit": 10**6,  # the curve is measured on them
     }
-    words = ["--config", args.config]
-    for name, value in values.items():
-        words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    return words
+    return as_words(values)
 
 
 def finish_run(
     args: AblationArguments, arm: str, seed: int, training: TrainingArguments, evaluator: Evaluator
 ) -> dict:
     """Train one arm with one seed, measure it at every checkpoint, and keep the outcome in result.json."""
-    folder = run_folder(args, arm, seed)
+    folder = Path(training.output_dir)
     settings = {
         "training": {name: value for name, value in training.saved().items() if name != "output_dir"},
         "measured_with": {name: getattr(args, name) for name in MEASURED_WITH},

@@ -6,11 +6,13 @@ import dataclasses
 import operator
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+import diffusers
 import psutil
 import torch
+import transformers
 from transformers import HfArgumentParser
 
 from .files import FolderInUseError
@@ -77,6 +79,12 @@ def parse(arguments: type[Arguments], description: str, argv: Sequence[str] | No
     return parsed
 
 
+def as_words(flags: Mapping[str, Any]) -> list[str]:
+    """The command line of flags by name; those that are `None` are left out."""
+    given = {name: value if isinstance(value, list) else [value] for name, value in flags.items() if value is not None}
+    return [word for name, values in given.items() for word in (f"--{name}", *map(str, values))]
+
+
 def check_launch(num_processes: int) -> None:
     """
     Check that accelerate runs as many processes as its launcher was asked for.
@@ -107,6 +115,9 @@ def run(main: Callable[[], object]) -> None:
     User errors are `ValueError`, `OSError`, `ImportError`, [`FolderInUseError`] and `FloatingPointError` (a non-finite
     loss). Other errors, and with `PIXELREPA_TRACEBACK=1` all of them, keep their traceback.
     """
+    if not sys.stderr.isatty():  # a bar would write a line per refresh into a log
+        diffusers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()
     try:
         main()
     except (ValueError, OSError, ImportError, FolderInUseError, FloatingPointError) as error:

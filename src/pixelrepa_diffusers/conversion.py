@@ -189,25 +189,22 @@ def load_original_checkpoint(
     """
     Load a published PixelREPA or JiT checkpoint, safely (see [`read_original_checkpoint`]).
 
-    Sizes come from the shapes of the weights; `noise_scale`, `t_eps` and the dropout from the `args` in the file, else
-    from the preset of these shapes. Teacher, optimizer and epoch are not read.
+    Sizes come from the shapes of the weights; `in_context_start`, `noise_scale`, `t_eps` and the dropout, which the shapes do
+    not show, from the `args` in the file, else from the preset of these shapes. Teacher, optimizer and epoch are not read.
 
     Args:
         path (`str` or `os.PathLike`): The `.pth` file.
         weights (`str`, *optional*, defaults to `"ema1"`): The weights of the net, mask token included: `"ema1"` (decay
             0.9999, used for evaluation), `"ema2"` (0.9996) or `"model"` (not averaged). The rest of the adapter always
             comes from `model`, as the published code does not average it.
-        in_context_start (`int`, *optional*): Block (0-based) before which the class tokens are prepended. The weights do
-            not show it; defaults to the file's `args` (written by [`save_original_checkpoint`]), else the preset's.
-        noise_scale (`float`, *optional*): Standard deviation of the training noise, overriding the file's and preset's
-            (the papers use 1.0 at 256 px and 2.0 at 512 px).
+        in_context_start (`int`, *optional*): Block (0-based) before which the class tokens are prepended.
+        noise_scale (`float`, *optional*): Standard deviation of the training noise.
 
     Returns:
         `tuple`: The transformer, and the adapter or None for a plain JiT; both in float32 and eval mode on the CPU.
 
     Raises:
-        `ValueError`: If the file cannot be read safely, lacks the chosen weights, does not determine the architecture, or
-            has missing, unexpected, misshapen or non-finite tensors.
+        `ValueError`: If the file cannot be read safely, does not determine the architecture, or has wrong tensors.
     """
     checkpoint = read_original_checkpoint(path)
     if _ENTRIES.get(weights) not in checkpoint:
@@ -338,8 +335,6 @@ def save_original_checkpoint(
         args (`dict`, *optional*): Further fields of the saved `argparse.Namespace` (numbers and strings), such as `cfg`.
 
     Raises:
-        `FileExistsError`: If `path` exists.
-        `OSError`: If the file cannot be written.
         `ValueError`: If the model has no counterpart in the published layout (other settings, LoRA layers, fused
             projections), an EMA does not fit, or a tensor is not finite.
     """
@@ -373,17 +368,10 @@ def save_original_checkpoint(
         model |= {_ADAPTER + key: value for key, value in adapter_state.items()}
 
     presets = list(matching_presets(config))
-    recorded = {
-        **({"model": presets[0]} if presets else {}),
-        "img_size": config.sample_size,
-        "class_num": config.num_classes,
-        "attn_dropout": 0.0,
-        "proj_dropout": config.dropout,
-        "t_eps": config.t_eps,
-        "noise_scale": config.noise_scale,
-        "in_context_start": config.in_context_start,
-        **(args or {}),
-    }
+    recorded = {"model": presets[0]} if presets else {}
+    recorded |= {"img_size": config.sample_size, "class_num": config.num_classes}
+    recorded |= {"attn_dropout": 0.0, "proj_dropout": config.dropout}
+    recorded |= {name: config[name] for name in ("t_eps", "noise_scale", "in_context_start")} | dict(args or {})
     checkpoint = {"model": model, "args": argparse.Namespace(**recorded), **averages}
     path.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -57,14 +57,8 @@ def write_folder(
     Write a folder atomically: call `write` with a temporary folder, sync it to disk and rename it into place.
 
     A kill or a power cut leaves the older folder of that name, if any, or the new one, both complete. Only between two
-    renames is the name absent.
-
-    Args:
-        folder (`Path`): Folder to write.
-        write (`Callable`): Receives the temporary folder, on every process.
-        is_main (`bool`, defaults to `True`): Whether this process creates and renames the folder.
-        barrier (`Callable`, *optional*): Waits for all processes.
-        manifest (`bool`, defaults to `False`): Also write manifest.json, the checksums that [`verify_folder`] compares.
+    renames is the name absent. With several processes every one calls `write`, the main one creates and renames the folder,
+    and `barrier` waits for all. `manifest` adds manifest.json, the checksums that [`verify_folder`] compares.
 
     Raises:
         OSError: If the disk is full; names the folder and the free space.

@@ -30,6 +30,7 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError
 
+from .cli import as_words
 from .presets import matching_presets
 from .transformer_jit import JiTTransformer2DModel
 
@@ -39,6 +40,8 @@ logger = logging.getLogger(__name__)
 CARD_TEMPLATE = Path(__file__).with_name("model_card_template.md")
 CARD_MARKER = "<!-- Written by pixelrepa_diffusers"  # a card with this text is replaced at the next publication
 
+TASK = "unconditional-image-generation"  # the Hub's task for images without a prompt
+TAGS = ("pixel-space", "image-generation", "diffusion", "flow-matching", "arxiv:2603.14366", "arxiv:2511.13720")
 SHAPE = ("sample_size", "patch_size", "num_layers", "num_attention_heads", "attention_head_dim", "bottleneck_dim")
 
 METHODS = {
@@ -55,27 +58,22 @@ PAPER_RESULTS: dict[str, dict[str, tuple[float, float]]] = {
     "JiT-H/16": {"FID ↓": (1.86, 1.81), "Inception Score ↑": (303.4, 317.2)},
 }
 
-REQUIRED_FILES = (
-    "model_index.json",
-    "pipeline_pixelrepa.py",
-    "transformer/config.json",
-    "transformer/transformer_jit.py",
-    "transformer/[!.]*.safetensors",
-)
+# Models of a pipeline and the code that loads them.
+MODELS = {
+    "transformer": "transformer_jit.py",
+    "guidance_head": "guidance_jit.py",
+    "guidance_transformer": "transformer_jit.py",
+}
 PUBLISHED_FILES = (
     *("model_index.json", "pipeline_pixelrepa.py", "training_arguments.json", "samples.png", "README.md"),
+    *("modular_config.json", "modular_model_index.json", "modular_pixelrepa.py"),
     *(
         f"{part}/[!.]*.{suffix}"
-        for part in ("transformer", "guidance_head", "guidance_transformer")
+        for part in (*MODELS, "scheduler", "adapter")
         for suffix in ("json", "py", "safetensors")
     ),
-    *("scheduler/[!.]*.json", "scheduler/[!.]*.py", "adapter/[!.]*.json", "adapter/[!.]*.safetensors"),
 )
-# Of a pipeline that has these parts.
-GUIDANCE_FILES = {
-    "guidance_head": ("guidance_head/config.json", "guidance_head/guidance_jit.py", "guidance_head/[!.]*.safetensors"),
-    "guidance_transformer": tuple(f"guidance_{pattern}" for pattern in REQUIRED_FILES if "/" in pattern),
-}
+LOCAL = "a local folder"  # published in place of a path
 RETRY_WAITS = (2.0, 10.0, 30.0, 60.0)  # seconds between the tries of a publication
 
 _FIGURE = re.compile(r"\b(fid|inception\s+score|images per second|images/s)\b", re.IGNORECASE)
@@ -114,17 +112,14 @@ def build_card(
 
     Args:
         repo_id (`str`): Repository that the usage example loads.
-        transformer_config (`dict`): Content of transformer/config.json.
-        pipeline_config (`dict`): Content of model_index.json.
-        training (`dict`, *optional*): Content of training_arguments.json.
-        metrics (`dict`, *optional*): Content of metrics.json, see [`read_metrics`].
+        transformer_config, pipeline_config (`dict`): Content of transformer/config.json and model_index.json.
+        training, metrics (`dict`, *optional*): Content of training_arguments.json and metrics.json.
         has_samples (`bool`, defaults to `False`): Whether samples.png lies beside the card.
         revision (`str`, *optional*): Branch that the usage example loads.
         description (`str`, *optional*): Free text below the summary. It may not state results.
         objective (`str`, *optional*): "pixelrepa", "repa", "irepa" or "none"; used where `training` does not say.
-        teacher (`str`, *optional*): Name or Hub id of the teacher. Default: the one in `training`, unless it is local.
-        dataset (`str`, *optional*): Name or Hub id of the training data, with the same default.
-        base_model (`str`, *optional*): Name or Hub id of the fine-tuned pipeline, with the same default.
+        teacher, dataset, base_model (`str`, *optional*): Name or Hub id of the teacher, of the training data, and of the
+            fine-tuned pipeline. Default: the one in `training`, unless it is local.
         origin (`str`): Text in place of the training table when `training` is missing.
         license (`str`, *optional*): Licence identifier of the Hub. Without it the card states no licence.
         license_name, license_link (`str`, *optional*): Name of and link to the licence "other".
@@ -146,43 +141,15 @@ def build_card(
     config = transformer.config
     preset = next(iter(matching_presets({name: config[name] for name in SHAPE})), None)
     id2label, num_classes = pipeline_config.get("id2label") or {}, config.num_classes
-    title = repo_id.rpartition("/")[2]
     conditioning = "Class-conditional" if num_classes > 1 else "Unconditional"
     example = "207" if num_classes == 1000 else "0"
     labels = [id2label[example].partition(",")[0] if example in id2label else 0, num_classes - 1]
     # Few samples do not support many digits.
     digits = 4 if metrics.get("num_samples", 0) >= 10_000 else 3
     measured = {name: float(f"{value:.{digits}g}") for name, value in metrics.get("metrics", {}).items()}
-    task = "unconditional-image-generation"  # the Hub's task for images without a prompt
-    data = ModelCardData(
-        library_name="diffusers",
-        pipeline_tag=task,
-        license=license,
-        license_name=license_name,
-        license_link=license_link,
-        base_model=base_model if _is_hub_id(base_model) else None,
-        tags=[
-            *(["jit", "pixelrepa"] if objective == "pixelrepa" else ["jit"]),
-            *(f"{conditioning.lower()}-image-generation", "pixel-space", "image-generation", "diffusion"),
-            *("flow-matching", "arxiv:2603.14366", "arxiv:2511.13720"),
-        ],
-        datasets=[dataset] if _is_hub_id(dataset) else None,
-        teacher=teacher if _is_hub_id(teacher) else None,
-        metrics=list(measured) or None,
-        model_name=title if measured else None,
-        eval_results=[
-            EvalResult(
-                task_type=task,
-                dataset_type=dataset if _is_hub_id(dataset) else "other",
-                dataset_name=dataset or metrics["reference"],
-                metric_type=name,
-                metric_name=name,
-                metric_value=value,
-            )
-            for name, value in measured.items()
-        ]
-        or None,
-    )
+    title = repo_id.rpartition("/")[2]
+    data = _metadata(title, objective, conditioning, base_model, dataset, teacher, measured, metrics.get("reference"))
+    data.license, data.license_name, data.license_link = license, license_name, license_link
     return ModelCard.from_template(
         data,
         template_path=str(CARD_TEMPLATE),
@@ -193,10 +160,7 @@ def build_card(
         conditioning=conditioning,
         method=METHODS.get(objective),
         labels=json.dumps(labels, ensure_ascii=False) if num_classes > 1 else None,
-        guidance_scale=pipeline_config["guidance_scale"],
-        guidance_interval=pipeline_config["guidance_interval"],
-        self_guidance_scale=pipeline_config.get("self_guidance_scale"),
-        autoguidance_scale=pipeline_config.get("autoguidance_scale"),
+        pipeline=pipeline_config,
         has_samples=has_samples,
         config=config,
         preset=preset,
@@ -215,17 +179,46 @@ def build_card(
     )
 
 
+def _metadata(
+    title: str,
+    objective: str | None,
+    conditioning: str,
+    base_model: str | None,
+    dataset: str | None,
+    teacher: str | None,
+    measured: Mapping[str, float],
+    reference: str | None,
+) -> ModelCardData:
+    """The card's header for the Hub, with links to what the Hub has."""
+    base_model, linked_dataset, teacher = (
+        name if _is_hub_id(name) else None for name in (base_model, dataset, teacher)
+    )
+    method = ["pixelrepa"] if objective == "pixelrepa" else []
+    source = {"task_type": TASK, "dataset_type": linked_dataset or "other", "dataset_name": dataset or reference}
+    return ModelCardData(
+        library_name="diffusers",
+        pipeline_tag=TASK,
+        base_model=base_model,
+        tags=["jit", *method, f"{conditioning.lower()}-image-generation", *TAGS],
+        datasets=linked_dataset and [linked_dataset],
+        teacher=teacher,
+        metrics=list(measured) or None,
+        model_name=title if measured else None,
+        eval_results=[
+            EvalResult(**source, metric_type=name, metric_name=name, metric_value=value)
+            for name, value in measured.items()
+        ]
+        or None,
+    )
+
+
 def card_for_folder(
     folder: str | Path, repo_id: str, metrics: str | Path | Mapping[str, Any] | None = None, **card_options
 ) -> ModelCard:
     """
-    Build the model card of a saved pipeline from the files of its folder.
+    Build the model card of a saved pipeline from the files of its folder; `card_options` are arguments of [`build_card`].
 
-    Args:
-        folder (`str` or `Path`): Saved pipeline, with training_arguments.json and samples.png where they exist.
-        repo_id (`str`): Repository that the usage example loads.
-        metrics (`str`, `Path` or `dict`, *optional*): Metrics file or its content. Default: metrics.json of the folder.
-        card_options: Further arguments of [`build_card`].
+    `metrics` is a metrics file or its content. Default: metrics.json of the folder.
     """
     folder = Path(folder)
     training = folder / "training_arguments.json"
@@ -250,13 +243,8 @@ def read_metrics(folder: str | Path, path: str | Path | None = None) -> dict[str
     """
     Read the measured results of a pipeline, as `pixelrepa-evaluate` writes them, without local paths.
 
-    Args:
-        folder (`str` or `Path`): Saved pipeline that was measured.
-        path (`str` or `Path`, *optional*): Metrics file, or the sweep.json of a sweep, which stands for its best cell.
-            Default: metrics.json of the folder.
-
-    Returns:
-        `dict` or `None`: `{"metrics": {name: value}, "num_samples": …, "reference": …, "device": …, …}`.
+    `path` is a metrics file, or the sweep.json of a sweep, which stands for its best cell. Default: metrics.json of `folder`,
+    if it is there.
 
     Raises:
         ValueError: If the file does not name its source, or was measured with other weights.
@@ -290,12 +278,23 @@ def weights_sha256(transformer: str | Path) -> str:
     return digest.hexdigest()
 
 
+def publishable(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a training run without paths of this machine."""
+    paths = ("train_data_dir", "data_files", "cache_dir", "output_dir", "logging_dir", "teacher_cache_dir")
+    paths += ("eval_reference", "resume_from_checkpoint")
+    names = ("teacher_model_name_or_path", "pretrained_model_name_or_path", "dataset_name", "eval_network", "pipeline")
+    facts = {name: value for name, value in arguments.items() if name not in paths}
+    given = [name for name in names if facts.get(name) is not None]
+    local = [name for name in given if facts[name].startswith(("/", ".", "~")) or Path(facts[name]).exists()]
+    return facts | dict.fromkeys(local, LOCAL)
+
+
 def _is_hub_id(name: str | None) -> bool:
     return bool(name and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)) and not Path(name).exists()
 
 
 def _public_name(name: str | None) -> str | None:
-    return None if name == "a local folder" else name  # what the trainer writes in place of a path
+    return None if name == LOCAL else name
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -313,17 +312,15 @@ def published_files(
     arguments, samples, metrics and card. Checkpoints, logs and other files of the folder are not published.
 
     The card is built by [`card_for_folder`], unless the folder holds a README.md that this package did not write.
-
-    Raises:
-        FileNotFoundError: If a part of the pipeline is missing.
-        ValueError: If a file contains an access token, or is a link out of the folder.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}.")
-    index, required = folder / "model_index.json", list(REQUIRED_FILES)
-    for part in _read_json(index) if index.is_file() else ():
-        required += GUIDANCE_FILES.get(part, ())
+    index, required = folder / "model_index.json", ["model_index.json", "pipeline_pixelrepa.py"]
+    parts = {"transformer", *(_read_json(index) if index.is_file() else ())}
+    for part, code in MODELS.items():
+        if part in parts:
+            required += [f"{part}/config.json", f"{part}/{code}", f"{part}/[!.]*.safetensors"]
     if missing := [pattern for pattern in required if not any(folder.glob(pattern))]:
         raise FileNotFoundError(
             f"{folder} is not a complete saved pipeline: it has no {', '.join(missing)}. A training run saves one in "
@@ -372,9 +369,6 @@ def publish_folder(
             or else of the repository if it was measured with these weights.
         card_options: Further arguments of [`build_card`], such as `license` and `description`.
 
-    Returns:
-        [`~huggingface_hub.CommitInfo`]: The new commit, or the latest one when nothing had to change.
-
     Raises:
         ValueError, FileNotFoundError: For a folder that cannot be published, before any request.
         PublishError: If the Hub refuses, or fails in every try. The repository is unchanged.
@@ -400,15 +394,7 @@ def publish_folder(
     )
 
 
-def _commit(
-    api: HfApi,
-    folder: Path,
-    repo_id: str,
-    private: bool | None,
-    revision: str | None,
-    metrics: Mapping[str, Any] | None,
-    card_options: Mapping[str, Any],
-) -> CommitInfo:
+def _commit(api: HfApi, folder: Path, repo_id: str, private, revision, metrics, card_options) -> CommitInfo:
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision not in (None, "main"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -449,11 +435,8 @@ class BackgroundPusher:
     A push that fails for good is logged with the command that repeats it. Leaving the context manager waits up to ten
     minutes for queued pushes, but not when the run has failed.
 
-    Args:
-        repo_id (`str`): Repository; created at once, so that a missing login shows before training.
-        private (`bool`, *optional*): Whether to create the repository private.
-        token (`str`, *optional*): Access token with write permission. Default: HF_TOKEN or `hf auth login`.
-        card_options: Further arguments of [`build_card`], such as `license`.
+    The arguments are those of [`publish_folder`]. The repository is created at once, so that a missing login shows before
+    training.
 
     Raises:
         PublishError: If the token may not write to the repository, or the Hub does not answer.
@@ -471,16 +454,15 @@ class BackgroundPusher:
         self._pushes: dict[tuple[Path, str | None], Future] = {}
         threading.Thread(target=self._work, name="background-pusher", daemon=True).start()
 
-    @property
-    def unpublished(self) -> set[Path]:
-        """Folders that are queued, being uploaded or could not be published: do not change or delete them."""
-        return {folder for (folder, _), push in self._pushes.items() if not push.done() or push.exception()}
-
-    def push(self, folder: str | Path, revision: str | None = None) -> None:
-        """Queue a saved pipeline for a branch (default: main) and return at once."""
+    def push(self, folder: str | Path, revision: str | None = None) -> Future:
+        """
+        Queue a saved pipeline for a branch (default: main) and return at once. The future is done when it is published, or
+        cannot be; do not change or delete the folder before.
+        """
         job = (Path(folder), revision)
         self._pushes[job] = Future()
         self._queue.put(job)
+        return self._pushes[job]
 
     def __enter__(self) -> "BackgroundPusher":
         return self
@@ -492,9 +474,8 @@ class BackgroundPusher:
                 self._warn(job, "is not on the Hub yet.")
 
     def _warn(self, job: tuple[Path, str | None], problem: str) -> None:
-        options = {"revision": job[1], **self._card_options}
-        flags = [word for name, value in options.items() if value is not None for word in (f"--{name}", value)]
-        command = shlex.join(["pixelrepa-publish", str(job[0]), self.repo_id, *flags])  # without the token
+        flags = as_words({"revision": job[1], **self._card_options})  # without the token
+        command = shlex.join(["pixelrepa-publish", str(job[0]), self.repo_id, *flags])
         logger.warning(f"{job[0]} {problem}\nTo finish the job: {command}")
 
     def _work(self) -> None:

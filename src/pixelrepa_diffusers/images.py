@@ -85,11 +85,7 @@ def list_classes(folder: str | Path) -> dict[str, list[Path]]:
 @contextlib.contextmanager
 def open_image(file: str | Path | BinaryIO, name: str | None = None) -> Iterator[Image.Image]:
     """
-    Open an image without decoding it.
-
-    Args:
-        file (`str`, `Path` or binary file): The encoded image.
-        name (`str`, *optional*, defaults to `file`): Name of the image in an error.
+    Open an image without decoding it; `name` stands for the file in an error.
 
     Raises:
         BadImageError: If the image proves damaged or too large, here or while the `with` block decodes it.
@@ -165,10 +161,6 @@ def center_crop_adm(image: Image.Image, size: int) -> Image.Image:
 
     The image is halved with a box filter while its short side is at least `2 * size`, resized with a bicubic filter until
     the short side equals `size`, and cropped at its centre. Images smaller than `size` are enlarged by the same filter.
-
-    Args:
-        image (`PIL.Image.Image`): An image with 8-bit channels; the result has the same mode.
-        size (`int`): Side of the result in pixels.
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -182,10 +174,7 @@ def to_uint8(images: torch.Tensor, value_range: tuple[float, float] = (-1.0, 1.0
     """
     Round floating-point images to the 8 bits of a PNG: `round(255 · clip((x - low) / (high - low), 0, 1))`.
 
-    Args:
-        images (`torch.Tensor`): Images of any shape; values outside `value_range` are clipped.
-        value_range (`tuple[float, float]`, defaults to `(-1.0, 1.0)`): Values of black and white: (-1, 1) for the model,
-            (0, 1) for a pipeline with `output_type="pt"`.
+    `value_range` are the values of black and white: (-1, 1) for the model, (0, 1) for a pipeline with `output_type="pt"`.
 
     Raises:
         ValueError: If there are NaN or infinite values, which would become arbitrary pixels.
@@ -200,15 +189,8 @@ def make_grid(
     images: Sequence[Image.Image | np.ndarray], labels: Sequence[str] | None = None, columns: int | None = None
 ) -> Image.Image:
     """
-    Draw images of one size in rows, each below its label. Small images are enlarged by an integer factor.
-
-    Args:
-        images (`list[PIL.Image.Image]` or `list[np.ndarray]`): Images; arrays are uint8 of shape (H, W, 3).
-        labels (`list[str]`, *optional*): One text per image; texts wider than their image are shortened.
-        columns (`int`, *optional*): Images per row. By default the grid is about square.
-
-    Returns:
-        `PIL.Image.Image`: An RGB image with a white background.
+    Draw images of one size, PIL or uint8 (H, W, 3), in rows, each below its label. Small images are enlarged by an integer
+    factor, labels wider than their image are shortened. By default the grid is about square.
     """
     images = [image if isinstance(image, Image.Image) else Image.fromarray(image) for image in images]
     columns = min(columns or math.ceil(math.sqrt(len(images))), len(images))

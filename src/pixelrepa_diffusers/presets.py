@@ -39,50 +39,31 @@ class Preset:
         return {name: value for name, value in vars(self).items() if not name.startswith("guidance")}
 
 
-_ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "B": {
-        "num_layers": 12,
-        "num_attention_heads": 12,
-        "attention_head_dim": 64,
-        "bottleneck_dim": 128,
-        "in_context_start": 4,
-        "dropout": 0.0,
-        "guidance_scale": 3.1,
-        "guidance_scale_jit": 3.0,
-    },
-    "L": {
-        "num_layers": 24,
-        "num_attention_heads": 16,
-        "attention_head_dim": 64,
-        "bottleneck_dim": 128,
-        "in_context_start": 8,
-        "dropout": 0.0,
-        "guidance_scale": 2.8,
-        "guidance_scale_jit": 2.4,
-    },
-    "H": {
-        "num_layers": 32,
-        "num_attention_heads": 16,
-        "attention_head_dim": 80,
-        "bottleneck_dim": 256,
-        "in_context_start": 10,
-        "dropout": 0.2,
-        "guidance_scale": 2.4,
-        "guidance_scale_jit": 2.2,
-    },
+# Layers, heads, head width, bottleneck, block of the class tokens, dropout, guidance scale with PixelREPA and of plain JiT.
+_SIZES = {
+    "B": (12, 12, 64, 128, 4, 0.0, 3.1, 3.0),
+    "L": (24, 16, 64, 128, 8, 0.0, 2.8, 2.4),
+    "H": (32, 16, 80, 256, 10, 0.2, 2.4, 2.2),
 }
 
 PRESETS: dict[str, Preset] = {
-    f"JiT-{size}/{patch_size}": Preset(
+    f"JiT-{name}/{patch_size}": Preset(
         sample_size=sample_size,
         patch_size=patch_size,
+        num_layers=num_layers,
+        num_attention_heads=num_heads,
+        attention_head_dim=head_dim,
+        bottleneck_dim=bottleneck_dim,
         in_context_len=32,
+        in_context_start=start,
         num_classes=1000,
+        dropout=dropout,
         noise_scale=noise_scale,
-        **architecture,
+        guidance_scale=scale,
+        guidance_scale_jit=scale_jit,
     )
     for patch_size, sample_size, noise_scale in ((16, 256, 1.0), (32, 512, 2.0))
-    for size, architecture in _ARCHITECTURES.items()
+    for name, (num_layers, num_heads, head_dim, bottleneck_dim, start, dropout, scale, scale_jit) in _SIZES.items()
 }
 # Demo only: trains in minutes on two CPU cores, on scanned 8x8 digits enlarged to 16x16.
 PRESETS["JiT-Digits/4"] = Preset(

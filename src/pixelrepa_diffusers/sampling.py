@@ -4,7 +4,7 @@ import itertools
 import json
 import os
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,10 @@ from diffusers import (
     FlowMatchHeunDiscreteScheduler,
     UniPCMultistepScheduler,
 )
+from PIL import Image
 
 from .guidance_jit import JiTGuidanceHead
+from .images import make_grid
 from .pipeline_pixelrepa import PixelREPAPipeline
 from .scheduling_jit import JiTFlowMatchScheduler
 from .transformer_jit import JiTTransformer2DModel
@@ -45,6 +47,7 @@ GUIDANCE_SETTINGS = {
     "guidance_head": ("self_guidance_scale", "self_guidance_interval"),
     "guidance_transformer": ("autoguidance_scale", "autoguidance_interval"),
 }
+GUIDANCE_NAMES = tuple(itertools.chain(*GUIDANCE_SETTINGS.values()))
 
 
 def saved_guidance(pipeline: PixelREPAPipeline) -> dict[str, Any]:
@@ -53,45 +56,74 @@ def saved_guidance(pipeline: PixelREPAPipeline) -> dict[str, Any]:
     return {name: pipeline.config[name] for part in parts for name in GUIDANCE_SETTINGS[part]}
 
 
+def sampling_settings(
+    pipeline: PixelREPAPipeline,
+    class_labels: Sequence[int] | int,
+    num_inference_steps: int,
+    given: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Checked arguments of a call: the guidance settings that are `given` and not `None`, the others as saved."""
+    settings = {"num_inference_steps": num_inference_steps, **saved_guidance(pipeline)}
+    settings |= {name: value for name, value in given.items() if value is not None}
+    pipeline.check_inputs(
+        class_labels, **settings, generator=None, latents=None, output_type="pt", callback_on_step_end_tensor_inputs=[]
+    )
+    return settings
+
+
+def class_names(pipeline: PixelREPAPipeline) -> list[str]:
+    """Name of every class, or its id where there is none."""
+    known = pipeline.config.id2label or {}
+    return [known.get(str(label), str(label)) for label in range(pipeline.transformer.config.num_classes)]
+
+
+def sample_grid(
+    pipeline: PixelREPAPipeline, num_images: int, num_inference_steps: int, batch_size: int, seed: int = 0
+) -> Image.Image:
+    """One column per class, or with fewer images than classes a square of evenly spaced classes."""
+    names = class_names(pipeline)
+    labels = [index * max(len(names), num_images) // num_images % len(names) for index in range(num_images)]
+    images = []
+    for start in range(0, num_images, batch_size):
+        part = labels[start : start + batch_size]
+        generators = seeded(range(seed + start, seed + start + len(part)))
+        images += pipeline(part, generator=generators, num_inference_steps=num_inference_steps).images
+    captions = [names[label].split(",")[0] for label in labels] if len(names) > 1 else None
+    return make_grid(images, captions, columns=len(names) if 1 < len(names) <= num_images else None)
+
+
 def describe_pipeline(
     name_or_path: str, revision: str | None = None, guidance_transformer: str | None = None
 ) -> PixelREPAPipeline:
     """
     Build a pipeline without its weights (on the meta device), to check labels and settings before anything large is read.
 
-    Args:
-        name_or_path (`str`): Folder of a saved pipeline or a training checkpoint, or a Hub id.
-        revision (`str`, *optional*): Branch, tag or commit of a Hub id.
-        guidance_transformer (`str`, *optional*): Folder of a second transformer, for autoguidance.
+    It is given by the folder of a saved pipeline or a training checkpoint, or by a Hub id.
 
     Raises:
         `OSError`: If there is no pipeline under this name; the message for a training run's folder names what to pass.
     """
     folder, parts = Path(name_or_path), {}
-    if _is_checkpoint(folder):
-        settings, config = _read_settings(folder), JiTTransformer2DModel.load_config(transformer_folder(folder))
-    elif str(name_or_path).startswith((".", "/", "~")) and not folder.exists():
+    if str(name_or_path).startswith((".", "/", "~")) and not folder.exists():
         raise FileNotFoundError(f"There is no folder {folder}.")
-    elif folder.exists() and not (folder / "model_index.json").is_file():
+    if folder.exists() and not is_checkpoint(folder) and not (folder / "model_index.json").is_file():
         raise FileNotFoundError(f"{folder} is not a saved pipeline: it has no model_index.json.{_suggestion(folder)}")
-    else:
-        try:
-            settings = PixelREPAPipeline.load_config(name_or_path, revision=revision)
-            config = JiTTransformer2DModel.load_config(name_or_path, subfolder="transformer", revision=revision)
-            for name, part in GUIDANCE_MODELS.items():
-                if name in settings:
-                    parts[name] = part.load_config(name_or_path, subfolder=name, revision=revision)
-        except OSError as error:
-            raise OSError(
-                f"{name_or_path} is neither a folder with a pipeline nor one that the Hub could deliver: {error}"
-            ) from error
+    try:
+        settings = read_settings(name_or_path, revision)
+        config = JiTTransformer2DModel.load_config(name_or_path, subfolder="transformer", revision=revision)
+        for name, part in GUIDANCE_MODELS.items():
+            if name in settings:
+                parts[name] = part.load_config(name_or_path, subfolder=name, revision=revision)
+    except OSError as error:
+        raise OSError(
+            f"{name_or_path} is neither a folder with a pipeline nor one that the Hub could deliver: {error}"
+        ) from error
     if guidance_transformer is not None:
         parts["guidance_transformer"] = JiTTransformer2DModel.load_config(guidance_transformer)
     with torch.device("meta"):
         transformer = JiTTransformer2DModel.from_config(config)
         parts = {name: GUIDANCE_MODELS[name].from_config(part) for name, part in parts.items()}
-    known = ("id2label", *itertools.chain(*GUIDANCE_SETTINGS.values()))
-    saved = {name: settings[name] for name in known if name in settings}
+    saved = {name: settings[name] for name in ("id2label", *GUIDANCE_NAMES) if name in settings}
     return PixelREPAPipeline(transformer, JiTFlowMatchScheduler(), **saved, **parts)
 
 
@@ -114,8 +146,8 @@ def load_pipeline(
     parts = {"transformer": JiTTransformer2DModel.from_pretrained(transformer, **settings)}
     if guidance_transformer is not None:
         parts["guidance_transformer"] = JiTTransformer2DModel.from_pretrained(guidance_transformer, **settings)
-    if _is_checkpoint(folder):
-        pipeline = PixelREPAPipeline(scheduler=JiTFlowMatchScheduler(), **_read_settings(folder), **parts)
+    if is_checkpoint(folder):
+        pipeline = PixelREPAPipeline(scheduler=JiTFlowMatchScheduler(), **read_settings(folder), **parts)
     else:
         pipeline = PixelREPAPipeline.from_pretrained(folder, **settings, **parts)
     process = accelerate.PartialState()
@@ -127,31 +159,33 @@ def load_pipeline(
 
 def transformer_folder(folder: Path) -> Path:
     """The weights to sample: those of a saved pipeline, or a training checkpoint's first EMA where it has one."""
-    if _is_checkpoint(folder):
-        ema = folder / f"transformer_ema_{_read_progress(folder)['arguments']['ema_decays'][0]}"
+    if is_checkpoint(folder):
+        ema = folder / f"transformer_ema_{read_progress(folder)['arguments']['ema_decays'][0]}"
         if ema.is_dir():
             return ema
     return folder / "transformer"
 
 
-def _is_checkpoint(folder: Path) -> bool:
-    return (folder / "progress.json").is_file()
+def is_checkpoint(name_or_path: str | Path) -> bool:
+    return Path(name_or_path, "progress.json").is_file()
 
 
-def _read_progress(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "progress.json").read_text(encoding="utf-8"))
+def read_progress(checkpoint: str | Path) -> dict[str, Any]:
+    return json.loads(Path(checkpoint, "progress.json").read_text(encoding="utf-8"))
 
 
-def _read_settings(folder: Path) -> dict[str, Any]:
-    """Class names and guidance of a checkpoint; older checkpoints have none."""
-    return _read_progress(folder).get("pipeline", {})
+def read_settings(name_or_path: str | Path, revision: str | None = None) -> dict[str, Any]:
+    """Class names and guidance saved with a pipeline or a training checkpoint; older checkpoints have none."""
+    if is_checkpoint(name_or_path):
+        return read_progress(name_or_path).get("pipeline", {})
+    return PixelREPAPipeline.load_config(name_or_path, revision=revision)
 
 
 def _suggestion(path: Path) -> str:
     if path.is_file():
         return " Convert a published checkpoint with pixelrepa-convert."
     candidates = [path / "pipeline", *sorted(path.glob("checkpoint-*"), key=os.path.getmtime, reverse=True)]
-    run = [folder for folder in candidates if (folder / "model_index.json").is_file() or _is_checkpoint(folder)]
+    run = [folder for folder in candidates if (folder / "model_index.json").is_file() or is_checkpoint(folder)]
     return f" It is a training run: pass {run[0]}." if run else ""
 
 

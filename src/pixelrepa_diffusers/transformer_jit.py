@@ -8,6 +8,7 @@ class tokens, T = N or L + N tokens, D width, H heads, d head width, F feed-forw
 The file is published beside the weights as remote code and imports only torch and diffusers.
 """
 
+import functools
 import inspect
 import json
 import shutil
@@ -20,7 +21,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.hooks import PyramidAttentionBroadcastConfig
-from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+from diffusers.hooks._helpers import (
+    AttentionProcessorMetadata,
+    AttentionProcessorRegistry,
+    TransformerBlockMetadata,
+    TransformerBlockRegistry,
+)
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
@@ -205,6 +211,7 @@ class JiTAttention(nn.Module, AttentionModuleMixin):
 
     _default_processor_cls = JiTAttnProcessor
     _available_processors = [JiTAttnProcessor]
+    is_cross_attention = False
 
     def __init__(self, dim: int, heads: int, head_dim: int, dropout: float, norm_eps: float):
         super().__init__()
@@ -433,6 +440,19 @@ class JiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin,
         source = Path(inspect.getfile(type(self)))
         shutil.copyfile(source, Path(save_directory) / source.name)
 
+    @functools.wraps(ModelMixin.save_pretrained)  # pipelines look at its signature
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        fused = any(getattr(module, "fused_projections", False) for module in self.modules())
+        self.unfuse_qkv_projections()  # diffusers would save both and ignore the fused ones at the next load
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if fused:
+            self.fuse_qkv_projections()
+        # diffusers deletes the shards of an earlier save but leaves their index, which it then prefers to the weights.
+        for index in Path(save_directory).glob("*.safetensors.index*.json"):
+            shards = set(json.loads(index.read_text())["weight_map"].values())
+            if not all((index.parent / shard).exists() for shard in shards):
+                index.unlink()
+
     def to_json_string(self) -> str:
         config = json.loads(super().to_json_string())
         config.pop("_name_or_path", None)  # a local path of the machine that loaded the weights
@@ -561,4 +581,9 @@ class JiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin,
 TransformerBlockRegistry.register(
     model_class=JiTBlock,
     metadata=TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=None),
+)
+# Perturbed-attention guidance replaces the attention of a block.
+AttentionProcessorRegistry.register(
+    model_class=JiTAttnProcessor,
+    metadata=AttentionProcessorMetadata(skip_processor_output_fn=lambda attn, hidden_states, *_: hidden_states),
 )

@@ -22,7 +22,7 @@ from ..cli import flag, parse, run
 from ..conversion import load_original_checkpoint, read_original_checkpoint, save_original_checkpoint
 from ..files import write_folder
 from ..presets import imagenet_id2label, matching_presets
-from ..sampling import DTYPES
+from ..sampling import DTYPES, cast_transformer
 
 
 @dataclass
@@ -61,11 +61,14 @@ class ConvertArguments:
     output_path: Path | None = flag(None, "With --to_original: the new .pth file.")
 
 
-def read_id2label(path: Path) -> dict[str, str]:
+def read_id2label(args: ConvertArguments, config: dict) -> dict[str, str] | None:
+    """Class names of --id2label, else ImageNet's for the papers' variants."""
+    if args.id2label is None:
+        return imagenet_id2label() if config.num_classes == 1000 and matching_presets(config) else None
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        return dict(json.loads(args.id2label.read_text(encoding="utf-8")))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"--id2label {path} is not a JSON object of class names: {error}") from None
+        raise ValueError(f"--id2label {args.id2label} is not a JSON object of class names: {error}") from None
 
 
 def choose_guidance(
@@ -85,23 +88,19 @@ def choose_guidance(
 def from_original(args: ConvertArguments) -> None:
     if args.output_dir.exists() and any(args.output_dir.iterdir()):
         raise FileExistsError(f"--output_dir {args.output_dir} exists and is not empty. Nothing is overwritten.")
-    id2label = read_id2label(args.id2label) if args.id2label else None
     transformer, adapter = load_original_checkpoint(
         args.checkpoint_path, args.weights, args.in_context_start, args.noise_scale
     )
     config = transformer.config
-    if id2label is None and config.num_classes == 1000 and matching_presets(config):
-        id2label = imagenet_id2label()
+    id2label = read_id2label(args, config)
     recorded = read_original_checkpoint(args.checkpoint_path).get("args", argparse.Namespace())
     scale, interval, source = choose_guidance(args, config, adapter is not None, recorded)
     scheduler = JiTFlowMatchScheduler(solver=getattr(recorded, "sampling_method", "heun"))
     pipe = PixelREPAPipeline(transformer, scheduler, id2label, scale, interval)
     models = {"transformer": transformer, **({"adapter": adapter} if adapter is not None else {})}
-    for model in models.values():
-        for name, parameter in model.named_parameters():
-            # As when a pipeline is loaded in half precision, the timestep embedding stays in float32.
-            if not set(name.split(".")) & set(model._keep_in_fp32_modules or ()):
-                parameter.data = parameter.data.to(getattr(torch, args.dtype))
+    cast_transformer(transformer, getattr(torch, args.dtype))
+    if adapter is not None:
+        adapter.to(getattr(torch, args.dtype))
 
     def save(folder: Path) -> None:
         pipe.save_pretrained(folder, max_shard_size=args.max_shard_size)

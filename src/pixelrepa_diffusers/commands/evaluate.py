@@ -19,9 +19,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate import Accelerator
 
 from .. import PixelREPAPipeline
@@ -29,11 +31,10 @@ from ..cli import check_launch, flag, parse, run
 from ..evaluation import (
     HIGHER_IS_BETTER,
     METRICS,
-    InceptionNetwork,
-    VisionEncoderNetwork,
     accumulate,
     file_images,
     finished_record,
+    open_network,
     open_spaces,
     pipeline_images,
     results,
@@ -44,6 +45,7 @@ from ..images import list_images, make_grid
 from ..sampling import (
     DTYPES,
     SCHEDULERS,
+    class_names,
     compile_transformer,
     describe_pipeline,
     device_name,
@@ -112,43 +114,31 @@ AXES = {
     "autoguidance_scale": "auto-",
 }
 
+# One combination of a sweep by axis. The value is None for the pipeline's own transformer and scheduler, and for guidance
+# that the pipeline does not have.
+Cell = dict[str, Any]
 
-@dataclass(frozen=True)
-class Cell:
-    """
-    One combination of a sweep. `transformer` and `scheduler` are None for the pipeline's own; self-guidance and autoguidance
-    for a pipeline that has none.
-    """
 
-    transformer: str | None
-    scheduler: str | None
-    num_inference_steps: int
-    guidance_interval: tuple[float, float]
-    guidance_scale: float
-    self_guidance_interval: tuple[float, float] | None = None
-    self_guidance_scale: float | None = None
-    autoguidance_scale: float | None = None
+def sampling(cell: Cell) -> dict[str, Any]:
+    """Arguments of the pipeline's call."""
+    return {
+        axis: value for axis, value in cell.items() if axis not in ("transformer", "scheduler") and value is not None
+    }
 
-    def labels(self) -> dict[str, str]:
-        """Position on each axis, as a text."""
-        numbers = {name: value if isinstance(value, list) else [value] for name, value in self.sampling().items()}
-        return {
-            "transformer": "-".join(Path(self.transformer).resolve().parts[-2:]) if self.transformer else "own",
-            "scheduler": self.scheduler or "own",
-            **{name: "-".join(f"{number:g}" for number in values) for name, values in numbers.items()},
-        }
 
-    def sampling(self) -> dict[str, Any]:
-        settings = {axis: getattr(self, axis) for axis in AXES if axis not in ("transformer", "scheduler")}
-        return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in settings.items()
-            if value is not None
-        }
+def labels(cell: Cell) -> dict[str, str]:
+    """Position on each axis, as a text."""
+    folder = cell["transformer"]
+    return {
+        "transformer": "-".join(Path(folder).resolve().parts[-2:]).replace("-transformer_", "-") if folder else "own",
+        "scheduler": cell["scheduler"] or "own",
+        **{axis: "-".join(f"{number:g}" for number in np.ravel(value)) for axis, value in sampling(cell).items()},
+    }
 
-    def name(self, axes: Sequence[str]) -> str:
-        """Short name by the given axes, such as "heun_steps-50_guidance-1.5"."""
-        return "_".join(AXES[axis] + label for axis, label in self.labels().items() if axis in axes)
+
+def cell_name(cell: Cell, axes: Sequence[str]) -> str:
+    """Short name by the given axes, such as "heun_steps-50_guidance-1.5"."""
+    return "_".join(AXES[axis] + label for axis, label in labels(cell).items() if axis in axes)
 
 
 def main(args: EvaluateArguments) -> list[dict[str, Any]]:
@@ -185,35 +175,34 @@ def main(args: EvaluateArguments) -> list[dict[str, Any]]:
 
 def plan_cells(args: EvaluateArguments, plan: PixelREPAPipeline, num_samples: int) -> list[Cell]:
     """All combinations, each checked against the pipeline's description before any weights are read."""
-    saved = saved_guidance(plan)
-    intervals = [parse_interval("guidance_intervals", text) for text in args.guidance_intervals or []]
-    self_intervals = [parse_interval("self_guidance_intervals", text) for text in args.self_guidance_intervals or []]
-    combinations = itertools.product(
-        args.transformers or [None],
-        args.schedulers or [None],
-        args.num_inference_steps or [50],
-        intervals or [tuple(saved["guidance_interval"])],
-        args.guidance_scales or [saved["guidance_scale"]],
-        self_intervals or [tuple(saved["self_guidance_interval"]) if plan.guidance_head else None],
-        args.self_guidance_scales or [saved.get("self_guidance_scale")],
-        args.autoguidance_scales or [saved.get("autoguidance_scale")],
-    )
-    cells = [Cell(*values) for values in combinations]
-    if len({cell.name(AXES) for cell in cells}) < len(cells):
+    saved = {name: list(value) if isinstance(value, tuple) else value for name, value in saved_guidance(plan).items()}
+    values = {
+        "transformer": args.transformers or [None],
+        "scheduler": args.schedulers or [None],
+        "num_inference_steps": args.num_inference_steps or [50],
+        "guidance_interval": parse_intervals(args, "guidance_intervals"),
+        "guidance_scale": args.guidance_scales,
+        "self_guidance_interval": parse_intervals(args, "self_guidance_intervals"),
+        "self_guidance_scale": args.self_guidance_scales,
+        "autoguidance_scale": args.autoguidance_scales,
+    }
+    choices = [chosen or [saved.get(axis)] for axis, chosen in values.items()]
+    cells = [dict(zip(AXES, combination, strict=True)) for combination in itertools.product(*choices)]
+    if len({cell_name(cell, AXES) for cell in cells}) < len(cells):
         raise ValueError("Two cells of the sweep have the same name: give each value once.")
     for cell in cells:
-        if cell.transformer and not Path(cell.transformer).is_dir():
-            raise FileNotFoundError(f"--transformers: there is no folder {cell.transformer}.")
-        pipeline_images(plan, num_samples, args.seed, **cell.sampling())
+        if cell["transformer"] and not Path(cell["transformer"]).is_dir():
+            raise FileNotFoundError(f"--transformers: there is no folder {cell['transformer']}.")
+        pipeline_images(plan, num_samples, args.seed, **sampling(cell))
     return cells
 
 
-def parse_interval(name: str, text: str) -> tuple[float, float]:
+def parse_intervals(args: EvaluateArguments, name: str) -> list[list[float]]:
     try:
-        low, high = map(float, text.split(":"))
+        intervals = [[float(bound) for bound in text.split(":")] for text in getattr(args, name) or []]
+        return [[low, high] for low, high in intervals]
     except ValueError:
-        raise ValueError(f"--{name}: {text!r} is not LOW:HIGH, such as 0.1:1.0.") from None
-    return low, high
+        raise ValueError(f"--{name}: give LOW:HIGH, such as 0.1:1.0.") from None
 
 
 class Evaluator:
@@ -224,11 +213,10 @@ class Evaluator:
             raise ValueError("A metric in the teacher's space needs --teacher.")
         self.args, self.accelerator, self.num_samples = args, accelerator, num_samples
         references = {name: getattr(args, f"{name}_reference") for name in ("inception", "dinov2", "teacher")}
-        encoder = VisionEncoderNetwork.from_pretrained
         networks = {
-            "inception": partial(InceptionNetwork, args.inception_weights),
-            "dinov2": partial(encoder, args.dinov2),
-            "teacher": partial(encoder, args.teacher, args.teacher_image_size, args.teacher_pooling),
+            "inception": partial(open_network, "inception", args.inception_weights),
+            "dinov2": partial(open_network, args.dinov2),
+            "teacher": partial(open_network, args.teacher, None, args.teacher_image_size, args.teacher_pooling),
         }
         with accelerator.local_main_process_first():  # the main process downloads, the others read the cache
             self.spaces = open_spaces(args.metrics, num_samples, networks, references, accelerator.device)
@@ -255,7 +243,7 @@ class Evaluator:
             "num_processes": accelerator.num_processes,
         }
 
-    def measure(self, folder: Path, make_images, settings: dict, labels: list[str] | None = None) -> dict[str, Any]:
+    def measure(self, folder: Path, make_images, settings: dict, names: Sequence[str] = ()) -> dict[str, Any]:
         """Measure one set of images into `folder`, unless that is done, and return its metrics.json."""
         args, accelerator, settings = self.args, self.accelerator, {**settings, **self.settings}
         path, state_path = folder / "metrics.json", folder / "state.npz"
@@ -291,7 +279,8 @@ class Evaluator:
         }
         if accelerator.is_main_process:
             if pictures := tally.pictures():
-                grid = make_grid(pictures, labels and labels[: len(pictures)])
+                captions = [name.split(",")[0] for name, _ in zip(itertools.cycle(names), pictures)]
+                grid = make_grid(pictures, captions or None, columns=len(names) if 1 < len(names) <= 16 else None)
                 write_atomically(folder / "grid.png", lambda temporary: grid.save(temporary, "PNG"))
             write_json(path, record)
             state_path.unlink(missing_ok=True)
@@ -304,41 +293,38 @@ def measure_cells(
     args: EvaluateArguments, evaluator: Evaluator, plan: PixelREPAPipeline, cells: list[Cell]
 ) -> list[dict[str, Any]]:
     """Sample and measure every cell. A transformer is loaded once for consecutive cells; tables follow each cell."""
-    accelerator, num_classes = evaluator.accelerator, plan.transformer.config.num_classes
-    with accelerator.local_main_process_first():
+    with evaluator.accelerator.local_main_process_first():
         folder, commit = fetch_pipeline(args.pipeline, args.revision)
-    names = plan.config.id2label or {}
-    labels = [str(index % num_classes) for index in range(min(args.max_grid_images, evaluator.num_samples))]
-    labels = [names.get(label, label).split(",")[0] for label in labels]
-    axes = [axis for axis in AXES if len({getattr(cell, axis) for cell in cells}) > 1]
+    axes = [axis for axis in AXES if len({labels(cell).get(axis) for cell in cells}) > 1]
     guides = {
         "guidance_head": folder / "guidance_head",
         "guidance_transformer": Path(args.guidance_transformer or folder / "guidance_transformer"),
     }
     guide_weights = {f"{name}_sha256": weights_sha256(path) for name, path in guides.items() if path.is_dir()}
     records = []
-    for transformer, group in itertools.groupby(cells, key=lambda cell: cell.transformer):
+    for transformer, group in itertools.groupby(cells, key=itemgetter("transformer")):
         source = transformer_folder(folder) if transformer is None else Path(transformer)
         pipe = load_pipeline(folder, args.dtype, source, args.guidance_transformer)
         if args.compile:
             compile_transformer(pipe.transformer)
         own_scheduler, weights = pipe.scheduler, weights_sha256(source)
         for cell in group:
-            pipe.scheduler = SCHEDULERS[cell.scheduler]() if cell.scheduler else own_scheduler
+            pipe.scheduler = SCHEDULERS[cell["scheduler"]]() if cell["scheduler"] else own_scheduler
             settings = {
                 "pipeline": Path(args.pipeline).name if commit is None else args.pipeline,
                 "revision": commit,
-                "transformer": cell.labels()["transformer"],
+                "transformer": labels(cell)["transformer"],
                 "weights_sha256": weights,
                 **guide_weights,
                 "scheduler": {"_class_name": type(pipe.scheduler).__name__, **pipe.scheduler.config},
-                **cell.sampling(),
+                **sampling(cell),
                 "seeds": f"{args.seed}-{args.seed + evaluator.num_samples - 1}",
                 "dtype": args.dtype,
             }
-            make_images = pipeline_images(pipe, evaluator.num_samples, args.seed, **cell.sampling())
-            records.append(evaluator.measure(args.output_dir / cell.name(axes), make_images, settings, labels))
-            if axes and accelerator.is_main_process:
+            make_images = pipeline_images(pipe, evaluator.num_samples, args.seed, **sampling(cell))
+            target = args.output_dir / cell_name(cell, axes)
+            records.append(evaluator.measure(target, make_images, settings, class_names(plan)))
+            if axes and evaluator.accelerator.is_main_process:
                 write_sweep(args.output_dir, axes, cells, records)
     return records
 
@@ -353,7 +339,7 @@ def best(records: list[dict[str, Any]]) -> int:
 def write_sweep(output_dir: Path, axes: list[str], cells: list[Cell], records: list[dict[str, Any]]) -> None:
     """Tables and plot of the measured cells, which come first in `cells`."""
     rows = [
-        {"folder": cell.name(axes), **cell.labels(), **record["metrics"], "seconds": record["seconds"]}
+        {"folder": cell_name(cell, axes), **labels(cell), **record["metrics"], "seconds": record["seconds"]}
         for cell, record in zip(cells, records, strict=False)
     ]
     text = io.StringIO(newline="")
@@ -377,8 +363,8 @@ def plot(path: Path, axes: list[str], cells: list[Cell], records: list[dict[str,
     x_axis = (numeric or axes)[0]
     lines: dict[str, list] = {}
     for cell, record in zip(cells, records, strict=False):
-        x = getattr(cell, x_axis) if numeric else cell.labels()[x_axis]
-        line = cell.name([axis for axis in axes if axis != x_axis])
+        x = cell[x_axis] if numeric else labels(cell)[x_axis]
+        line = cell_name(cell, [axis for axis in axes if axis != x_axis])
         lines.setdefault(line, []).append((x, record["metrics"][metric]))
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")

@@ -7,7 +7,6 @@ GPUs (`accelerate launch pipelines/generate.py ...`) make the same files as one,
 """
 
 import contextlib
-import itertools
 import json
 import re
 import shlex
@@ -20,20 +19,21 @@ from PIL import Image, PngImagePlugin
 from tqdm.auto import tqdm
 
 from .. import PixelREPAPipeline
-from ..cli import check_launch, flag, parse, run
+from ..cli import as_words, check_launch, flag, parse, run
 from ..files import only_writer, write_atomically, write_json
 from ..images import make_grid
 from ..sampling import (
     DTYPES,
-    GUIDANCE_SETTINGS,
+    GUIDANCE_NAMES,
     SCHEDULERS,
     check_cuda_graphs,
+    class_names,
     compile_transformer,
     describe_pipeline,
     device_name,
     fetch_pipeline,
     load_pipeline,
-    saved_guidance,
+    sampling_settings,
     seeded,
     versions,
 )
@@ -98,20 +98,15 @@ def main(args: GenerateArguments) -> list[Path]:
     check_launch(accelerator.num_processes)
     check_cuda_graphs(args.cuda_graphs, accelerator.device)
     plan = describe_pipeline(args.pipeline, args.revision, args.guidance_transformer)
-    known = plan.config.id2label or {}
-    names = [known.get(str(label), str(label)) for label in range(plan.transformer.config.num_classes)]
+    names = class_names(plan)
     if args.list_classes:
         for label, name in enumerate(names):
             accelerator.print(label, name)
         return []
 
     seeds, labels = parse_numbers(args.seeds, "seeds"), select_classes(args.class_labels, plan)
-    given = {name: getattr(args, name) for name in itertools.chain(*GUIDANCE_SETTINGS.values())}
-    sampling = {"num_inference_steps": args.num_inference_steps, **saved_guidance(plan)}
-    sampling |= {name: value for name, value in given.items() if value is not None}
-    plan.check_inputs(
-        labels, **sampling, generator=None, latents=None, output_type="pil", callback_on_step_end_tensor_inputs=[]
-    )
+    given = {name: getattr(args, name) for name in GUIDANCE_NAMES}
+    sampling = sampling_settings(plan, labels, args.num_inference_steps, given)
     images = {args.output_dir / f"{label:04d}_{seed:06d}.png": (label, seed) for label in labels for seed in seeds}
     grid_path, record_path = args.output_dir / "grid.png", args.output_dir / "arguments.json"
     existing = [path for path in (*images, grid_path, record_path) if path.exists()]
@@ -173,22 +168,10 @@ def main(args: GenerateArguments) -> list[Path]:
 
 def png_info(facts: dict[str, Any], scheduler: str | None) -> PngImagePlugin.PngInfo:
     """Text chunks of one image: its settings, library versions, and the command that makes it again."""
-    flags = {
-        "pipeline": facts["pipeline"],
-        "revision": facts["revision"],
-        "class_labels": facts["class_id"],
-        "seeds": facts["seed"],
-        "scheduler": scheduler,
-        "num_inference_steps": facts["num_inference_steps"],
-        **{name: facts.get(name) for name in itertools.chain(*GUIDANCE_SETTINGS.values())},
-        "guidance_transformer": facts["guidance_transformer"],
-        "dtype": facts["dtype"],
-        "output_dir": "again",
-    }
-    command = ["pixelrepa-generate"]
-    for name, value in flags.items():
-        if value is not None:
-            command += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    same = ("pipeline", "revision", "num_inference_steps", *GUIDANCE_NAMES, "guidance_transformer", "dtype")
+    flags = {name: facts.get(name) for name in same}
+    flags |= {"class_labels": facts["class_id"], "seeds": facts["seed"], "scheduler": scheduler, "output_dir": "again"}
+    command = ["pixelrepa-generate", *as_words(flags)]
     info = PngImagePlugin.PngInfo()
     for key, value in {**facts, "command": shlex.join(command), "versions": versions()}.items():
         if value is not None:

@@ -24,10 +24,9 @@ from ..evaluation import (
     FeatureBank,
     FeatureMoments,
     FeatureStatistics,
-    InceptionNetwork,
-    VisionEncoderNetwork,
     extract,
     gather,
+    open_network,
 )
 from ..training.data import DataArguments, Example, ImageSource, open_source, read_pixels
 
@@ -89,10 +88,7 @@ def main(args: ReferenceArguments) -> FeatureStatistics:
 
     with accelerator.main_process_first():
         source = open_images(args)
-        if args.network == "inception":
-            network = InceptionNetwork(args.inception_weights)
-        else:
-            network = VisionEncoderNetwork.from_pretrained(args.network, args.image_size, args.pooling)
+        network = open_network(args.network, args.inception_weights, args.image_size, args.pooling)
     network.to(accelerator.device)
 
     # Strided by hand: a loader prepared by accelerate repeats images to make the processes even.

@@ -23,15 +23,15 @@ from .. import JiTFlowMatchScheduler, PixelREPAPipeline
 from ..cli import check_launch, flag, parse, run
 from ..evaluation import (
     FeatureSpace,
-    InceptionNetwork,
-    VisionEncoderNetwork,
     accumulate,
     extract,
     feature_statistics,
+    file_images,
     network_name,
+    open_network,
 )
 from ..files import write_atomically, write_json
-from ..images import list_classes, read_image, to_uint8
+from ..images import list_classes, to_uint8
 from ..objective import interpolate
 from ..sampling import DTYPES, describe_pipeline, device_name, fetch_pipeline, load_pipeline, seeded, versions
 
@@ -89,14 +89,6 @@ class Item:
     number: int
 
 
-def read_items(items: Sequence[Item], size: int) -> torch.Tensor:
-    return torch.stack([read_image(item.path, size) for item in items])
-
-
-def originals(items: Sequence[Item], size: int):
-    return lambda indices: read_items([items[index] for index in indices], size)
-
-
 def find_classes(args: ProbeArguments) -> tuple[dict[int, list[Item]], int]:
     """Images of the probed classes, and the image size of the pipelines."""
     folders = list_classes(args.data_dir)
@@ -128,10 +120,9 @@ def split_by_distance(
     mine = list(classes.items())[accelerator.process_index :: accelerator.num_processes]
     split = {}
     for label, items in tqdm(mine, desc="centroids", disable=not accelerator.is_main_process or None):
-        features = []
-        for start in range(0, len(items), args.batch_size):
-            images = read_items(items[start : start + args.batch_size], size)
-            features.append(extract(teacher, images)["features"].cpu().double())
+        read = file_images([item.path for item in items], size)
+        batches = torch.arange(len(items)).split(args.batch_size)
+        features = [extract(teacher, read(batch.tolist()))["features"].cpu().double() for batch in batches]
         features = torch.cat(features)  # (images of the class, D)
         order = (features - features.mean(dim=0)).norm(dim=1).argsort(stable=True).tolist()
         nearest, farthest = order[: args.images_per_class], order[-args.images_per_class :]
@@ -143,10 +134,10 @@ def split_by_distance(
 def noised_and_denoised(args: ProbeArguments, pipeline: PixelREPAPipeline, items: list[Item]):
     """Images by index: the item's image, noised to t = `args.time` and denoised by the pipeline."""
     config = pipeline.transformer.config
+    read = file_images([item.path for item in items], config.sample_size)
 
     def make_images(indices: Sequence[int]) -> torch.Tensor:
-        batch = [items[index] for index in indices]
-        images = read_items(batch, config.sample_size).float() / 127.5 - 1
+        batch, images = [items[index] for index in indices], read(indices).float() / 127.5 - 1
         generators = seeded(args.seed + item.number for item in batch)
         noise = torch.stack([torch.randn(images.shape[1:], generator=generator) for generator in generators])
         z = interpolate(images, config.noise_scale * noise, torch.full((len(batch),), args.time))
@@ -160,14 +151,6 @@ def noised_and_denoised(args: ProbeArguments, pipeline: PixelREPAPipeline, items
         return to_uint8(made, (0, 1))
 
     return make_images
-
-
-def load_probed(folder: Path, args: ProbeArguments) -> PixelREPAPipeline:
-    """A pipeline whose solver, Heun's unless its own scheduler names another, starts at `args.time`."""
-    pipe = load_pipeline(folder, args.dtype)
-    pipe.scheduler = LateScheduler(solver=pipe.scheduler.config.get("solver", "heun"))
-    pipe.scheduler.start_time = args.time
-    return pipe
 
 
 def main(args: ProbeArguments) -> dict[str, Any]:
@@ -187,11 +170,9 @@ def main(args: ProbeArguments) -> dict[str, Any]:
 
     with accelerator.local_main_process_first():  # the main process downloads, the others read the cache
         folders = [fetch_pipeline(name)[0] for name in args.pipelines]
-        teacher = network = VisionEncoderNetwork.from_pretrained(args.teacher, args.image_size, args.pooling)
-        if args.network == "inception":
-            network = InceptionNetwork(args.inception_weights)
-        elif args.network != "teacher":
-            network = VisionEncoderNetwork.from_pretrained(args.network, args.image_size, args.pooling)
+        teacher = network = open_network(args.teacher, None, args.image_size, args.pooling)
+        if args.network != "teacher":
+            network = open_network(args.network, args.inception_weights, args.image_size, args.pooling)
     teacher, network = teacher.to(accelerator.device), network.to(accelerator.device)
     subsets = split_by_distance(args, accelerator, classes, size, teacher)
     space = FeatureSpace("teacher", network, ("fd_teacher",))
@@ -201,10 +182,15 @@ def main(args: ProbeArguments) -> dict[str, Any]:
         tally = accumulate(make_images, count, [space], args.batch_size, description=description)
         return feature_statistics(tally, space)
 
-    real = {subset: measure(originals(items, size), subset, "real images") for subset, items in subsets.items()}
+    real = {
+        subset: measure(file_images([item.path for item in items], size), subset, "real images")
+        for subset, items in subsets.items()
+    }
     distances = {}
     for name, folder in zip(names, folders, strict=True):
-        pipe = load_probed(folder, args)
+        pipe = load_pipeline(folder, args.dtype)
+        pipe.scheduler = LateScheduler(solver=pipe.scheduler.config.get("solver", "heun"))
+        pipe.scheduler.start_time = args.time
         distances[name] = {
             subset: measure(noised_and_denoised(args, pipe, items), subset, name).distance(real[subset])
             for subset, items in subsets.items()
@@ -234,11 +220,9 @@ def main(args: ProbeArguments) -> dict[str, Any]:
 def write_results(output_dir: Path, record: dict[str, Any]) -> None:
     """Print the table; write it, the plot and, last because it marks the end, probe.json."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    lines = ["| pipeline | near | far |", "|---|---|---|"]
-    lines += [
-        f"| {name} | {pair['near']:.4g} | {pair['far']:.4g} |" for name, pair in record["frechet_distance"].items()
-    ]
-    table = "\n".join(lines) + "\n"
+    table = "| pipeline | near | far |\n|---|---|---|\n"
+    for name, pair in record["frechet_distance"].items():
+        table += f"| {name} | {pair['near']:.4g} | {pair['far']:.4g} |\n"
     print(f"Fréchet distance, {record['network']}:\n{table}")
     write_atomically(output_dir / "probe.md", lambda file: file.write_text(table, encoding="utf-8"))
     plot(output_dir / "probe.png", record)

@@ -3,18 +3,23 @@
     hf auth login                                                  # once; or set HF_TOKEN
     pixelrepa-publish FOLDER user/name --license mit --metrics metrics.json
 
-Publishing again without a change uploads nothing. `--dry_run` shows the card and the files and sends nothing.
+Publishing again without a change uploads nothing. `--dry_run` shows the card and the files and sends nothing. Of a training
+checkpoint the sampled weights are published, as a pipeline.
 """
 
+import contextlib
 import json
 import logging
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from transformers import HfArgumentParser
 
 from ..cli import flag, run
-from ..hub import publish_folder, published_files, read_metrics
+from ..files import write_json
+from ..hub import LOCAL, publish_folder, publishable, published_files, read_metrics
+from ..sampling import is_checkpoint, load_pipeline, read_progress
 
 
 logger = logging.getLogger(__name__)
@@ -41,23 +46,39 @@ class PublishArguments:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = HfArgumentParser(PublishArguments, description=__doc__.partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("folder", type=Path, help="Folder written by save_pretrained.")
+    parser.add_argument("folder", type=Path, help="Saved pipeline or training checkpoint (checkpoint-N).")
     parser.add_argument("repo_id", help="user/name, or name for your own user.")
     args, positional = parser.parse_args_into_dataclasses(arguments)
-    folder, repo_id = positional.folder, positional.repo_id
+    with contextlib.ExitStack() as stack:
+        folder = positional.folder
+        if is_checkpoint(folder):
+            folder = save_checkpoint(folder, stack.enter_context(tempfile.TemporaryDirectory()))
+        publish(folder, positional.repo_id, args)
+
+
+def save_checkpoint(checkpoint: Path, parent: str) -> Path:
+    """Save the pipeline of a training checkpoint, with the facts for its card."""
+    folder, progress = Path(parent, checkpoint.resolve().name), read_progress(checkpoint)
+    load_pipeline(checkpoint, "float32").save_pretrained(folder)
+    facts = {**publishable(progress["arguments"]), "steps": progress["step"]}
+    write_json(folder / "training_arguments.json", facts)
+    return folder
+
+
+def publish(folder: Path, repo_id: str, args: PublishArguments) -> None:
     options = asdict(args)
     dry_run, private, metrics = options.pop("dry_run"), options.pop("private"), options.pop("metrics")
-
     files = published_files(folder, repo_id, read_metrics(folder, metrics), **options)
     card = files["README.md"]
     if isinstance(card, Path):
         logger.info(f"Publishing {card} as the card, unchanged.")
     else:
-        card = card.decode()
+        card, facts = card.decode(), folder / "training_arguments.json"
+        training = json.loads(facts.read_text(encoding="utf-8")) if facts.exists() else {}
         clues = {
             "--license": "No licence is stated" in card,
             "--dataset": "| data set |" not in card,
-            "--base_model": _is_unnamed_fine_tune(folder) and not args.base_model,
+            "--base_model": training.get("pretrained_model_name_or_path") == LOCAL and not args.base_model,
             "--teacher": "frozen teacher (an image encoder)" in card,
         }
         if unstated := [name for name, is_unstated in clues.items() if is_unstated]:
@@ -68,15 +89,6 @@ def main(arguments: list[str] | None = None) -> None:
         return
     # None leaves the visibility to the default of the user or organisation.
     print(publish_folder(folder, repo_id, metrics=metrics, private=private or None, **options).commit_url)
-
-
-def _is_unnamed_fine_tune(folder: Path) -> bool:
-    """Whether the trainer started from a pretrained pipeline in a local folder."""
-    facts = folder / "training_arguments.json"
-    source = (
-        json.loads(facts.read_text(encoding="utf-8")).get("pretrained_model_name_or_path") if facts.exists() else None
-    )
-    return source == "a local folder"
 
 
 def cli() -> None:

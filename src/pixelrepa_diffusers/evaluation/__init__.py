@@ -18,7 +18,15 @@ from .loop import (
     pipeline_images,
     results,
 )
-from .networks import InceptionNetwork, VisionEncoderNetwork, extract, network_name, network_sha256, stack_images
+from .networks import (
+    InceptionNetwork,
+    VisionEncoderNetwork,
+    extract,
+    network_name,
+    network_sha256,
+    open_network,
+    stack_images,
+)
 from .reference import FeatureStatistics
 from .statistics import FeatureBank, FeatureMoments, InceptionScoreSums, frechet_distance, gather, precision_recall
 

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from ..images import open_image, read_image, to_uint8
 from ..pipeline_pixelrepa import PixelREPAPipeline
-from ..sampling import saved_guidance, seeded
+from ..sampling import sampling_settings, seeded
 from .networks import extract, network_name, network_sha256
 from .reference import FeatureStatistics, load_reference, write_arrays
 from .statistics import FeatureBank, FeatureMoments, InceptionScoreSums, gather, precision_recall
@@ -49,19 +49,11 @@ MakeImages = Callable[[Sequence[int]], torch.Tensor]
 
 @dataclass(frozen=True)
 class FeatureSpace:
-    """
-    A feature network with the metrics that use its features.
+    """A feature network with the metrics that use its features, and the statistics of the real images."""
 
-    Args:
-        name (`str`): `"inception"`, `"dinov2"` or `"teacher"`.
-        network (`nn.Module`): Feature network, see [`extract`].
-        metrics (`tuple[str, ...]`): Names in `METRICS`, all of this space.
-        reference (`FeatureStatistics`, *optional*): Statistics of the real images.
-    """
-
-    name: str
+    name: str  # "inception", "dinov2" or "teacher"
     network: nn.Module
-    metrics: tuple[str, ...]
+    metrics: tuple[str, ...]  # names in `METRICS`
     reference: FeatureStatistics | None = None
 
     @property
@@ -82,12 +74,7 @@ def open_spaces(
     """
     Load the networks and references of the metrics, and check all that can be checked before an image is made.
 
-    Args:
-        metrics (`Sequence[str]`): Names in `METRICS`.
-        num_images (`int`): Number of images of the evaluation.
-        networks (`Mapping[str, Callable]`): Maps a space to a function that loads its network.
-        references (`Mapping[str, FeatureStatistics]`): Maps a space to its reference statistics or their file.
-        device (`torch.device`, *optional*, defaults to `"cpu"`): Device of the networks.
+    `networks` maps a space to a function that loads its network, `references` to its statistics or their file.
 
     Raises:
         ValueError: If a metric needs more images or has no suitable reference.
@@ -159,13 +146,9 @@ class Tally:
 
     def load(self, path: Path, settings: dict) -> int:
         """Restore what `save` wrote and return the number of images done."""
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = dict(file)
-            stored = json.loads(str(arrays["settings"]))
-        except Exception as error:  # numpy raises many types
-            raise ValueError(f"{path} is damaged ({error!r}): remove it to start this evaluation again.") from error
-        _check_settings(path, stored, settings)
+        with np.load(path, allow_pickle=False) as file:
+            arrays = dict(file)
+        _check_settings(path, json.loads(str(arrays["settings"])), settings)
         for (kind, space), accumulator in self.accumulators.items():
             if kind == "banks":
                 accumulator.update(arrays[f"banks/{space}/features"])
@@ -181,10 +164,7 @@ def finished_record(path: Path, settings: dict) -> dict | None:
     """The record in a metrics.json, `None` if there is no such file; a `ValueError` if its settings differ."""
     if not path.is_file():
         return None
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}): remove it to measure again.") from error
+    record = json.loads(path.read_text(encoding="utf-8"))
     _check_settings(path, {name: record.get(name) for name in settings}, settings)
     return record
 
@@ -212,18 +192,8 @@ def accumulate(
     """
     Make images 0 … num_images − 1 once and run them through every space, shared among the processes of accelerate.
 
-    Every process must call this function and gets the same tally.
-
-    Args:
-        make_images (`Callable`): Makes the images of a batch from their numbers.
-        num_images (`int`): Number of images over all processes.
-        spaces (`Sequence[FeatureSpace]`): Feature spaces.
-        batch_size (`int`): Images that are made, and go through the networks, at once.
-        num_shown (`int`, *optional*, defaults to 0): Number of first images that are kept for a grid.
-        state_path (`Path`, *optional*): File that is written every `chunk_size` images, and resumed from if it exists.
-        settings (`dict`, *optional*): JSON values that determine images and features; a resumed state must have the same.
-        chunk_size (`int`, *optional*, defaults to 5000): Images between two states.
-        description (`str`, *optional*, defaults to `"images"`): Title of the progress bar.
+    Every process must call this function and gets the same tally, with the first `num_shown` images. The file `state_path` is
+    written every `chunk_size` images, and resumed from if it was written with the same `settings` (JSON values).
     """
     process, settings = PartialState(), settings or {}
     total = Tally(spaces, num_images, num_shown)
@@ -280,17 +250,8 @@ def pipeline_images(
     """
     Generated images by number, equally many of each class, rounded to 8 bits like saved files.
 
-    Args:
-        pipeline ([`PixelREPAPipeline`]): Pipeline of an RGB model.
-        num_images (`int`): Number of images, a multiple of the number of classes.
-        seed (`int`, *optional*, defaults to 0): Image i starts from the noise of seed + i.
-        num_inference_steps (`int`, *optional*, defaults to 50): Sampling steps.
-        guidance_scale (`float`, *optional*): Defaults to the value saved with the pipeline.
-        guidance_interval (`Sequence[float]`, *optional*): Defaults to the value saved with the pipeline.
-        model_guidance: Arguments of self-guidance and autoguidance, with the same defaults.
-
-    Raises:
-        ValueError: For unsuitable settings, before an image is made.
+    Image i starts from the noise of seed + i. Guidance arguments default to the values saved with the pipeline;
+    `model_guidance` are those of self-guidance and autoguidance. Settings are checked before an image is made.
     """
     config = pipeline.transformer.config
     if num_images % config.num_classes:
@@ -298,11 +259,7 @@ def pipeline_images(
             f"The number of images must be a multiple of the model's {config.num_classes} classes, got {num_images}."
         )
     given = {"guidance_scale": guidance_scale, "guidance_interval": guidance_interval, **model_guidance}
-    settings = {"num_inference_steps": num_inference_steps, **saved_guidance(pipeline)}
-    settings |= {name: value for name, value in given.items() if value is not None}
-    pipeline.check_inputs(
-        0, **settings, generator=None, latents=None, output_type="pt", callback_on_step_end_tensor_inputs=[]
-    )
+    settings = sampling_settings(pipeline, 0, num_inference_steps, given)
 
     def make_images(indices: Sequence[int]) -> torch.Tensor:
         labels = [index % config.num_classes for index in indices]
@@ -328,17 +285,15 @@ def evaluate_pipeline(
     return results(accumulate(make_images, num_images, spaces, batch_size), spaces)
 
 
-def file_images(paths: Sequence[Path]) -> MakeImages:
-    """Image files of one size by number, as RGB."""
+def file_images(paths: Sequence[Path], size: int | None = None) -> MakeImages:
+    """Image files by number, as RGB: all of one size, or cropped to squares of `size`."""
     path_of_size = {}
-    for path in paths:
+    for path in paths if size is None else ():
         with open_image(path) as image:  # header only
             path_of_size.setdefault(image.size, path)
     if len(path_of_size) > 1:
-        sizes = ", ".join(
-            f"{path} has {width}×{height} pixels" for (width, height), path in [*path_of_size.items()][:2]
-        )
+        sizes = ", ".join(f"{path} has {w}×{h} pixels" for (w, h), path in [*path_of_size.items()][:2])
         raise ValueError(
             f"The images must have one size: {sizes}. Choose some with a pattern such as 'images/0*.png'."
         )
-    return lambda indices: torch.stack([read_image(paths[index]) for index in indices])
+    return lambda indices: torch.stack([read_image(paths[index], size) for index in indices])

@@ -24,11 +24,8 @@ from ..teacher import read_normalization
 
 def stack_images(images: torch.Tensor | np.ndarray | Sequence[Image.Image | np.ndarray]) -> torch.Tensor:
     """
-    Stack images of one size into a `torch.uint8` batch (B, 3, H, W).
-
-    Args:
-        images (`torch.Tensor`, `np.ndarray` or `list`):
-            A `torch.uint8` batch, a uint8 array (B, H, W, 3), or a list of PIL images and uint8 arrays (H, W, 3).
+    Stack images of one size into a `torch.uint8` batch (B, 3, H, W): such a batch itself, a uint8 array (B, H, W, 3), or a
+    list of PIL images and uint8 arrays (H, W, 3).
     """
     if not isinstance(images, torch.Tensor):
         arrays = [np.asarray(to_rgb(image) if isinstance(image, Image.Image) else image) for image in images]
@@ -39,6 +36,18 @@ def stack_images(images: torch.Tensor | np.ndarray | Sequence[Image.Image | np.n
             "pixelrepa_diffusers.images.to_uint8."
         )
     return images
+
+
+def open_network(
+    name: str | os.PathLike,
+    inception_weights: str | os.PathLike | None = None,
+    image_size: int = 224,
+    pooling: str = "class",
+) -> nn.Module:
+    """[`InceptionNetwork`] for the name "inception", else the [`VisionEncoderNetwork`] of a folder or Hub id."""
+    if name == "inception":
+        return InceptionNetwork(inception_weights)
+    return VisionEncoderNetwork.from_pretrained(name, image_size, pooling)
 
 
 @torch.inference_mode()

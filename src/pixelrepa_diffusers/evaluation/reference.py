@@ -18,24 +18,14 @@ from .statistics import FeatureBank, FeatureMoments, frechet_distance
 
 @dataclass
 class FeatureStatistics:
-    """
-    Mean and covariance of the features of a set of images.
+    """Mean and covariance of the features of a set of images."""
 
-    Args:
-        mu (`np.ndarray` of shape `(D,)`): Mean.
-        sigma (`np.ndarray` of shape `(D, D)`): Unbiased covariance.
-        count (`int`, *optional*): Number of images; unknown for files of other programs.
-        network (`str`, *optional*): Name of the feature network.
-        network_sha256 (`str`, *optional*): Hash of the feature network, see [`network_sha256`].
-        features (`np.ndarray` of shape `(count, D)`, *optional*): The features themselves, for precision and recall.
-    """
-
-    mu: np.ndarray
-    sigma: np.ndarray
-    count: int | None = None
+    mu: np.ndarray  # (D,)
+    sigma: np.ndarray  # (D, D), unbiased
+    count: int | None = None  # number of images; unknown for files of other programs
     network: str | None = None
     network_sha256: str | None = None
-    features: np.ndarray | None = None
+    features: np.ndarray | None = None  # (count, D), for precision and recall
 
     def __post_init__(self):
         self.mu, self.sigma = np.asarray(self.mu, np.float64), np.asarray(self.sigma, np.float64)

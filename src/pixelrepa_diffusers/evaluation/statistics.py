@@ -172,10 +172,6 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
 
     With Σᵢ = AᵢAᵢᵀ the last trace is the sum of the singular values of A₁ᵀA₂. Unlike a matrix square root or the
     eigenvalues of Σ₁Σ₂, singular values stay exact when a covariance is singular (fewer images than dimensions).
-
-    Args:
-        mu1, mu2 (`np.ndarray` of shape `(D,)`): Means.
-        sigma1, sigma2 (`np.ndarray` of shape `(D, D)`): Covariances.
     """
     mu1, sigma1, mu2, sigma2 = (np.asarray(array, dtype=np.float64) for array in (mu1, sigma1, mu2, sigma2))
     roots = []
@@ -203,15 +199,7 @@ def precision_recall(
     set. Distances are in float64, and distances within 1e-12 of the largest norm count as equal, so that rounding does not
     decide about copies of an image.
 
-    Args:
-        generated (`torch.Tensor` or `np.ndarray` of shape `(N, D)`): Features of the generated images.
-        real (`torch.Tensor` or `np.ndarray` of shape `(M, D)`): Features of the real images; both values depend on N and M.
-        k (`int`, *optional*, defaults to 3): The neighbour that a ball reaches to.
-        device (`torch.device`, *optional*, defaults to `"cpu"`): Used if it is a CUDA device; others may lack float64.
-        batch_size (`int`, *optional*, defaults to 1024): Rows of the distance matrix that are kept at once.
-
-    Returns:
-        `dict[str, float]`: `precision` and `recall`, in [0, 1].
+    Features are (N, D) and (M, D); both values depend on N and M. Only a CUDA `device` is used: others may lack float64.
     """
     if min(len(generated), len(real)) <= k:
         raise ValueError(f"Precision and recall need more than {k} images, got {len(generated)} and {len(real)}.")

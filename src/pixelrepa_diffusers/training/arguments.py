@@ -14,7 +14,7 @@ from typing import Literal
 import yaml
 from transformers import HfArgumentParser
 
-from ..cli import check_ranges, flag
+from ..cli import as_words, check_ranges, flag
 from ..evaluation import METRICS
 from ..presets import PRESETS
 from .data import DataArguments
@@ -256,10 +256,7 @@ def parse_arguments(argv: list[str] | None = None) -> TrainingArguments:
     parser.add_argument("--config", help="YAML file of arguments; the command line takes precedence.")
     config = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])[0].config
     try:
-        words = []
-        for name, value in ({} if config is None else _read_config(Path(config))).items():
-            if value is not None:
-                words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+        words = [] if config is None else as_words(_read_config(Path(config)))
         parsed = vars(parser.parse_args(words + argv))
         del parsed["config"]
         return TrainingArguments(**parsed)

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections import Counter
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from accelerate.logging import get_logger
 
 from ..adapter import ConvProjector, MaskedTransformerAdapter, MLPProjector
 from ..objective import PixelREPAObjective
-from ..pipeline_pixelrepa import PixelREPAPipeline
 from ..presets import get_preset
+from ..sampling import read_settings
 from ..teacher import SemanticTeacher
 from ..transformer_jit import JiTAttention, JiTBlock, JiTTransformer2DModel
 from .arguments import TrainingArguments
+from .data import ImageLoader, ImageSource, StreamSource
 
 
 logger = get_logger(__name__)
@@ -47,6 +48,25 @@ def transformer_config(args: TrainingArguments, num_classes: int) -> dict:
             flag = "resolution" if name == "sample_size" else name
             raise ValueError(f"--{flag} is {value}, but {source} was trained with {config[name]}: leave it out.")
     return {**config, **overrides, "num_classes": num_classes}
+
+
+def build_loader(
+    args: TrainingArguments, accelerator: Accelerator, source: ImageSource | StreamSource, size: int
+) -> ImageLoader:
+    """The process's share of the images, `size` pixels square."""
+    return ImageLoader(
+        source,
+        size,
+        args.train_batch_size,
+        args.seed,
+        center_crop=args.center_crop,
+        random_flip=args.random_flip,
+        on_bad_image=args.on_bad_image,
+        accumulation_steps=args.gradient_accumulation_steps,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        num_workers=args.dataloader_num_workers,
+    )
 
 
 def build_transformer(args: TrainingArguments, num_classes: int) -> JiTTransformer2DModel:
@@ -161,12 +181,9 @@ def build_optimizer(
 
 @functools.cache
 def pretrained_settings(name_or_path: str, revision: str | None) -> dict:
-    """Class names and guidance saved with a pipeline, or with a checkpoint in progress.json."""
-    progress = Path(name_or_path) / "progress.json"
-    if progress.is_file():
-        return json.loads(progress.read_text(encoding="utf-8")).get("pipeline", {})
+    """Class names and guidance saved with a pipeline or a checkpoint, if any."""
     try:
-        return PixelREPAPipeline.load_config(name_or_path, revision=revision)
+        return read_settings(name_or_path, revision)
     except OSError as error:
         logger.warning(f"{name_or_path} has no class names and no guidance, the preset's guidance is used ({error}).")
         return {}

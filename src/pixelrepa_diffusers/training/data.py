@@ -410,8 +410,8 @@ class ImageLoader:
         position (`dict[str, int]`): `{"epoch": e, "batch": b}`, the next global batch. It advances with the last
             accumulation step, so it is valid for any division of the same global batch.
         batches_per_epoch (`int`, *optional*): Global batches (optimizer steps) per epoch; None for a stream.
-        batch_transform (`Callable`, *optional*): Applied to every batch in the worker that made it; not used for streams. Set it before
-            iterating.
+        batch_transform (`Callable`, *optional*): Applied to every batch in the worker that made it; not used for streams. Set
+            it before iterating.
 
     Raises:
         ValueError: If prepared images have another resolution or need random crops, or do not fill one global batch.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -10,22 +11,21 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
+from PIL import Image
 
 from ..ema import ConstantDecayEMA
 from ..evaluation import (
     FeatureSpace,
-    InceptionNetwork,
-    VisionEncoderNetwork,
     evaluate_pipeline,
+    open_network,
     open_spaces,
     pipeline_images,
 )
 from ..files import write_atomically, write_folder, write_json
-from ..hub import BackgroundPusher
-from ..images import make_grid
+from ..hub import BackgroundPusher, publishable
 from ..pipeline_pixelrepa import PixelREPAPipeline
 from ..presets import get_preset
-from ..sampling import cast_transformer, device_name, seeded, versions
+from ..sampling import cast_transformer, device_name, sample_grid, versions
 from ..scheduling_jit import JiTFlowMatchScheduler
 from ..transformer_jit import JiTTransformer2DModel
 from .arguments import TrainingArguments
@@ -60,15 +60,19 @@ def build_pipeline(
     return PixelREPAPipeline(transformer, JiTFlowMatchScheduler(), id2label=id2label, **guidance)
 
 
-def publishable(args: TrainingArguments) -> dict:
-    """Return the arguments without paths of this machine, which only arguments.json contains."""
-    paths = ("train_data_dir", "data_files", "cache_dir", "output_dir", "logging_dir", "teacher_cache_dir")
-    paths += ("eval_reference", "resume_from_checkpoint")
-    facts = {name: value for name, value in args.saved().items() if name not in paths}
-    for name in ("teacher_model_name_or_path", "pretrained_model_name_or_path", "dataset_name", "eval_network"):
-        if facts[name] is not None and Path(facts[name]).exists():
-            facts[name] = "a local folder"
-    return facts
+def training_facts(args: TrainingArguments, accelerator: Accelerator, step: int) -> dict:
+    """Content of training_arguments.json, for the model card."""
+    global_batch_size = args.global_batch_size(accelerator.num_processes)
+    return {
+        **publishable(args.saved()),
+        "steps": step,
+        "images_seen": step * global_batch_size,
+        "global_batch_size": global_batch_size,
+        "num_processes": accelerator.num_processes,
+        "resolved_learning_rate": args.resolved_learning_rate(accelerator.num_processes),
+        "device": device_name(accelerator.device),
+        "versions": {**versions(), "datasets": datasets.__version__},
+    }
 
 
 class Exporter:
@@ -108,18 +112,7 @@ class Exporter:
 
     def save_pipeline(self, folder: Path, step: int) -> None:
         """Save the pipeline, with the facts for its model card."""
-        pipeline, num_processes = self.pipeline(), self.accelerator.num_processes
-        global_batch_size = self.args.global_batch_size(num_processes)
-        facts = {
-            **publishable(self.args),
-            "steps": step,
-            "images_seen": step * global_batch_size,
-            "global_batch_size": global_batch_size,
-            "num_processes": num_processes,
-            "resolved_learning_rate": self.args.resolved_learning_rate(num_processes),
-            "device": device_name(self.accelerator.device),
-            "versions": {**versions(), "datasets": datasets.__version__},
-        }
+        pipeline, facts = self.pipeline(), training_facts(self.args, self.accelerator, step)
 
         def write(path: Path) -> None:
             if self.accelerator.is_main_process:
@@ -131,14 +124,12 @@ class Exporter:
         write_folder(folder, write, self.accelerator.is_main_process, self.accelerator.wait_for_everyone)
 
     def push_checkpoint(self, step: int) -> None:
-        """Push the pipeline to a branch named after the checkpoint, in the background."""
+        """Push the pipeline to a branch named after the checkpoint, in the background. What is published is deleted here."""
         folder = self.output_dir / "hub" / f"checkpoint-{step}"
         self.save_pipeline(folder, step)
         if self.pusher is not None:
-            for old in folder.parent.iterdir():
-                if old != folder and old not in self.pusher.unpublished:
-                    shutil.rmtree(old)
-            self.pusher.push(folder, revision=folder.name)
+            push = self.pusher.push(folder, revision=folder.name)
+            push.add_done_callback(lambda done: done.exception() or shutil.rmtree(folder))
 
     def evaluate(self, step: int) -> None:
         """Log --eval_metrics. Every process makes its share of the images; no global random state is used."""
@@ -159,37 +150,26 @@ class Exporter:
         """Write a sample grid, from the same noise at every step, to samples/ and to the trackers that take images."""
         pipeline = self.pipeline()
         if self.accelerator.is_main_process:
+            args = self.args
+            number, num_steps = args.num_validation_images, args.validation_inference_steps
             try:
-                grid = self._sample_grid(pipeline)
+                with self.accelerator.autocast():
+                    grid = sample_grid(pipeline, number, num_steps, args.train_batch_size, args.seed)
             except ValueError as error:  # NaN in an image; the other processes wait below
                 logger.warning(f"No sample grid at step {step}: {error}")
-                grid = None
-        if self.accelerator.is_main_process and grid is not None:
-            self.samples = self.output_dir / "samples" / _grid_name(step)
-            self.samples.parent.mkdir(exist_ok=True)
-            write_atomically(self.samples, lambda path: grid.save(path, format="PNG"))
-            for tracker in self.accelerator.trackers:
-                if tracker.name == "tensorboard":
-                    tracker.log_images({"samples": np.asarray(grid)[None]}, step=step, dataformats="NHWC")
-                elif hasattr(tracker, "log_images"):
-                    tracker.log_images({"samples": [grid]}, step=step)
+            else:
+                self._show(grid, step)
         self.accelerator.wait_for_everyone()
 
-    def _sample_grid(self, pipeline: PixelREPAPipeline):
-        """One column per class, or with fewer images than classes a square of evenly spaced classes."""
-        args, num_classes = self.args, pipeline.transformer.config.num_classes
-        num_images, num_steps = args.num_validation_images, args.validation_inference_steps
-        columns = num_classes if 1 < num_classes <= num_images else None
-        labels = [i * max(num_classes, num_images) // num_images % num_classes for i in range(num_images)]
-        images = []
-        for start in range(0, num_images, args.train_batch_size):
-            chunk = labels[start : start + args.train_batch_size]
-            generators = seeded(range(args.seed + start, args.seed + start + len(chunk)))
-            with self.accelerator.autocast():
-                images += pipeline(chunk, generator=generators, num_inference_steps=num_steps).images
-        names = pipeline.config.id2label or {}
-        captions = [names.get(str(label), str(label)) for label in labels]
-        return make_grid(images, labels=None if num_classes == 1 else captions, columns=columns)
+    def _show(self, grid: Image.Image, step: int) -> None:
+        self.samples = self.output_dir / "samples" / _grid_name(step)
+        self.samples.parent.mkdir(exist_ok=True)
+        write_atomically(self.samples, lambda path: grid.save(path, format="PNG"))
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "tensorboard":
+                tracker.log_images({"samples": np.asarray(grid)[None]}, step=step, dataformats="NHWC")
+            elif hasattr(tracker, "log_images"):
+                tracker.log_images({"samples": [grid]}, step=step)
 
 
 def _grid_name(step: int) -> str:
@@ -200,13 +180,11 @@ def open_evaluation(args: TrainingArguments, pipeline: PixelREPAPipeline, device
     """Check that the pipeline can be evaluated, then load the feature network and reference of --eval_metrics."""
     pipeline_images(pipeline, args.eval_num_samples, num_inference_steps=args.eval_inference_steps)
 
-    def encoder(name: str) -> VisionEncoderNetwork:
-        return VisionEncoderNetwork.from_pretrained(name, args.eval_image_size, args.eval_pooling)
-
+    encoder = {"image_size": args.eval_image_size, "pooling": args.eval_pooling}
     networks = {
-        "inception": lambda: InceptionNetwork(args.eval_network),
-        "dinov2": lambda: encoder(args.eval_network or "facebook/dinov2-large"),
-        "teacher": lambda: encoder(args.eval_network or args.teacher_model_name_or_path),
+        "inception": partial(open_network, "inception", args.eval_network),
+        "dinov2": partial(open_network, args.eval_network or "facebook/dinov2-large", **encoder),
+        "teacher": partial(open_network, args.eval_network or args.teacher_model_name_or_path, **encoder),
     }
     references = dict.fromkeys(networks, args.eval_reference)
     return open_spaces(args.eval_metrics, args.eval_num_samples, networks, references, device)

@@ -18,14 +18,16 @@ from tqdm.auto import tqdm
 
 from ..cli import flag
 from ..ema import ConstantDecayEMA
-from ..files import write_atomically, write_folder, write_json
+from ..files import discard_folder, write_atomically, write_folder, write_json
 from ..guidance_jit import JiTGuidanceHead
-from ..images import make_grid
+from ..hub import LOCAL
 from ..pipeline_pixelrepa import PixelREPAPipeline
-from ..sampling import device_name, seeded, versions
+from ..sampling import seeded
 from ..transformer_jit import JiTTransformer2DModel, JiTTransformer2DModelOutput
 from .arguments import OptimizationArguments, TrainingArguments
+from .checkpoints import list_checkpoints
 from .data import draws
+from .export import training_facts
 
 
 logger = get_logger(__name__)
@@ -175,7 +177,10 @@ def save_checkpoint(
     step: int,
     loader_state: dict,
 ) -> Path:
-    """Write checkpoint-STEP, all that a bit-exact resume needs: head, EMAs, optimizer, random states and position."""
+    """
+    Write checkpoint-STEP, all that a bit-exact resume needs: head, EMAs, optimizer, random states and position. The oldest
+    beyond the limit are deleted.
+    """
     folder = Path(args.output_dir) / f"checkpoint-{step}"
 
     def write(path: Path) -> None:
@@ -190,6 +195,9 @@ def save_checkpoint(
             )
 
     write_folder(folder, write, accelerator.is_main_process, accelerator.wait_for_everyone, manifest=True)
+    if accelerator.is_main_process and args.checkpoints_total_limit is not None:
+        for old in list_checkpoints(folder.parent)[: -args.checkpoints_total_limit]:
+            discard_folder(old)
     return folder
 
 
@@ -235,18 +243,6 @@ def guided_pipeline(
     return guided
 
 
-def write_samples(args: GuidanceHeadArguments, pipe: PixelREPAPipeline, path: Path) -> None:
-    """Write a grid of guided samples, from the same noise at every step."""
-    num_classes, count = pipe.transformer.config.num_classes, args.num_validation_images
-    labels = [i * max(num_classes, count) // count % num_classes for i in range(count)]
-    images = pipe(labels, generator=seeded(range(count)), num_inference_steps=args.num_inference_steps).images
-    names = pipe.config.id2label or {}
-    captions = [names.get(str(label), str(label)).split(",")[0] for label in labels]
-    grid = make_grid(images, captions, columns=num_classes if 1 < num_classes <= count else None)
-    path.parent.mkdir(exist_ok=True)
-    write_atomically(path, lambda temporary: grid.save(temporary, "PNG"))
-
-
 def save_pipeline(
     args: GuidanceHeadArguments,
     accelerator: Accelerator,
@@ -256,18 +252,7 @@ def save_pipeline(
     step: int,
 ) -> None:
     """Save the guided pipeline; the record of the transformer's training stays, the head's lies beside its weights."""
-    local = {name: "a local folder" for name in ("pipeline", "train_data_dir") if _is_local(getattr(args, name))}
-    facts = {
-        **{
-            name: value for name, value in args.saved().items() if name not in ("output_dir", "resume_from_checkpoint")
-        },
-        **local,
-        "steps": step,
-        "global_batch_size": args.global_batch_size(accelerator.num_processes),
-        "num_processes": accelerator.num_processes,
-        "device": device_name(accelerator.device),
-        "versions": versions(),
-    }
+    facts = training_facts(args, accelerator, step) | {"train_data_dir": args.train_data_dir and LOCAL}
 
     def write(path: Path) -> None:
         if accelerator.is_main_process:
@@ -280,7 +265,3 @@ def save_pipeline(
                 shutil.copyfile(samples[-1], path / "samples.png")
 
     write_folder(folder, write, accelerator.is_main_process, accelerator.wait_for_everyone)
-
-
-def _is_local(name: str | None) -> bool:
-    return name is not None and Path(name).exists()

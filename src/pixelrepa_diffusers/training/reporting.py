@@ -63,7 +63,7 @@ class MetricLogger:
         logged = {name for row in self.rows for name, value in row.items() if value is not None}
         panels = ["denoising_loss", "alignment_cosine", "grad_norm", "learning_rate", *sorted(measured)]
         panels = [name for name in panels if name in logged]
-        num_rows = math.ceil(len(panels) / 2)
+        num_rows = max(1, math.ceil(len(panels) / 2))  # a run may stop before its first log line
         figure = Figure(figsize=(10, 3 * num_rows), layout="constrained")
         axes = figure.subplots(num_rows, 2, sharex=True, squeeze=False)
         for axis, name in zip(axes.flat, panels, strict=False):

@@ -1,0 +1,35 @@
+"""Orderly stops of a training script on SIGTERM and Ctrl-C."""
+
+from __future__ import annotations
+
+import signal
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+
+class StopRequest:
+    """Context in which SIGTERM and Ctrl-C request an orderly stop; a second Ctrl-C interrupts at once."""
+
+    signal: signal.Signals | None = None
+
+    def __enter__(self) -> StopRequest:
+        self.handlers = {number: signal.signal(number, self.receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def receive(self, number: int, frame) -> None:
+        if self.signal and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = signal.Signals(number)
+
+    def agreed(self, accelerator: Accelerator, now: bool) -> bool:
+        """Whether to stop. Several processes must stop at the same step: they compare when `now` is true on all."""
+        if accelerator.num_processes > 1:
+            if not now:
+                return False
+            self.signal = next((received for received in gather_object([self.signal]) if received), None)
+        return self.signal is not None

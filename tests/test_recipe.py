@@ -152,11 +152,15 @@ def test_bf16_keeps_weights_and_emas_in_float32(train, tmp_path, monkeypatch):
 
 def test_compiled_blocks_train_to_the_same_weights(train, tmp_path, monkeypatch):
     # Traced in full, without graph breaks; generating machine code would take minutes on a CPU.
-    compiled, compile_block = [], JiTBlock.compile
+    compiled, inputs, compile_block = [], [], JiTBlock.compile
+
+    def record(graph, example_inputs):
+        inputs.extend(example_inputs)
+        return graph.forward
 
     def trace(self, **settings):
         compiled.append(self)
-        compile_block(self, **settings, backend="eager")
+        compile_block(self, **settings, backend=record)
 
     monkeypatch.setattr(JiTBlock, "compile", trace)
     monkeypatch.setattr(SemanticTeacher, "compile", lambda self: compiled.append(self))
@@ -164,6 +168,7 @@ def test_compiled_blocks_train_to_the_same_weights(train, tmp_path, monkeypatch)
     assert not compiled
     train(tmp_path / "compiled", max_train_steps=2, lr_warmup_steps=0, compile=True)
     assert [type(module).__name__ for module in compiled] == ["JiTBlock"] * 4 + ["SemanticTeacher"]
+    assert inputs and not any(isinstance(value, torch.SymInt) for value in inputs)  # every length is static
     plain, other = (weights(tmp_path / name / "checkpoint-2") for name in ("plain", "compiled"))
     torch.testing.assert_close(other, plain)
 

@@ -204,6 +204,7 @@ class Trainer:
         teach = None
         if teacher is not None and args.teacher_cache_dir is not None:
             teach = CachedTeacher(teacher, args.teacher_cache_dir, len(source))
+            self.loader.batch_transform = teach.file.read_into
         elif teacher is not None:
             teach = lambda pixel_values, batch: teacher(pixel_values)  # noqa: E731
         draw = BatchDraws.from_arguments(args, config)

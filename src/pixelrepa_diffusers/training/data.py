@@ -15,7 +15,7 @@ import os
 import tarfile
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -360,7 +360,9 @@ class IndexedBatches(Dataset):
 
     def __getitem__(self, key: tuple[dict, int, list[int]]) -> tuple[dict, dict[str, torch.Tensor]]:
         position, epoch, indices = key
-        return position, default_collate([self.loader.find_item(epoch, index) for index in indices])
+        batch = default_collate([self.loader.find_item(epoch, index) for index in indices])
+        transform = self.loader.batch_transform
+        return position, batch if transform is None else transform(batch)
 
 
 class StreamedBatches(IterableDataset):
@@ -483,6 +485,8 @@ class ImageLoader:
             positions of the readers, of which this process moves its own, see [`merge_states`]. It advances with the last
             accumulation step, so it is valid for any division of the same global batch.
         batches_per_epoch (`int`, *optional*): Global batches (optimizer steps) per epoch; None for a stream.
+        batch_transform (`Callable`, *optional*): Applied to every batch in the worker that made it; not used for streams. Set
+            it before iterating.
 
     Raises:
         ValueError: If prepared images have another resolution or need random crops, or do not fill one global batch, or the
@@ -513,6 +517,7 @@ class ImageLoader:
         self.global_batch_size = batch_size * accumulation_steps * world_size
         self.order = {"seed": seed, "global_batch_size": self.global_batch_size, "num_images": None}
         self.batch_size, self.batches_per_epoch = batch_size, None
+        self.batch_transform: Callable[[dict], dict] | None = None
         if isinstance(source, ImageSource):
             check_global_batch(len(source), batch_size, accumulation_steps, world_size)
             self.order["num_images"], self.batches_per_epoch = len(source), len(source) // self.global_batch_size

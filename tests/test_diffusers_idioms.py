@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -68,7 +69,7 @@ def page(saved, make_transformer, tmp_path_factory):
         publish_folder(saved, REPO)
         patch.chdir(folder)
         for block in BLOCKS:
-            if "torchao" not in block or "torchao" in names:
+            if "torchao" not in block or find_spec("torchao"):
                 exec(block, names)
     return {**names, "folder": folder}
 
@@ -255,3 +256,15 @@ def test_model_index_names_the_class_for_auto_model(saved):
     index = json.loads((saved / "model_index.json").read_text())
     assert index["auto_map"] == {"AutoModel": "transformer_jit.JiTTransformer2DModel"}
     assert sys.modules["transformer_jit"].JiTTransformer2DModel
+
+
+# Quantization
+
+
+def test_the_quantized_pipeline_of_the_page_is_close_and_loads_again(page, saved):
+    pytest.importorskip("torchao")
+    quantized = PixelREPAPipeline.from_pretrained(page["folder"] / "quantized", dtype=torch.bfloat16)
+    weight = quantized.transformer.transformer_blocks[0].attn.to_q.weight
+    assert type(weight).__name__ == "Int8Tensor"
+    images, expected = sample(quantized), sample(PixelREPAPipeline.from_pretrained(saved, dtype=torch.bfloat16))
+    assert 0 < (images - expected).abs().mean() < 0.02

@@ -41,6 +41,7 @@ setup(
             "datasets>=4.0",
             "evaluate>=0.4.6",
             "matplotlib>=3.9",
+            "peft>=0.18",
             "pyyaml>=6.0",
             "scikit-learn>=1.5",
             "scipy>=1.13",

@@ -45,6 +45,7 @@ from pixelrepa_diffusers.files import only_writer, remove_incomplete, write_json
 from pixelrepa_diffusers.hub import BackgroundPusher
 from pixelrepa_diffusers.training.arguments import TrainingArguments, parse_arguments
 from pixelrepa_diffusers.training.builders import (
+    add_lora,
     apply_switches,
     build_loader,
     build_objective,
@@ -133,10 +134,10 @@ def create_accelerator(args: TrainingArguments) -> Accelerator:
     if missing:
         raise ImportError(f"--report_to {' '.join(missing)}: not installed.")
     if accelerator.distributed_type == DistributedType.FSDP:
-        if not accelerator.is_fsdp2 or args.ema_offload or args.use_8bit_adam:
+        if not accelerator.is_fsdp2 or args.ema_offload or args.use_8bit_adam or args.lora_rank:
             raise ValueError(
-                "FSDP needs `fsdp_version: 2`, as in training/accelerate/fsdp2.yaml, and neither --ema_offload nor "
-                "--use_8bit_adam."
+                "FSDP needs `fsdp_version: 2`, as in training/accelerate/fsdp2.yaml, and none of --ema_offload, "
+                "--use_8bit_adam and --lora_rank."
             )
         # Autocast selects dtypes as under DDP. accelerate's policy would also round images, noise, timesteps and position
         # tables, and reduce gradients in the compute dtype.
@@ -169,8 +170,10 @@ class Trainer:
         pipeline = build_pipeline(args, transformer, source.id2label)
         spaces = open_evaluation(args, pipeline, device) if args.eval_steps else []
         projector = build_projector(args, config, teacher.feature_dim) if teacher is not None else None
-        if args.pretrained_model_name_or_path is not None and checkpoint is None:
+        if args.pretrained_model_name_or_path is not None and (checkpoint is None or args.lora_rank):
             load_pretrained(args, transformer, projector, source.id2label)
+        if args.lora_rank:
+            add_lora(args, transformer)
         objective = build_objective(args, transformer, projector)
         flops = flops_per_image(objective, None if args.teacher_cache_dir is not None else teacher)
         apply_switches(args, objective)

@@ -72,6 +72,7 @@ PUBLISHED_FILES = (
         for part in (*MODELS, "scheduler", "adapter")
         for suffix in ("json", "py", "safetensors")
     ),
+    "lora/[!.]*.safetensors",
 )
 LOCAL = "a local folder"  # published in place of a path
 RETRY_WAITS = (2.0, 10.0, 30.0, 60.0)  # seconds between the tries of a publication

@@ -569,7 +569,7 @@ class PixelREPAPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             settings = ""
             if isinstance(component, ModelMixin):
                 parameters = sum(parameter.numel() for parameter in component.parameters())
-                settings = f", {parameters / 1e6:.1f} M parameters, {component.dtype} on {component.device}"
+                settings = f", {parameters / 1e6:.3g} M parameters, {component.dtype} on {component.device}"
             lines.append(f"{name}: {type(component).__name__ if component is not None else None}{settings}")
         channels, side = self._latent_shape(1)[1:3]
         lines.append(f"images: {channels}×{side}×{side}, {self.transformer.config.num_classes} classes")

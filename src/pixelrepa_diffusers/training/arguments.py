@@ -31,6 +31,11 @@ class ModelArguments:
         "Architecture, resolution and guidance are then the pipeline's, not the preset's.",
     )
     revision: str | None = flag(None, "Revision of --pretrained_model_name_or_path.")
+    lora_rank: int | None = flag(
+        None,
+        "Train LoRA layers of this rank in the attention of that pipeline, and nothing else of its transformer.",
+        ge=1,
+    )
     resolution: int | None = flag(None, "Image size in pixels.", ge=1)
     patch_size: int | None = flag(None, "Patch size in pixels.", ge=1)
     num_layers: int | None = flag(None, "Number of transformer blocks.", ge=1)
@@ -192,6 +197,8 @@ class TrainingArguments(
             raise ValueError("wandb records the command line and with it --hub_token: use `hf auth login` instead.")
         if (self.push_checkpoints or self.hub_model_id) and not self.push_to_hub:
             raise ValueError("--push_checkpoints and --hub_model_id need --push_to_hub.")
+        if self.lora_rank and self.pretrained_model_name_or_path is None:
+            raise ValueError("--lora_rank needs --pretrained_model_name_or_path, the pipeline to fine-tune.")
         if self.streaming and (self.max_train_steps is None or self.lr_warmup_steps is None):
             raise ValueError("The length of a stream is unknown: give --max_train_steps and --lr_warmup_steps.")
         if self.teacher_cache_dir is not None and (self.streaming or not self.center_crop):

@@ -22,6 +22,8 @@ from .data import ImageLoader, ImageSource, StreamSource
 
 logger = get_logger(__name__)
 
+LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+
 # Transformer settings that the command line may override.
 TRANSFORMER_ARGUMENTS = (
     "patch_size", "num_layers", "num_attention_heads", "attention_head_dim", "bottleneck_dim", "in_context_len",
@@ -71,6 +73,22 @@ def build_loader(
 
 def build_transformer(args: TrainingArguments, num_classes: int) -> JiTTransformer2DModel:
     return JiTTransformer2DModel.from_config(transformer_config(args, num_classes))
+
+
+def add_lora(args: TrainingArguments, transformer: JiTTransformer2DModel) -> None:
+    """Freeze the pretrained transformer and add LoRA layers of scale 1."""
+    from peft import LoraConfig  # optional dependency
+
+    config = transformer.load_config(
+        args.pretrained_model_name_or_path, subfolder="transformer", revision=args.revision
+    )
+    if config["num_classes"] != transformer.config.num_classes:
+        raise ValueError(
+            f"--lora_rank keeps the {config['num_classes']} classes of {args.pretrained_model_name_or_path}, the data have "
+            f"{transformer.config.num_classes}: leave it out to train new classes."
+        )
+    transformer.requires_grad_(False)
+    transformer.add_adapter(LoraConfig(r=args.lora_rank, lora_alpha=args.lora_rank, target_modules=LORA_TARGETS))
 
 
 def build_teacher(args: TrainingArguments, config: dict, device: torch.device) -> SemanticTeacher | None:

@@ -19,13 +19,15 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import DistributedType
 from diffusers import ModelMixin
-from safetensors.torch import save_file
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 
 from ..ema import ConstantDecayEMA
 from ..files import DamagedFolderError, discard_folder, verify_folder, write_folder, write_json
+from ..pipeline_pixelrepa import PixelREPAPipeline
 from .arguments import BookkeepingArguments, TrainingArguments
 
 
@@ -94,12 +96,30 @@ def _is_intact(folder: Path) -> bool:
 
 
 def with_weights(model: ModelMixin, weights: dict[str, torch.Tensor]) -> ModelMixin:
-    """Build a model of the same configuration around existing tensors, without copying them."""
+    """Build a model of the same configuration around existing tensors, without copying them. LoRA layers are merged."""
     config = {name: value for name, value in model.config.items() if not name.startswith("_")}
     with torch.device("meta"):
         copy = type(model)(**config)
-    copy.load_state_dict(weights, assign=True)
+    copy.load_state_dict(merge_lora(weights), assign=True)
     return copy.eval().requires_grad_(False)
+
+
+def merge_lora(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Plain weights W + B·A of a model whose LoRA layers have the scale 1."""
+    merged = {}
+    for name, value in weights.items():
+        layer = name.removesuffix("base_layer.weight")
+        if (down := weights.get(f"{layer}lora_A.default.weight")) is not None:
+            value = value + weights[f"{layer}lora_B.default.weight"] @ down
+        if ".lora_" not in name:
+            merged[name.replace("base_layer.", "")] = value
+    return merged
+
+
+def save_lora(weights: dict[str, torch.Tensor], folder: Path) -> None:
+    """Save the LoRA weights among `weights`, if any, for `pipe.load_lora_weights(folder)`."""
+    if lora := {name.replace(".default", ""): value for name, value in weights.items() if ".lora_" in name}:
+        PixelREPAPipeline.save_lora_weights(folder, lora)
 
 
 def gather_weights(weights: dict[str, torch.Tensor], keep: bool = True) -> dict[str, torch.Tensor]:
@@ -133,7 +153,7 @@ class Checkpointer:
     Save and load everything a bit-exact resume needs, the frozen teacher excepted.
 
     A checkpoint contains `transformer/`, `transformer_ema_DECAY/` for every EMA and `adapter/` (the projector) as diffusers
-    folders; `optimizer/`, its state by parameter name; and `progress.json`: step, position in the data, EMA updates,
+    folders, and with LoRA layers their weights in `lora/` and `lora_ema_DECAY/`; `optimizer/`, its state by parameter name; and `progress.json`: step, position in the data, EMA updates,
     gradient scaler, arguments, and the class names and guidance of the run's pipeline. It depends neither on the number
     of processes nor on sharding.
 
@@ -226,6 +246,7 @@ class Checkpointer:
                     shutil.rmtree(path / name)
                 model = self.module.projector if name == "adapter" else self.module.transformer
                 with_weights(model, weights).save_pretrained(path / name)
+                save_lora(weights, path / name.replace("transformer", "lora"))
             write_json(path / "progress.json", progress)
 
         def barrier() -> None:
@@ -268,13 +289,22 @@ class Checkpointer:
     def _load_weights(self, folder: Path, progress: dict) -> None:
         for name, model in (("transformer", self.module.transformer), ("adapter", self.module.projector)):
             if model is not None:
-                model.load_state_dict(read_tensors(folder / name, model.state_dict()))
+                model.load_state_dict(self._read(folder / name, model.state_dict()))
         if self.ema is not None:
             averages = {
-                decay: read_tensors(folder / f"transformer_ema_{decay}", self.ema.state_dict_for(decay))
+                decay: self._read(folder / f"transformer_ema_{decay}", self.ema.state_dict_for(decay))
                 for decay in self.ema.decays
             }
             self.ema.load_state_dict({"num_calls": progress["ema_calls"], "averages": averages})
+
+    def _read(self, folder: Path, own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if self.args.lora_rank is None or folder.name == "adapter":
+            return read_tensors(folder, own)
+        # The weights in `folder` are merged; the LoRA weights lie beside it, and the others are those of this run.
+        lora = load_file(folder.with_name(folder.name.replace("transformer", "lora")) / LORA_WEIGHT_NAME_SAFE)
+        return own | {
+            name.removeprefix("transformer.").replace(".weight", ".default.weight"): v for name, v in lora.items()
+        }
 
     def _load_optimizer(self, folder: Path, progress: dict) -> None:
         parameters, scaler = self._parameters(), progress.get("scaler")

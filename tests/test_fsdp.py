@@ -82,5 +82,5 @@ def test_sharded_and_plain_checkpoints_are_exchanged(sharded_run, train, train_s
 
 
 def test_what_cannot_be_sharded_is_refused_before_training(train_sharded, tmp_path):
-    with pytest.raises(ProcessRaisedException, match="neither --ema_offload nor --use_8bit_adam"):
+    with pytest.raises(ProcessRaisedException, match="none of --ema_offload, --use_8bit_adam and --lora_rank"):
         train_sharded(tmp_path / "run", use_8bit_adam=True)

@@ -42,6 +42,7 @@ setup(
         "train": [
             "evaluate>=0.4.6",
             "matplotlib>=3.9",
+            "peft>=0.18",
             "pyyaml>=6.0",
             "scikit-learn>=1.5",
             "scipy>=1.13",
@@ -49,6 +50,7 @@ setup(
         ],
         # The Inception network of FID and IS. It brings torchvision, which must match the installed torch build.
         "eval": ["evaluate>=0.4.6", "matplotlib>=3.9", "scipy>=1.13", "torch-fidelity>=0.4.0"],
+        "quantization": ["torchao>=0.18"],
         "app": ["gradio>=6.0"],  # pixelrepa-app
         "dev": ["hypothesis>=6.100", "peft>=0.18", "psutil>=5.9", "pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.14"],
     },

@@ -1,4 +1,4 @@
-"""Shared by the benchmarks: FLOP counts, peak FLOP/s, timers, reports, and the published code's arithmetic on our weights."""
+"""Shared by the benchmarks: FLOP counts, timers, reports, and the published code's arithmetic on our weights."""
 
 from __future__ import annotations
 
@@ -85,14 +85,6 @@ def count_flops(module: nn.Module, *inputs: torch.Tensor | None) -> int:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         with_published_arithmetic(module)(*inputs)
     return counter.get_total_flops()
-
-
-def measure_peak_flops(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> float:
-    """Measured peak FLOP/s: the best of `repeats` large square matrix products. MFU is relative to it."""
-    size = 8192 if device.type == "cuda" else 2048
-    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    seconds = time_interleaved({"matmul": lambda: left @ right}, device, repeats)["matmul"]
-    return 2 * size**3 / min(seconds)
 
 
 # ------------------------------------------------------------------------------------------------------------ timing

@@ -34,7 +34,6 @@ from diffusers import (
 from published import (
     count_flops,
     fill_zeros,
-    measure_peak_flops,
     median_ratio,
     synchronize,
     time_interleaved,
@@ -52,6 +51,7 @@ from pixelrepa_diffusers.sampling import (
     fetch_pipeline,
     seeded,
 )
+from pixelrepa_diffusers.training.flops import measure_peak_flops
 
 
 @dataclass

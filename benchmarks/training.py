@@ -46,7 +46,6 @@ from published import (
     StepClock,
     count_flops,
     fill_zeros,
-    measure_peak_flops,
     median_ratio,
     synchronize,
     time_interleaved,
@@ -61,6 +60,7 @@ from pixelrepa_diffusers.ema import ConstantDecayEMA
 from pixelrepa_diffusers.teacher import SemanticTeacher
 from pixelrepa_diffusers.training.arguments import TrainingArguments
 from pixelrepa_diffusers.training.builders import (
+    apply_switches,
     build_objective,
     build_optimizer,
     build_projector,
@@ -69,8 +69,10 @@ from pixelrepa_diffusers.training.builders import (
     compile_blocks,
 )
 from pixelrepa_diffusers.training.data import DataArguments, ImageSource, measure_throughput, open_source, to_float
+from pixelrepa_diffusers.training.draws import BatchDraws
+from pixelrepa_diffusers.training.flops import measure_peak_flops
 from pixelrepa_diffusers.training.reporting import peak_memory
-from pixelrepa_diffusers.training.step import draw, prepared_batches
+from pixelrepa_diffusers.training.step import PreparedBatches
 
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -88,6 +90,9 @@ class BenchmarkArguments:
     mixed_precision: list[str] = flag(["no"], "Autocast type.", choices=["no", "bf16"])
     compile: list[str] = flag(
         ["no"], "Compile blocks and teacher: of both arithmetics (yes), or only ours.", choices=["no", "yes", "ours"]
+    )
+    gradient_checkpointing: list[str] = flag(
+        ["no"], "Recompute activations, in both arithmetics.", choices=["no", "yes"]
     )
     attention_backends: list[str] = flag(["native"], "diffusers' attention backends, for our arithmetic.")
     teacher: str = flag("random", "random (DINOv2-base's size), none (features are given), or a folder or Hub id.")
@@ -110,6 +115,7 @@ class Setting:
     mixed_precision: str
     compile: str
     attention_backend: str
+    gradient_checkpointing: str = "no"
 
 
 class RepeatedBatch:
@@ -143,16 +149,19 @@ class Bench:
             objective=setting.objective,
             train_batch_size=setting.batch_size,
             mixed_precision=setting.mixed_precision,
+            gradient_checkpointing=setting.gradient_checkpointing == "yes",
             seed=args.seed,
         )
         torch.manual_seed(args.seed)
         transformer = build_transformer(self.training_args, setting.num_classes)
         config = transformer.config
         self.num_tokens = (config.sample_size // config.patch_size) ** 2
+        self.draw = BatchDraws.from_arguments(self.training_args, config)
         self.teacher = self.build_teacher(args.teacher, config)
         teacher_dim = Dinov2Config().hidden_size if self.teacher is None else self.teacher.feature_dim
         projector = build_projector(self.training_args, config, teacher_dim)
         self.objective = build_objective(self.training_args, transformer, projector)
+        apply_switches(self.training_args, self.objective)
         fill_zeros(self.objective)
         self.objective.to(DEVICE).train()
         self.loader = RepeatedBatch(setting.batch_size, config.sample_size, setting.num_classes, args.seed)
@@ -177,10 +186,9 @@ class Bench:
             dtype=self.dtype,
         ).to(DEVICE)
 
-    def batches(self) -> Iterator:
+    def batches(self) -> PreparedBatches:
         teach = None if self.teacher is None else lambda pixel_values, batch: self.teacher(pixel_values)
-        classes = self.setting.num_classes
-        return prepared_batches(self.training_args, self.loader, teach, 0, self.num_tokens, classes, DEVICE)
+        return PreparedBatches(self.training_args, self.loader, self.draw, teach, 0, DEVICE)
 
     def step_flops(self) -> int:
         """FLOPs of a training step: batch · (3 · (student + projector) + teacher)."""
@@ -201,8 +209,11 @@ class Bench:
         pixel_values = to_float(batch["pixel_values"].to(DEVICE))
 
         def prepare():
-            to_float(batch["pixel_values"].to(DEVICE, non_blocking=True))
-            draw(self.training_args, batch, 0, self.num_tokens, self.setting.num_classes, DEVICE)
+            pixels, index, labels = (
+                batch[name].to(DEVICE, non_blocking=True) for name in ("pixel_values", "index", "class_labels")
+            )
+            to_float(pixels)
+            self.draw(0, index, labels, pixels.shape[1:])
 
         functions = {"data": prepare}
         if self.teacher is not None:
@@ -353,7 +364,7 @@ def measure_all(args: BenchmarkArguments) -> list[dict]:
     rows = []
     settings = itertools.product(
         *([preset for preset in args.presets if preset != "no"], args.objectives, args.batch_sizes, args.num_classes),
-        *(args.mixed_precision, args.compile, args.attention_backends),
+        *(args.mixed_precision, args.compile, args.attention_backends, args.gradient_checkpointing),
     )
     for setting in itertools.starmap(Setting, settings):
         try:

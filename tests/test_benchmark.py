@@ -14,6 +14,7 @@ from pixelrepa_diffusers.cli import parse
 published = load_script("benchmarks/published.py")
 sampling = load_script("benchmarks/sampling.py")
 training = load_script("benchmarks/training.py")
+gpu_report = load_script("benchmarks/gpu_report.py")
 CPU = torch.device("cpu")
 
 
@@ -133,3 +134,23 @@ def test_solvers_and_caches_are_compared_with_the_exact_images(tmp_path, make_pi
 def test_sampling_settings_without_meaning_are_refused(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         report(sampling, tmp_path, *options)
+
+
+def test_the_report_keeps_measured_cells_and_measures_the_others(tmp_path, capsys):
+    def measure(*options) -> dict:
+        argv = ["--output_dir", str(tmp_path), "--stages", *options]
+        return gpu_report.main(parse(gpu_report.ReportArguments, "", argv))
+
+    (draws,) = measure("host", "--cells", "draws")["stages"]["host"].values()
+    result = measure("host", "training", "sampling", "--cells", "draws|checkpointed|eager$", "--minutes", "1")
+    assert result["stages"]["host"]["draws of 128 images"] == draws
+    steps = result["stages"]["training"]["JiT-Digits/4, batch 4, no teacher, checkpointed"]["rows"]
+    assert [row["gradient_checkpointing"] for row in steps] == ["yes", "yes"]
+    assert all(row["images/s"] > 0 for row in steps) and draws["rows"][0]["host ms"] > 0
+    assert (tmp_path / "training.png").exists() and (tmp_path / "sampling.png").exists()
+    assert "| draws of 128 images |" in capsys.readouterr().out
+
+
+def test_performance_page_shows_its_report():
+    report = json.loads((gpu_report.DOCS / "report.json").read_text())
+    assert gpu_report.BEGIN + gpu_report.render(report) + gpu_report.END in gpu_report.PAGE.read_text()

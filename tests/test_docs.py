@@ -23,7 +23,12 @@ PAGES = (
 TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
 SOURCES = [path for folder in ("src", "training", "benchmarks", "examples") for path in ROOT.glob(f"{folder}/**/*.py")]
 INSTALLED = dict(re.findall(r'"(pixelrepa-[\w-]+)=([\w.]+):cli"', (ROOT / "setup.py").read_text(encoding="utf-8")))
-SAID_BY_OTHERS = {"contains custom code", "Pass trust_remote_code=True", "CUDA out of memory"}  # diffusers, torch
+SAID_BY_OTHERS = {
+    "attribute name must be string",
+    "contains custom code",
+    "Pass trust_remote_code=True",
+    "CUDA out of memory",
+}  # diffusers, torch
 
 
 def blocks(language: str) -> list[str]:

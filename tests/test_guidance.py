@@ -122,7 +122,7 @@ def test_self_guidance_works_with_lora_compilation_and_bfloat16(guided):
 
 
 def test_bad_settings_are_refused(make_pipeline, make_transformer, guided, head):
-    with pytest.raises(ValueError, match="needs a guidance head"):
+    with pytest.raises(ValueError, match="needs a `guidance_head`"):
         sample(make_pipeline(), self_guidance_scale=0.5)
     with pytest.raises(ValueError, match="its num_classes is 10, the transformer's is 7"):
         make_pipeline({"num_classes": 7}, guidance_head=head)
@@ -132,7 +132,7 @@ def test_bad_settings_are_refused(make_pipeline, make_transformer, guided, head)
         sample(guided, self_guidance_scale=-1)
     with pytest.raises(ValueError, match="`self_guidance_interval` must satisfy"):
         sample(guided, self_guidance_interval=(0.5, 0.5))
-    with pytest.raises(ValueError, match="needs a second transformer"):
+    with pytest.raises(ValueError, match="needs a `guidance_transformer`"):
         sample(guided, autoguidance_scale=2)
     with pytest.raises(ValueError, match="guidance transformer has num_classes 7, the transformer 10"):
         make_pipeline(guidance_transformer=make_transformer(num_classes=7))

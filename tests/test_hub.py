@@ -227,6 +227,7 @@ def test_repository_holds_the_pipeline_and_its_card_only(hub, copied):
     expected = {
         "model_index.json", "pipeline_pixelrepa.py", "transformer/config.json", "transformer/transformer_jit.py", WEIGHTS,
         "scheduler/scheduler_config.json", "scheduler/scheduling_jit.py", "training_arguments.json", "samples.png",
+        "modular_config.json", "modular_model_index.json", "modular_pixelrepa.py",
     }  # fmt: skip
     assert set(remote) == {*expected, "README.md"}
     assert {name: remote[name] for name in expected} == {name: before[name] for name in expected}

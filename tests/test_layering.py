@@ -56,10 +56,17 @@ def test_modules_import_only_from_lower_layers_and_without_cycles():
     tuple(graphlib.TopologicalSorter(graph).static_order())  # raises on a cycle
 
 
-@pytest.mark.parametrize("module", ["transformer_jit", "scheduling_jit", "guidance_jit", "pipeline_pixelrepa"])
-def test_remote_code_is_self_contained(module):
-    roots = {name.partition(".")[0] for name in imports(FILES[module])}
+@pytest.mark.parametrize(
+    ("module", "beside"),
+    [
+        *((module, set()) for module in ("transformer_jit", "scheduling_jit", "guidance_jit", "pipeline_pixelrepa")),
+        ("modular_pixelrepa", {"pipeline_pixelrepa"}),
+    ],
+)
+def test_remote_code_is_self_contained(module, beside):
+    roots = {name.partition(".")[0] for name in imports(FILES[module])} - {PACKAGE.name}
     assert roots - set(sys.stdlib_module_names) <= {"torch", "numpy", "PIL", "diffusers"}
+    assert own_imports(module) == beside
 
 
 def test_no_file_imports_a_script_or_an_undeclared_dependency():

@@ -397,6 +397,7 @@ def test_a_pipeline_survives_saving_and_loading_twice(make_pipeline, tmp_path):
     one, two = (files(tmp_path / name) for name in ("one", "two"))
     assert one == two  # in particular, no path of this machine
     assert {name for name in one if name.endswith(".py")} == {
+        "modular_pixelrepa.py",
         "pipeline_pixelrepa.py",
         "transformer/transformer_jit.py",
         "scheduler/scheduling_jit.py",

@@ -1,4 +1,4 @@
-"""The trainer follows its arguments: random draws, learning rate, optimizer, EMAs, switches and fine-tuning."""
+"""The trainer follows its arguments: learning rate, optimizer, EMAs, switches and fine-tuning."""
 
 import functools
 import hashlib
@@ -13,7 +13,6 @@ from pixelrepa_diffusers.teacher import SemanticTeacher
 from pixelrepa_diffusers.training.arguments import TrainingArguments
 from pixelrepa_diffusers.training.builders import build_objective, build_optimizer
 from pixelrepa_diffusers.training.export import build_pipeline
-from pixelrepa_diffusers.training.step import draw
 from pixelrepa_diffusers.transformer_jit import JiTBlock
 
 
@@ -22,45 +21,6 @@ train_pixelrepa = load_script(TRAINER)
 
 def read(folder) -> dict[str, torch.Tensor]:
     return load_file(folder / "diffusion_pytorch_model.safetensors")
-
-
-def drawn(indices, step: int = 5, **changes) -> dict[str, torch.Tensor]:
-    """Draws for images of 2×2 pixels, 25 tokens and 7 classes; the class of image i is i % 7."""
-    settings = {"seed": 3, "P_mean": 0.3, "P_std": 0.5, "label_drop_prob": 0.3, "mask_ratio": 0.4, **changes}
-    index = torch.as_tensor(indices)
-    batch = {"index": index, "class_labels": index % 7, "pixel_values": torch.zeros(len(index), 3, 2, 2)}
-    return draw(TrainingArguments(**settings), batch, step, 25, 7, torch.device("cpu"))
-
-
-def test_draws_have_the_distributions_of_the_arguments():
-    draws = drawn(range(2000))
-    logits = draws["timestep"].logit()
-    assert logits.mean().item() == pytest.approx(0.3, abs=0.05)
-    assert logits.std().item() == pytest.approx(0.5, abs=0.04)
-    given = torch.arange(2000) % 7
-    dropped = draws["class_labels"] == 7
-    assert dropped.float().mean().item() == pytest.approx(0.3, abs=0.045)
-    assert torch.equal(draws["class_labels"][~dropped], given[~dropped])
-    assert draws["keep_mask"].float().mean().item() == pytest.approx(0.6, abs=0.01)
-    assert draws["noise"].mean().item() == pytest.approx(0, abs=0.03)
-    assert draws["noise"].std().item() == pytest.approx(1, abs=0.02)
-
-
-def test_draws_differ_between_images_steps_and_seeds():
-    draws = drawn(range(500))
-    assert len(draws["noise"].unique(dim=0)) == len(draws["keep_mask"].unique(dim=0)) == 500
-    assert len(draws["timestep"].unique()) > 495
-    for other in (drawn(range(500), step=6), drawn(range(500), seed=4)):
-        for name in ("noise", "keep_mask"):
-            assert not (draws[name] == other[name]).flatten(1).all(dim=1).any(), name
-        assert (draws["timestep"] == other["timestep"]).float().mean() < 0.01
-        assert (draws["class_labels"] != other["class_labels"]).any()
-
-
-def test_draws_of_an_image_do_not_depend_on_its_batch():
-    draws, indices = drawn(range(50)), [31, 4, 17]
-    for name, rows in drawn(indices).items():
-        assert torch.equal(rows, draws[name][indices]), name
 
 
 # ------------------------------------------------------------------------------------ learning rate, optimizer, EMAs
@@ -192,11 +152,15 @@ def test_bf16_keeps_weights_and_emas_in_float32(train, tmp_path, monkeypatch):
 
 def test_compiled_blocks_train_to_the_same_weights(train, tmp_path, monkeypatch):
     # Traced in full, without graph breaks; generating machine code would take minutes on a CPU.
-    compiled, compile_block = [], JiTBlock.compile
+    compiled, inputs, compile_block = [], [], JiTBlock.compile
+
+    def record(graph, example_inputs):
+        inputs.extend(example_inputs)
+        return graph.forward
 
     def trace(self, **settings):
         compiled.append(self)
-        compile_block(self, **settings, backend="eager")
+        compile_block(self, **settings, backend=record)
 
     monkeypatch.setattr(JiTBlock, "compile", trace)
     monkeypatch.setattr(SemanticTeacher, "compile", lambda self: compiled.append(self))
@@ -204,6 +168,7 @@ def test_compiled_blocks_train_to_the_same_weights(train, tmp_path, monkeypatch)
     assert not compiled
     train(tmp_path / "compiled", max_train_steps=2, lr_warmup_steps=0, compile=True)
     assert [type(module).__name__ for module in compiled] == ["JiTBlock"] * 4 + ["SemanticTeacher"]
+    assert inputs and not any(isinstance(value, torch.SymInt) for value in inputs)  # every length is static
     plain, other = (weights(tmp_path / name / "checkpoint-2") for name in ("plain", "compiled"))
     torch.testing.assert_close(other, plain)
 

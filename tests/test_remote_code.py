@@ -173,7 +173,9 @@ def test_remote_code_loads_without_warnings(remote):
 @pytest.mark.parametrize("name", ["again", "and_again"])
 def test_a_folder_saved_by_remote_code_is_identical_and_loads_with_the_package(pipeline, saved, remote, name):
     _, folder, _ = remote
-    assert files(folder / name) == files(saved / "plain")  # in particular, no path of this machine
+    # The standard loader does not fetch the blocks of the modular pipeline, so it cannot save them.
+    expected = {path: content for path, content in files(saved / "plain").items() if not path.startswith("modular_")}
+    assert files(folder / name) == expected  # in particular, no path of this machine
     loaded = PixelREPAPipeline.from_pretrained(folder / name)
     types = PixelREPAPipeline, JiTTransformer2DModel, JiTFlowMatchScheduler
     assert (type(loaded), type(loaded.transformer), type(loaded.scheduler)) == types

@@ -1,7 +1,6 @@
 """Files from outside: no code in them runs, nothing outside their folder is read, and no secret or local path is published."""
 
 import argparse
-import json
 import os
 import shutil
 from pathlib import Path
@@ -10,11 +9,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from training_runs import TEACHER
+from training_runs import TEACHER, write_manifest
 
 from pixelrepa_diffusers import load_original_checkpoint
 from pixelrepa_diffusers.evaluation import FeatureStatistics, InceptionNetwork
-from pixelrepa_diffusers.files import MANIFEST, _fingerprint
 from pixelrepa_diffusers.hub import published_files
 from pixelrepa_diffusers.images import BadImageError, read_image
 
@@ -65,15 +63,13 @@ def test_reference_statistics_with_code_are_refused(tmp_path, payload):
         FeatureStatistics.load(tmp_path / "evil.npz")
 
 
-@pytest.mark.parametrize("file", ["optimizer.bin", "custom_checkpoint_0.pkl"])
+@pytest.mark.parametrize("file", ["optimizer.bin", "scaler.pt"])  # of earlier versions
 def test_training_checkpoint_with_code_is_refused(file, train, finished_run, tmp_path, payload):
     checkpoint = tmp_path / "run" / "checkpoint-3"
     shutil.copytree(finished_run / "checkpoint-3", checkpoint)
+    torch.save({"state": {}}, checkpoint / "optimizer.bin")
     torch.save({"state": payload}, checkpoint / file)
-    # Whoever writes the file can also write a manifest that matches.
-    names = [path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file()]
-    manifest = {name: _fingerprint(checkpoint / name) for name in names if name != MANIFEST}
-    (checkpoint / MANIFEST).write_text(json.dumps(manifest))
+    write_manifest(checkpoint)  # which whoever writes the file can do, too
     with pytest.raises(ValueError, match="checkpoint-3"):
         train(tmp_path / "run", resume_from_checkpoint="latest", lr_warmup_steps=0)
 

@@ -179,9 +179,9 @@ def test_bfloat16_by_argument_and_by_to_agree(images):
     moved = nn.ModuleList([make_teacher(ENCODERS["dinov2"])]).to(torch.bfloat16)[0]
     assert reduced.model.dtype == moved.model.dtype == torch.bfloat16
     features = reduced(images)
-    assert features.dtype == torch.float32
+    assert features.dtype == torch.bfloat16
     torch.testing.assert_close(moved(images), features, rtol=0, atol=0)
-    assert F.cosine_similarity(features, exact(images), dim=-1).min() > 0.999
+    assert F.cosine_similarity(features.float(), exact(images), dim=-1).min() > 0.999
     torch.testing.assert_close(moved.pixel_scale, exact.pixel_scale, rtol=0, atol=0)
 
 

@@ -8,7 +8,7 @@ import torch
 from training_runs import TEACHER
 
 from pixelrepa_diffusers.teacher import SemanticTeacher
-from pixelrepa_diffusers.training.data import to_float
+from pixelrepa_diffusers.training.data import DataArguments, ImageLoader, open_source, to_float
 from pixelrepa_diffusers.training.teacher_cache import CachedTeacher
 
 
@@ -38,8 +38,12 @@ def make_batch(index: list[int], seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def features_of(teacher, batch: dict) -> torch.Tensor:
-    extra = (batch,) if isinstance(teacher, CachedTeacher) else ()
-    return teacher(to_float(batch["pixel_values"]), *extra)
+    pixel_values = to_float(batch["pixel_values"])
+    if not isinstance(teacher, CachedTeacher):
+        return teacher(pixel_values)
+    features = teacher(pixel_values, teacher.file.read_into(batch))
+    teacher.wait()
+    return features
 
 
 def test_cached_features_are_the_teachers_and_need_no_teacher(teacher, counted, tmp_path):
@@ -72,7 +76,7 @@ def test_stale_damaged_and_truncated_records_are_computed_again(teacher, counted
 def test_other_settings_use_another_file(teacher, tmp_path):
     other = SemanticTeacher.from_pretrained(TEACHER, grid_size=4, image_size=SIZE, mode="resize")
     settings = ((teacher, NUM_IMAGES), (teacher, NUM_IMAGES + 1), (other, NUM_IMAGES))
-    paths = {CachedTeacher(teacher, tmp_path, num_images).path for teacher, num_images in settings}
+    paths = {CachedTeacher(teacher, tmp_path, num_images).file.path for teacher, num_images in settings}
     assert len(paths) == 3
 
 
@@ -85,3 +89,15 @@ def test_a_full_disk_ends_the_caching_not_the_run(teacher, tmp_path, monkeypatch
     monkeypatch.setattr(os, "pwrite", refuse)
     torch.testing.assert_close(features_of(cached, batch), features_of(teacher, batch))
     assert "no longer cached" in caplog.text
+
+
+def test_workers_read_the_features(teacher, counted, image_folder, tmp_path):
+    cached, batches = CachedTeacher(teacher, tmp_path, 24), []
+    for num_workers in (0, 1):
+        loader = ImageLoader(open_source(DataArguments(image_folder)), SIZE, 24, seed=0, num_workers=num_workers)
+        loader.batch_transform = cached.file.read_into
+        batches.append(next(iter(loader)))
+        features = cached(to_float(batches[-1]["pixel_values"]), batches[-1])
+        cached.wait()
+    assert "records" in batches[1] and len(counted) == 1
+    torch.testing.assert_close(features, teacher(to_float(batches[0]["pixel_values"])))

@@ -49,6 +49,7 @@ def test_run_writes_metrics_curves_samples_and_tracker_events(finished_run):
     rows = read_metrics(finished_run)
     assert [row["step"] for row in rows] == [2, 4, 6]
     assert {"denoising_loss", "alignment_cosine", "grad_norm", "images_per_second", "memory_GiB"} <= rows[0].keys()
+    assert all(row["mfu"] > 0 and row["host_ms"] > 0 and row["forward_ms"] > 0 <= row["data_ms"] for row in rows)
     assert {path.name for path in (finished_run / "samples").iterdir()} == {"step-0000003.png", "step-0000006.png"}
     assert Image.open(finished_run / "curves.png").width > 500
     assert list((finished_run / "logs").rglob("events*"))

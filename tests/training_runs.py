@@ -101,17 +101,10 @@ def read_metrics(output_dir: Path) -> list[dict]:
 
 def weights(checkpoint: Path) -> dict:
     """Every tensor of a checkpoint, the optimizer's included, by a readable name."""
-    import torch
-    from safetensors.torch import load_file
+    from pixelrepa_diffusers.training.checkpoints import read_tensors
 
-    tensors = {}
-    for file in sorted(checkpoint.rglob("*.safetensors")):
-        for name, tensor in load_file(file).items():
-            tensors[f"{file.parent.name}.{name}"] = tensor
-    state = torch.load(checkpoint / "optimizer.bin", weights_only=True)["state"]
-    for index, entries in state.items():
-        tensors.update({f"optimizer.{index}.{name}": value for name, value in entries.items()})
-    return tensors
+    folders = sorted({file.parent for file in checkpoint.rglob("*.safetensors")})
+    return {f"{folder.name}.{name}": value for folder in folders for name, value in read_tensors(folder).items()}
 
 
 def assert_equal(one: dict, other: dict) -> None:
@@ -121,6 +114,15 @@ def assert_equal(one: dict, other: dict) -> None:
     assert one.keys() == other.keys()
     different = [name for name in one if not torch.equal(one[name], other[name])]
     assert not different, different
+
+
+def write_manifest(checkpoint: Path) -> None:
+    """Make the manifest match the files of an altered checkpoint."""
+    from pixelrepa_diffusers.files import MANIFEST, _fingerprint
+
+    names = [path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file()]
+    manifest = {name: _fingerprint(checkpoint / name) for name in names if name != MANIFEST}
+    (checkpoint / MANIFEST).write_text(json.dumps(manifest))
 
 
 def fork(task: Callable[[], object], log: Path) -> int:
@@ -152,14 +154,17 @@ def fork(task: Callable[[], object], log: Path) -> int:
         os._exit(status)
 
 
-def ended(child: int, seconds: float) -> int | None:
-    """Exit status of a child (negative: the signal that ended it), or None if it still runs after `seconds`."""
+def ended(child: int, seconds: float, condition: Callable[[], bool] = lambda: True) -> int | None:
+    """
+    Exit status of a child (negative: the signal that ended it), or None if it still runs after `seconds`, once the
+    condition holds.
+    """
     deadline = time.monotonic() + seconds
     while True:
         pid, status = os.waitpid(child, os.WNOHANG)
         if pid:
             return os.waitstatus_to_exitcode(status)
-        if time.monotonic() > deadline:
+        if time.monotonic() > deadline and condition():
             return None
         time.sleep(0.002)
 
@@ -199,7 +204,10 @@ def train_in_fork(words: list[str], log: Path) -> None:
 
 
 def kill_trials(folder: Path, trials: int, seed: int) -> dict:
-    """Kill forked runs by SIGKILL at random moments and resume them, until `trials` kills and one finished run."""
+    """
+    Kill forked runs by SIGKILL at random moments, every other one amid the writing of a checkpoint, and resume them, until
+    `trials` kills and one finished run. Every finished run must equal an undisturbed one.
+    """
     load_script(TRAINER)  # the children inherit the imports
     draw, data, log = random.Random(seed), write_images(folder / "data"), folder / "log.txt"
 
@@ -212,19 +220,26 @@ def kill_trials(folder: Path, trials: int, seed: int) -> dict:
     assert ended(start("undisturbed"), 300) == 0, log.read_text()
     duration = time.perf_counter() - started
 
-    kills, finished = 0, []
+    def writing() -> bool:
+        return any((folder / name).glob(".checkpoint-*.incomplete"))
+
+    kills, kills_amid_writing, finished = 0, 0, []
     while kills < trials or not finished:
         name = f"run{len(finished)}"
         child = start(name)
-        status = ended(child, draw.uniform(0.1, 1.0) * duration if kills < trials else 300)
+        delay = draw.uniform(0.1, 1.0) * duration if kills < trials else 300
+        status = ended(child, delay, writing if kills % 2 else lambda: True)
         if status is None:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             kills += 1
+            kills_amid_writing += writing()
         else:
             assert status == 0, f"A resumed run failed:\n{log.read_text()[-4000:]}"
-            finished.append(str(folder / name))
-    return {"kills": kills, "finished_runs": finished, "undisturbed": str(folder / "undisturbed")}
+            finished.append(folder / name)
+            assert_equal(weights(folder / "undisturbed/checkpoint-6"), weights(finished[-1] / "checkpoint-6"))
+            assert not [path for path in finished[-1].rglob(".*") if path.name != ".lock"]
+    return {"kills": kills, "kills_amid_writing": kills_amid_writing, "equal_runs": len(finished)}
 
 
 if __name__ == "__main__":

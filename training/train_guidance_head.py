@@ -36,6 +36,7 @@ from pixelrepa_diffusers.sampling import fetch_pipeline, load_pipeline, sample_g
 from pixelrepa_diffusers.training.builders import build_loader, build_optimizer
 from pixelrepa_diffusers.training.checkpoints import find_checkpoint
 from pixelrepa_diffusers.training.data import DataArguments, open_source
+from pixelrepa_diffusers.training.draws import BatchDraws
 from pixelrepa_diffusers.training.guidance_head import (
     GuidanceHeadArguments,
     HeadOnFrozenTransformer,
@@ -47,7 +48,7 @@ from pixelrepa_diffusers.training.guidance_head import (
 )
 from pixelrepa_diffusers.training.reporting import MetricLogger, StepMonitor
 from pixelrepa_diffusers.training.signals import StopRequest
-from pixelrepa_diffusers.training.step import prepared_batches, take_step
+from pixelrepa_diffusers.training.step import PreparedBatches, take_step
 
 
 logger = get_logger(__name__)
@@ -136,8 +137,8 @@ class HeadTrainer:
         )
 
         # Inputs and outputs
-        num_tokens, device = (config.sample_size // config.patch_size) ** 2, accelerator.device
-        self.batches = prepared_batches(args, self.loader, None, self.step, num_tokens, config.num_classes, device)
+        draw = BatchDraws.from_arguments(args, config)
+        self.batches = PreparedBatches(args, self.loader, draw, None, self.step, accelerator.device)
         accelerator.init_trackers("guidance_head", config={name: str(value) for name, value in args.saved().items()})
         self.metrics = MetricLogger(accelerator, self.output_dir, self.step)
         self.monitor = StepMonitor(args, accelerator, self.metrics, self.step, self.max_train_steps)
@@ -162,7 +163,7 @@ class HeadTrainer:
             self.lr_scheduler.step()
             self.step += 1
             monitor.add(self.step, result)
-            if logging_step and monitor.pending:
+            if logging_step:
                 monitor.report(self.step, result, learning_rate, self.last_checkpoint)
 
             stopping = stop.agreed(accelerator, now=logging_step)

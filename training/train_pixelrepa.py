@@ -14,8 +14,8 @@ A tiny run on any CPU, with one sub-folder of images per class and any small DIN
 Outputs in --output_dir: checkpoint-N/ (transformer, EMAs and adapter as diffusers folders, optimizer, position in the data),
 samples/step-N.png, metrics.jsonl, curves.png, and at the end pipeline/, which `DiffusionPipeline.from_pretrained` loads.
 
-Every random draw is keyed by (seed, step, image): on one kind of device, neither the number of processes nor a restart
-changes the run. (Dropout, used by JiT-H only, is keyed by (seed, step, process, micro-step).)
+Every random draw is a function of (seed, step, image): neither the number of processes and workers nor a restart changes
+the run. (Dropout, used by JiT-H only, is keyed by (seed, step, process, micro-step).)
 """
 
 from __future__ import annotations
@@ -23,12 +23,19 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, ProjectConfiguration, gather_object
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    gather_object,
+)
 from diffusers.optimization import get_scheduler
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -38,6 +45,7 @@ from pixelrepa_diffusers.files import only_writer, remove_incomplete, write_json
 from pixelrepa_diffusers.hub import BackgroundPusher
 from pixelrepa_diffusers.training.arguments import TrainingArguments, parse_arguments
 from pixelrepa_diffusers.training.builders import (
+    add_lora,
     apply_switches,
     build_loader,
     build_objective,
@@ -49,12 +57,14 @@ from pixelrepa_diffusers.training.builders import (
     transformer_config,
 )
 from pixelrepa_diffusers.training.checkpoints import Checkpointer, find_checkpoint
-from pixelrepa_diffusers.training.data import ImageSource, StreamSource, draws, open_source
+from pixelrepa_diffusers.training.data import ImageSource, StreamSource, draws, merge_states, open_source
+from pixelrepa_diffusers.training.draws import BatchDraws
 from pixelrepa_diffusers.training.dry_run import dry_run
 from pixelrepa_diffusers.training.export import Exporter, build_pipeline, open_evaluation
+from pixelrepa_diffusers.training.flops import flops_per_image
 from pixelrepa_diffusers.training.reporting import MetricLogger, StepMonitor
 from pixelrepa_diffusers.training.signals import StopRequest
-from pixelrepa_diffusers.training.step import WEIGHT_DRAWS, prepared_batches, take_step
+from pixelrepa_diffusers.training.step import WEIGHT_DRAWS, PreparedBatches, take_step
 from pixelrepa_diffusers.training.teacher_cache import CachedTeacher
 
 
@@ -88,6 +98,7 @@ def main(args: TrainingArguments) -> Path | None:
                 stack.enter_context(pusher)
         accelerator.wait_for_everyone()
         trainer = Trainer(args, accelerator, source, pusher)
+        stack.callback(trainer.checkpointer.wait)
         stop = stack.enter_context(StopRequest())
         trainer.train(stop)
         folder = trainer.finish()
@@ -110,7 +121,10 @@ def create_accelerator(args: TrainingArguments) -> Accelerator:
         log_with=None if args.dry_run else trackers or None,
         project_config=ProjectConfiguration(args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))),
         # The only buffers are position tables, which are equal everywhere.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=timedelta(seconds=args.ddp_timeout)),
+        ],
     )
     check_launch(accelerator.num_processes)
     args.mixed_precision = accelerator.mixed_precision
@@ -120,9 +134,10 @@ def create_accelerator(args: TrainingArguments) -> Accelerator:
     if missing:
         raise ImportError(f"--report_to {' '.join(missing)}: not installed.")
     if accelerator.distributed_type == DistributedType.FSDP:
-        if not accelerator.is_fsdp2 or args.ema_offload:
+        if not accelerator.is_fsdp2 or args.ema_offload or args.use_8bit_adam or args.lora_rank:
             raise ValueError(
-                "FSDP needs `fsdp_version: 2`, as in training/accelerate/fsdp2.yaml, and no --ema_offload."
+                "FSDP needs `fsdp_version: 2`, as in training/accelerate/fsdp2.yaml, and none of --ema_offload, "
+                "--use_8bit_adam and --lora_rank."
             )
         # Autocast selects dtypes as under DDP. accelerate's policy would also round images, noise, timesteps and position
         # tables, and reduce gradients in the compute dtype.
@@ -155,9 +170,12 @@ class Trainer:
         pipeline = build_pipeline(args, transformer, source.id2label)
         spaces = open_evaluation(args, pipeline, device) if args.eval_steps else []
         projector = build_projector(args, config, teacher.feature_dim) if teacher is not None else None
-        if args.pretrained_model_name_or_path is not None and checkpoint is None:
+        if args.pretrained_model_name_or_path is not None and (checkpoint is None or args.lora_rank):
             load_pretrained(args, transformer, projector, source.id2label)
+        if args.lora_rank:
+            add_lora(args, transformer)
         objective = build_objective(args, transformer, projector)
+        flops = flops_per_image(objective, None if args.teacher_cache_dir is not None else teacher)
         apply_switches(args, objective)
         if args.compile and teacher is not None:
             teacher.compile()
@@ -171,7 +189,7 @@ class Trainer:
             self.ema = ConstantDecayEMA(transformer, args.ema_decays, args.ema_update_every, args.ema_offload)
         settings = {name: pipeline.config[name] for name in ("id2label", "guidance_scale", "guidance_interval")}
         self.checkpointer = Checkpointer(args, accelerator, self.objective, self.ema, self.optimizer, settings)
-        self.step, self.last_checkpoint = 0, checkpoint
+        self.step = 0
         if checkpoint is not None:
             progress = self.checkpointer.load(checkpoint)
             self.step = progress["step"]
@@ -189,10 +207,13 @@ class Trainer:
         teach = None
         if teacher is not None and args.teacher_cache_dir is not None:
             teach = CachedTeacher(teacher, args.teacher_cache_dir, len(source))
+            self.loader.batch_transform = teach.file.read_into
         elif teacher is not None:
             teach = lambda pixel_values, batch: teacher(pixel_values)  # noqa: E731
-        num_tokens = (config.sample_size // config.patch_size) ** 2
-        self.batches = prepared_batches(args, self.loader, teach, self.step, num_tokens, num_classes, device)
+        draw = BatchDraws.from_arguments(args, config)
+        if args.compile and device.type == "cuda":
+            draw.compile()
+        self.batches = PreparedBatches(args, self.loader, draw, teach, self.step, device)
 
         # Outputs
         self.announce(source)
@@ -201,7 +222,7 @@ class Trainer:
             config={k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in args.saved().items()},
         )
         self.metrics = MetricLogger(accelerator, self.output_dir, self.step)
-        self.monitor = StepMonitor(args, accelerator, self.metrics, self.step, self.max_train_steps)
+        self.monitor = StepMonitor(args, accelerator, self.metrics, self.step, self.max_train_steps, flops)
         self.exporter = Exporter(
             args, accelerator, self.objective, self.ema, settings, self.metrics, spaces, pusher, self.step
         )
@@ -224,7 +245,7 @@ class Trainer:
         epoch = self.loader.batches_per_epoch
         parameters = sum(p.numel() for group in self.optimizer.param_groups for p in group["params"])
         facts = {
-            "images": len(source) if epoch else "a stream",
+            "images": len(source) if epoch else f"{len(source.shard_names)} shards, {source.num_readers} readers",
             "classes": source.num_classes,
             "trainable parameters": f"{parameters:,}",
             "global batch": f"{self.loader.global_batch_size} ({args.train_batch_size} per process × "
@@ -251,8 +272,8 @@ class Trainer:
             self.lr_scheduler.step()
             self.step += 1
             monitor.add(self.step, result)
-            if logging_step and monitor.pending:
-                monitor.report(self.step, result, learning_rate, self.last_checkpoint)
+            if logging_step:
+                monitor.report(self.step, result, learning_rate, self.checkpointer.last)
 
             stopping = stop.agreed(accelerator, now=logging_step)
             finished = self.step == self.max_train_steps
@@ -260,15 +281,14 @@ class Trainer:
             sampling_step = args.validation_steps and (finished or self.step % args.validation_steps == 0)
             evaluation_step = args.eval_steps and (finished or self.step % args.eval_steps == 0)
             if saving_step:
-                monitor.check_finite(self.step, self.objective, self.last_checkpoint)
+                monitor.check_finite(self.step, self.objective, self.checkpointer.last)
             # Before the checkpoint: a run that is killed in between resumes from an earlier one and repeats them.
             if sampling_step:
                 exporter.write_samples(self.step)
             if evaluation_step:
                 exporter.evaluate(self.step)
             if saving_step:
-                self.last_checkpoint = self.checkpointer.save(self.step, result.position)
-                logger.info(f"Wrote {self.last_checkpoint}.")
+                self.checkpointer.save(self.step, merge_states(gather_object([result.position])))
                 if args.push_checkpoints:
                     exporter.push_checkpoint(self.step)
             if saving_step or sampling_step or evaluation_step:
@@ -281,6 +301,7 @@ class Trainer:
         self.exporter.save_pipeline(folder, self.step)
         if self.accelerator.is_main_process:
             logger.info(f"Wrote {folder} and {self.metrics.plot()}.")
+        self.checkpointer.wait()
         self.accelerator.end_training()
         return folder
 

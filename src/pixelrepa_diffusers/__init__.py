@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from .ema import ConstantDecayEMA as ConstantDecayEMA
     from .guidance_jit import JiTGuidanceHead as JiTGuidanceHead
     from .hub import publish_folder as publish_folder
+    from .modular_pixelrepa import PixelREPABlocks as PixelREPABlocks
+    from .modular_pixelrepa import PixelREPAModularPipeline as PixelREPAModularPipeline
     from .objective import PixelREPAObjective as PixelREPAObjective
     from .objective import PixelREPAObjectiveOutput as PixelREPAObjectiveOutput
     from .objective import draw_keep_mask as draw_keep_mask
@@ -49,6 +51,8 @@ _MODULES = {
     "MLPProjector": "adapter",
     "MaskedTransformerAdapter": "adapter",
     "PRESETS": "presets",
+    "PixelREPABlocks": "modular_pixelrepa",
+    "PixelREPAModularPipeline": "modular_pixelrepa",
     "PixelREPAObjective": "objective",
     "PixelREPAObjectiveOutput": "objective",
     "PixelREPAPipeline": "pipeline_pixelrepa",

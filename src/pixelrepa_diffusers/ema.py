@@ -35,23 +35,36 @@ class ConstantDecayEMA:
         self.decays, self.update_every, self.offload = tuple(decays), update_every, offload
         self.num_calls = 0
         self.names = [name for name, _ in module.named_parameters()]
+        self._followed = (None, [])
         parameters = self._parameters(module)
-        self.averages = {decay: [parameter.clone() for parameter in parameters] for decay in self.decays}
+        self.averages = {decay: [parameter.detach().clone() for parameter in parameters] for decay in self.decays}
 
     def _parameters(self, module: nn.Module) -> list[torch.Tensor]:
         """The parameters in order, as float32 on the device of the EMA weights."""
-        device = "cpu" if self.offload else None
-        return [parameter.detach().to(device=device, dtype=torch.float32) for parameter in module.parameters()]
+        if module is not self._followed[0]:  # a walk through all modules takes as long as an update
+            self._followed = (module, list(module.parameters()))
+        parameters = self._followed[1]
+        if self.offload or any(parameter.dtype != torch.float32 for parameter in parameters):
+            device = "cpu" if self.offload else None
+            parameters = [parameter.to(device=device, dtype=torch.float32) for parameter in parameters]
+        return parameters
 
     @torch.no_grad()
-    def update(self, module: nn.Module) -> None:
-        """Update the EMA weights from `module`; call it after every optimizer step."""
+    def update(self, module: nn.Module, skipped: torch.Tensor | None = None) -> None:
+        """
+        Update the EMA weights from `module`; call it after every optimizer step.
+
+        A true `skipped` (bool, on the device) leaves them as they are, without a device sync.
+        """
         self.num_calls += 1
         if self.num_calls % self.update_every:
             return
         parameters = self._parameters(module)
         for decay, average in self.averages.items():
-            torch._foreach_lerp_(average, parameters, 1 - decay**self.update_every)
+            weight = 1 - decay**self.update_every
+            if skipped is not None:
+                weight = [weight * ~skipped.to(average[0].device)] * len(average)
+            torch._foreach_lerp_(average, parameters, weight)
 
     def state_dict_for(self, decay: float) -> dict[str, torch.Tensor]:
         """EMA weights by parameter name, float32, for `module.load_state_dict`; the tensors are not copies."""

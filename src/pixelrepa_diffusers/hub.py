@@ -68,11 +68,13 @@ MODELS = {
 }
 PUBLISHED_FILES = (
     *("model_index.json", "pipeline_pixelrepa.py", "training_arguments.json", "samples.png", "README.md"),
+    *("modular_config.json", "modular_model_index.json", "modular_pixelrepa.py"),
     *(
         f"{part}/[!.]*.{suffix}"
         for part in (*MODELS, "scheduler", "adapter")
         for suffix in ("json", "py", "safetensors")
     ),
+    "lora/[!.]*.safetensors",
 )
 LOCAL = "a local folder"  # published in place of a path
 SPACE_GRADIO = "6.31.0"  # the release that the page is tested with

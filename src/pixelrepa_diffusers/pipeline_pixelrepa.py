@@ -7,15 +7,20 @@ the model's file, which would load a second copy of the model's class.
 import difflib
 import inspect
 import json
+import math
 import operator
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers.image_processor import VaeImageProcessor
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
+from diffusers.loaders import SanaLoraLoaderMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers import FlowMatchEulerDiscreteScheduler
@@ -26,17 +31,40 @@ from diffusers.utils.torch_utils import randn_tensor
 
 logger = logging.get_logger(__name__)
 
-# Module and class of the components with a file of their own.
+# Module, class and base class of the components with a file of their own.
 _PUBLISHED_COMPONENTS = (
-    ["transformer_jit", "JiTTransformer2DModel"],
-    ["scheduling_jit", "JiTFlowMatchScheduler"],
-    ["guidance_jit", "JiTGuidanceHead"],
+    ("transformer_jit", "JiTTransformer2DModel", ModelMixin),
+    ("scheduling_jit", "JiTFlowMatchScheduler", SchedulerMixin),
+    ("guidance_jit", "JiTGuidanceHead", ModelMixin),
 )
+# `DiffusionPipeline.from_pretrained(..., transformer=model)` compares the type of `model` with the class that
+# model_index.json names. diffusers looks for that class in `sys.modules`, where remote code has another name.
+for _module, _class_name, _base in _PUBLISHED_COMPONENTS:
+    if _module not in sys.modules:
+        sys.modules[_module] = ModuleType(_module)
+        vars(sys.modules[_module]).update({_class_name: _base, _base.__name__: _base})
+
+# Every kind of guidance: the scale without an effect, the component it needs, and where that comes from.
+_GUIDANCE = {
+    "guidance": (1, "transformer", ""),
+    "self_guidance": (0, "guidance_head", "Train one with train_guidance_head.py."),
+    "autoguidance": (
+        1, "guidance_transformer",
+        "Load the pipeline with `guidance_transformer=JiTTransformer2DModel.from_pretrained(...)`.",
+    ),
+}  # fmt: skip
+
+# What `ModularPipeline.from_pretrained` reads beside model_index.json.
+_MODULAR_CONFIGS = {
+    "modular_config.json": {"auto_map": {"ModularPipelineBlocks": "modular_pixelrepa.PixelREPABlocks"}},
+    "modular_model_index.json": {"_class_name": "PixelREPAModularPipeline"},
+}
 
 ClassLabels = int | str | list[int] | list[str] | torch.Tensor
 
 
-class PixelREPAPipeline(DiffusionPipeline):
+# Nothing in Sana's loader is Sana's own: it is the one of pipelines that have LoRA weights in their transformer only.
+class PixelREPAPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
     r"""
     Pipeline for class-conditional image generation in pixel space with a JiT (arXiv 2511.13720), such as the models
     trained with PixelREPA (arXiv 2603.14366).
@@ -76,17 +104,21 @@ class PixelREPAPipeline(DiffusionPipeline):
         autoguidance_interval: tuple | list = (0.0, 1.0),
     ):
         super().__init__()
-        _check_guidance(guidance_scale, guidance_interval)
-        _check_self_guidance(guidance_head, self_guidance_scale, self_guidance_interval)
-        _check_autoguidance(transformer, guidance_transformer, autoguidance_scale, autoguidance_interval)
-        if guidance_head is not None:
-            guidance_head.check_fits(transformer)
         self.register_modules(
             transformer=transformer,
             scheduler=scheduler,
             guidance_head=guidance_head,
             guidance_transformer=guidance_transformer,
         )
+        self._check_guidance(
+            guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
+            self_guidance_scale=self_guidance_scale,
+            self_guidance_interval=self_guidance_interval,
+            autoguidance_scale=autoguidance_scale,
+            autoguidance_interval=autoguidance_interval,
+        )
+        self._check_guidance_models()
         self._ids_by_name = _index_names(id2label or {}, transformer.config.num_classes)
         # JSON keys are strings; with string keys here, a saved and reloaded pipeline has the same configuration.
         self.register_to_config(
@@ -100,7 +132,10 @@ class PixelREPAPipeline(DiffusionPipeline):
         )
         self._guidance_scale = self.config.guidance_scale
         self._current_timestep, self._num_timesteps, self._interrupt = None, 0, False
-        self.image_processor = VaeImageProcessor(vae_scale_factor=1)
+        channels = transformer.config.in_channels
+        self.image_processor = VaeImageProcessor(
+            vae_scale_factor=1, do_convert_rgb=channels == 3, do_convert_grayscale=channels == 1
+        )
 
     @property
     def guidance_scale(self) -> float:
@@ -175,34 +210,24 @@ class PixelREPAPipeline(DiffusionPipeline):
     def check_inputs(
         self,
         class_labels: ClassLabels | None,
-        guidance_scale: float,
-        guidance_interval: tuple[float, float],
-        num_inference_steps: int,
-        generator: torch.Generator | list[torch.Generator] | None,
-        latents: torch.Tensor | None,
-        output_type: str,
-        callback_on_step_end_tensor_inputs: list[str],
-        self_guidance_scale: float = 0.0,
-        self_guidance_interval: tuple[float, float] = (0.0, 1.0),
-        autoguidance_scale: float = 1.0,
-        autoguidance_interval: tuple[float, float] = (0.0, 1.0),
+        num_inference_steps: int = 50,
+        strength: float = 1.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006
+        **guidance,
     ) -> None:
+        """Check the arguments of a call; `guidance` are its guidance scales and intervals."""
         batch_size = len(self.get_label_ids(class_labels))
-        _check_guidance(guidance_scale, guidance_interval)
-        _check_self_guidance(self.guidance_head, self_guidance_scale, self_guidance_interval)
-        _check_autoguidance(self.transformer, self.guidance_transformer, autoguidance_scale, autoguidance_interval)
-        if self_guidance_scale != 0 and self.transformer.is_cache_enabled:
-            raise ValueError(
-                "Self-guidance reads the tokens of a middle block, which a cache may skip: call "
-                "`pipe.transformer.disable_cache()` or set `self_guidance_scale=0`."
-            )
+        self._check_guidance(**guidance)
         if num_inference_steps < 1:
             raise ValueError(f"`num_inference_steps` must be at least 1, got {num_inference_steps}.")
+        if not 0 < strength <= 1:
+            raise ValueError(f"`strength` must lie in (0, 1], got {strength}.")
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"Got {len(generator)} generators for {batch_size} images; pass one per image, or one.")
-        config = self.transformer.config
-        shape = (batch_size, config.in_channels, config.sample_size, config.sample_size)
-        if latents is not None and latents.shape != shape:
+        if latents is not None and latents.shape != (shape := self._latent_shape(batch_size)):
             raise ValueError(f"`latents` must have the shape {shape}, got {tuple(latents.shape)}.")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f'`output_type` must be "pil", "np", "pt" or "latent", got {output_type!r}.')
@@ -219,23 +244,65 @@ class PixelREPAPipeline(DiffusionPipeline):
                 'scheduler with `prediction_type="flow_prediction", use_flow_sigmas=True`.'
             )
 
+    def _check_guidance(self, **settings) -> None:
+        for kind, (neutral, component, source) in _GUIDANCE.items():
+            scale = settings.get(f"{kind}_scale", neutral)
+            interval = settings.get(f"{kind}_interval", (0, 1))
+            if not 0 <= scale < float("inf"):
+                raise ValueError(f"`{kind}_scale` must be at least 0 ({neutral} disables it), got {scale}.")
+            if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
+                raise ValueError(f"`{kind}_interval` must satisfy 0 ≤ low < high ≤ 1 (0 is noise), got {interval}.")
+            if scale != neutral and getattr(self, component) is None:
+                raise ValueError(f"`{kind}_scale={scale}` needs a `{component}`, which this pipeline lacks. {source}")
+        if settings.get("self_guidance_scale", 0) != 0 and self.transformer.is_cache_enabled:
+            raise ValueError(
+                "Self-guidance reads the tokens of a middle block, which a cache may skip: call "
+                "`pipe.transformer.disable_cache()` or set `self_guidance_scale=0`."
+            )
+
+    def _check_guidance_models(self) -> None:
+        if self.guidance_head is not None:
+            self.guidance_head.check_fits(self.transformer)
+        if self.guidance_transformer is not None:
+            weak, own = self.guidance_transformer.config, self.transformer.config
+            for name in ("sample_size", "in_channels", "num_classes", "noise_scale"):
+                if weak[name] != own[name]:
+                    raise ValueError(f"The guidance transformer has {name} {weak[name]}, the transformer {own[name]}.")
+
+    def _latent_shape(self, batch_size: int) -> tuple[int, int, int, int]:
+        config = self.transformer.config
+        return batch_size, config.in_channels, config.sample_size, config.sample_size
+
     def prepare_latents(
         self,
         batch_size: int,
         device: torch.device,
         generator: torch.Generator | list[torch.Generator] | None,
         latents: torch.Tensor | None,
+        image: PipelineImageInput | None = None,
+        time: float = 0.0,
     ) -> torch.Tensor:
-        """Float32 noise with the model's `noise_scale`, of shape (batch_size, channels, size, size)."""
-        config = self.transformer.config
-        if latents is None:
-            shape = (batch_size, config.in_channels, config.sample_size, config.sample_size)
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        return latents.to(device=device, dtype=torch.float32) * config.noise_scale
-
-    def prepare_timesteps(self, num_inference_steps: int, device: torch.device) -> tuple[torch.Tensor, list[float]]:
         """
-        Timesteps of the scheduler and, for each, the time t = 1 − sigma in [0, 1].
+        Float32 noise e with the model's `noise_scale`, of shape (batch_size, channels, size, size).
+
+        With an `image` x, z = t·x + (1 − t)·e at t = `time`.
+        """
+        shape = self._latent_shape(batch_size)
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        latents = latents.to(device=device, dtype=torch.float32) * self.transformer.config.noise_scale
+        if image is None:
+            return latents
+        image = self.image_processor.preprocess(image, *shape[2:]).to(latents)
+        if len(image) not in (1, batch_size):
+            raise ValueError(f"Got {len(image)} images for {batch_size} labels; pass one per label, or one.")
+        return time * image + (1 - time) * latents
+
+    def prepare_timesteps(
+        self, num_inference_steps: int, device: torch.device, strength: float = 1.0
+    ) -> tuple[torch.Tensor, list[float]]:
+        """
+        Timesteps of the last `strength` of the steps and, for each, the time t = 1 − sigma in [0, 1].
 
         t comes from the sigmas because some schedulers round their timesteps to integers. A float32 sigma determines t to
         6e-8; rounding to seven decimals restores the grid points, where the bounds of the guidance interval lie.
@@ -246,11 +313,14 @@ class PixelREPAPipeline(DiffusionPipeline):
             self.scheduler.set_timesteps(sigmas=sigmas, device=device)
         else:
             self.scheduler.set_timesteps(num_inference_steps, device=device)
-        self.scheduler.set_begin_index(0)
+        skipped_steps = num_inference_steps - max(1, round(strength * num_inference_steps))
+        begin = skipped_steps * self.scheduler.order
+        self.scheduler.set_begin_index(begin)
         timesteps = self.scheduler.timesteps
         sigmas = self.scheduler.sigmas[: len(timesteps)].cpu()
         times = 1 - sigmas.double()
-        return timesteps, (times if sigmas.dtype == torch.float64 else times.round(decimals=7)).tolist()
+        times = (times if sigmas.dtype == torch.float64 else times.round(decimals=7)).tolist()
+        return timesteps[begin:], times[begin:]
 
     def predict_velocity(
         self,
@@ -290,6 +360,80 @@ class PixelREPAPipeline(DiffusionPipeline):
             velocity = velocity + (autoguidance_scale - 1) * (plain - weak_velocity)
         return velocity
 
+    def denoise(
+        self,
+        latents: torch.Tensor,
+        labels: torch.Tensor,
+        timesteps: torch.Tensor,
+        times: list[float],
+        guidance_interval: tuple[float, float] | list[float],
+        callback_on_step_end: Callable | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006
+        step_kwargs: dict[str, Any] | None = None,
+        **model_guidance,
+    ) -> torch.Tensor:
+        """Solve from `timesteps[0]` to the image, in float32; `model_guidance` goes to [`predict_velocity`]."""
+        labels_and_null = torch.cat([labels, torch.full_like(labels, self.transformer.config.num_classes)])
+        model_times = torch.tensor(times, dtype=torch.float32, device=latents.device)
+        order, cache_name = self.scheduler.order, ""
+        self.transformer._reset_stateful_cache()  # a call that raised leaves its cache behind
+        with self.progress_bar(total=math.ceil(len(timesteps) / order)) as progress_bar:
+            for index, timestep in enumerate(timesteps):
+                if self.interrupt:
+                    continue
+                self._current_timestep = timestep
+
+                guided = self.do_classifier_free_guidance and _inside(times[index], guidance_interval)
+                sample = torch.cat([latents, latents]) if guided else latents
+                # One cache context per run of evaluations with the same batch, so that no cached state is outdated.
+                mode = "guided" if guided else "unguided"
+                if not cache_name.startswith(mode):
+                    cache_name = f"{mode}-{index}"
+                with self.transformer.cache_context(
+                    cache_name,
+                    step_index=index,
+                    num_inference_steps=len(timesteps),
+                    timestep=timestep,
+                    sigma=1 - times[index],
+                ):
+                    velocity = self.predict_velocity(
+                        sample,
+                        times[index],
+                        model_times[index],
+                        labels_and_null if guided else labels,
+                        **model_guidance,
+                    )
+                if guided:
+                    conditional, unconditional = velocity.chunk(2)
+                    velocity = unconditional + self.guidance_scale * (conditional - unconditional)
+
+                # diffusers' flow velocity points from the image to the noise.
+                latents = self.scheduler.step(-velocity, timestep, latents, **step_kwargs or {}, return_dict=False)[0]
+
+                if callback_on_step_end is not None:
+                    callback_kwargs = {}
+                    for name in callback_on_step_end_tensor_inputs:
+                        callback_kwargs[name] = locals()[name]
+                    callback_outputs = callback_on_step_end(self, index, timestep, callback_kwargs)
+                    latents = callback_outputs.pop("latents", latents)
+
+                if index == len(timesteps) - 1 or (index + 1) % order == 0:
+                    progress_bar.update()
+        self._current_timestep = None
+        return latents
+
+    def decode(self, latents: torch.Tensor, output_type: str) -> Any:
+        """Images of `output_type` from values that are nominally in [-1, 1]."""
+        if output_type == "latent":
+            return latents
+        if not latents.isfinite().all():  # clipping would turn these values into black or white pixels
+            raise ValueError(
+                "The images contain NaN or infinite values. Check the weights, the scheduler's settings (Karras sigmas "
+                f"do not work with flow matching), guidance_scale={self.guidance_scale} and the dtype "
+                f'{self.transformer.dtype}; output_type="latent" returns the values unchecked.'
+            )
+        return self.image_processor.postprocess(latents, output_type=output_type)
+
     @torch.no_grad()
     def __call__(
         self,
@@ -308,6 +452,8 @@ class PixelREPAPipeline(DiffusionPipeline):
         self_guidance_interval: tuple[float, float] | None = None,
         autoguidance_scale: float | None = None,
         autoguidance_interval: tuple[float, float] | None = None,
+        image: PipelineImageInput | None = None,
+        strength: float = 0.6,
     ) -> ImagePipelineOutput | tuple:
         r"""
         Generate one image per class label.
@@ -342,6 +488,12 @@ class PixelREPAPipeline(DiffusionPipeline):
                 halves; with self-guidance, the two corrections add up. 1 disables it.
             autoguidance_interval (`tuple[float, float]`, *optional*, defaults to the saved value):
                 Where autoguidance applies; outside, the guidance transformer is not computed.
+            image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of them, *optional*):
+                Start from these images, one per label or one for all, instead of from noise. Arrays and tensors are in
+                [0, 1]; another size is resized to the model's square.
+            strength (`float`, defaults to 0.6):
+                With an `image`, the share of the steps that is taken: the start is z = t·image + (1 − t)·noise at
+                t = 1 − strength. 1 ignores the image.
 
         Returns:
             [`ImagePipelineOutput`] or a tuple whose first element is the images.
@@ -358,103 +510,74 @@ class PixelREPAPipeline(DiffusionPipeline):
         ```
         """
         # 1. Check inputs
-        guidance_scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
-        guidance_interval = self.config.guidance_interval if guidance_interval is None else guidance_interval
-        guidance = {
+        given = {
+            "guidance_scale": guidance_scale,
+            "guidance_interval": guidance_interval,
             "self_guidance_scale": self_guidance_scale,
             "self_guidance_interval": self_guidance_interval,
             "autoguidance_scale": autoguidance_scale,
             "autoguidance_interval": autoguidance_interval,
         }
-        guidance = {name: self.config[name] if value is None else value for name, value in guidance.items()}
+        guidance = {name: self.config[name] if value is None else value for name, value in given.items()}
+        strength = 1.0 if image is None else strength
+        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         self.check_inputs(
             class_labels,
-            guidance_scale,
-            guidance_interval,
             num_inference_steps,
+            strength,
             generator,
             latents,
             output_type,
             callback_on_step_end_tensor_inputs,
             **guidance,
         )
-        self._guidance_scale = guidance_scale
-        self._interrupt = False
-        num_classes = self.transformer.config.num_classes
-        if num_classes == 1 and guidance_scale != 1:
-            logger.warning(f"`guidance_scale={guidance_scale}` has no effect: the model has a single class.")
+        self._guidance_scale, self._interrupt = guidance.pop("guidance_scale"), False
+        if self._guidance_scale != 1 and not self.do_classifier_free_guidance:
+            logger.warning(f"`guidance_scale={self._guidance_scale}` has no effect: the model has a single class.")
 
-        # 2. Prepare labels, noise and timesteps
+        # 2. Prepare labels, timesteps and noise
         device = self._execution_device
         labels = torch.tensor(self.get_label_ids(class_labels), device=device)
-        labels_and_null = torch.cat([labels, torch.full_like(labels, num_classes)])
-        latents = self.prepare_latents(len(labels), device, generator, latents)
-        timesteps, times = self.prepare_timesteps(num_inference_steps, device)
-        model_times = torch.tensor(times, dtype=torch.float32, device=device)
+        timesteps, times = self.prepare_timesteps(num_inference_steps, device, strength)
+        latents = self.prepare_latents(len(labels), device, generator, latents, image, times[0])
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
-        step_kwargs = {"generator": generator} if takes_generator else {}
         self._num_timesteps = len(timesteps)
 
         # 3. Denoise
-        self.transformer._reset_stateful_cache()  # a call that raised leaves its cache behind
-        cache_name = ""
-        with self.progress_bar(total=num_inference_steps) as progress_bar:
-            for index, timestep in enumerate(timesteps):
-                if self.interrupt:
-                    continue
-                self._current_timestep = timestep
-
-                guided = self.do_classifier_free_guidance and _inside(times[index], guidance_interval)
-                sample = torch.cat([latents, latents]) if guided else latents
-                # One cache context per run of evaluations with the same batch, so that no cached state is outdated.
-                mode = "guided" if guided else "unguided"
-                if not cache_name.startswith(mode):
-                    cache_name = f"{mode}-{index}"
-                with self.transformer.cache_context(
-                    cache_name,
-                    step_index=index,
-                    num_inference_steps=len(timesteps),
-                    timestep=timestep,
-                    sigma=1 - times[index],
-                ):
-                    velocity = self.predict_velocity(
-                        sample, times[index], model_times[index], labels_and_null if guided else labels, **guidance
-                    )
-                if guided:
-                    conditional, unconditional = velocity.chunk(2)
-                    velocity = unconditional + self.guidance_scale * (conditional - unconditional)
-
-                # diffusers' flow velocity points from the image to the noise.
-                latents = self.scheduler.step(-velocity, timestep, latents, **step_kwargs, return_dict=False)[0]
-
-                if callback_on_step_end is not None:
-                    callback_kwargs = {}
-                    for name in callback_on_step_end_tensor_inputs:
-                        callback_kwargs[name] = locals()[name]
-                    callback_outputs = callback_on_step_end(self, index, timestep, callback_kwargs)
-                    latents = callback_outputs.pop("latents", latents)
-
-                if index == len(timesteps) - 1 or (index + 1) % self.scheduler.order == 0:
-                    progress_bar.update()
-        self._current_timestep = None
+        latents = self.denoise(
+            latents,
+            labels,
+            timesteps,
+            times,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            step_kwargs={"generator": generator} if takes_generator else {},
+            **guidance,
+        )
         self.maybe_free_model_hooks()
 
         # 4. Convert to images
-        if output_type == "latent":
-            images = latents
-        elif latents.isfinite().all():
-            images = self.image_processor.postprocess(latents, output_type=output_type)
-        else:  # clipping would turn these values into black or white pixels
-            raise ValueError(
-                "The images contain NaN or infinite values. Check the weights, the scheduler's settings (Karras sigmas "
-                "do not work with flow matching), "
-                f"guidance_scale={guidance_scale} and the dtype {self.transformer.dtype}; "
-                'output_type="latent" returns the values unchecked.'
-            )
-
+        images = self.decode(latents, output_type)
         if not return_dict:
             return (images,)
         return ImagePipelineOutput(images=images)
+
+    def __repr__(self) -> str:
+        lines = []
+        for name, component in self.components.items():
+            settings = ""
+            if isinstance(component, ModelMixin):
+                parameters = sum(parameter.numel() for parameter in component.parameters())
+                settings = f", {parameters / 1e6:.3g} M parameters, {component.dtype} on {component.device}"
+            lines.append(f"{name}: {type(component).__name__ if component is not None else None}{settings}")
+        channels, side = self._latent_shape(1)[1:3]
+        lines.append(f"images: {channels}×{side}×{side}, {self.transformer.config.num_classes} classes")
+        for kind, (neutral, _, _) in _GUIDANCE.items():
+            if self.config[f"{kind}_scale"] != neutral:
+                low, high = self.config[f"{kind}_interval"]
+                lines.append(f"{kind}: {self.config[f'{kind}_scale']:g} for t in ({low:g}, {high:g})")
+        return "\n  ".join([f"{type(self).__name__}(", *lines]) + "\n)"
 
     # Self-contained folders: model_index.json always names this file and the components' files, which are saved beside it.
     # With the package installed, these names resolve to the package's own classes.
@@ -464,6 +587,11 @@ class PixelREPAPipeline(DiffusionPipeline):
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
         source = Path(inspect.getfile(type(self)))
         shutil.copyfile(source, Path(save_directory) / source.name)
+        modular = source.with_name("modular_pixelrepa.py")
+        if modular.is_file():  # remote code has it after `ModularPipeline.from_pretrained`
+            shutil.copyfile(modular, Path(save_directory) / modular.name)
+            for name, content in _MODULAR_CONFIGS.items():
+                (Path(save_directory) / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
     def to_json_string(self) -> str:
         config = json.loads(super().to_json_string())
@@ -481,7 +609,14 @@ class PixelREPAPipeline(DiffusionPipeline):
             library = component_class.__module__.partition(".")[0]
             if library not in ("diffusers", "transformers"):
                 config[name] = [component_class.__module__.rpartition(".")[2], component_class.__name__]
+        # For `AutoModel.from_pretrained(repo, subfolder="transformer")`, which reads model_index.json first.
+        config["auto_map"] = {"AutoModel": ".".join(config["transformer"])}
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def extract_init_dict(cls, config_dict, **kwargs):
+        # diffusers would warn about an unexpected argument at every load.
+        return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
 
     @classmethod
     def _dict_from_json_file(cls, json_file):
@@ -492,7 +627,7 @@ class PixelREPAPipeline(DiffusionPipeline):
             return config
         config["_class_name"] = class_name[1]
         for name, value in config.items():
-            if value in _PUBLISHED_COMPONENTS:
+            if value in [[module, class_name] for module, class_name, _ in _PUBLISHED_COMPONENTS]:
                 config[name] = [package, value[1]]
         return config
 
@@ -509,47 +644,6 @@ class PixelREPAPipeline(DiffusionPipeline):
             models = (model for model in ModelMixin.__subclasses__() if model.__name__ == class_name)
             types[name] = (*types[name], *models)
         return types
-
-
-def _check_guidance(scale: float, interval: tuple[float, float]) -> None:
-    if not 0 <= scale < float("inf"):
-        raise ValueError(f"`guidance_scale` must be at least 0 (1 disables guidance), got {scale}.")
-    _check_interval("guidance_interval", interval)
-
-
-def _check_interval(name: str, interval: tuple[float, float]) -> None:
-    if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
-        raise ValueError(f"`{name}` must satisfy 0 ≤ low < high ≤ 1 (0 is noise), got {interval}.")
-
-
-def _check_self_guidance(head: ModelMixin | None, scale: float, interval: tuple[float, float]) -> None:
-    if not 0 <= scale < float("inf"):
-        raise ValueError(f"`self_guidance_scale` must be at least 0 (which disables it), got {scale}.")
-    if scale != 0 and head is None:
-        raise ValueError(
-            f"`self_guidance_scale={scale}` needs a guidance head, which this pipeline does not have. Train one with "
-            "train_guidance_head.py."
-        )
-    _check_interval("self_guidance_interval", interval)
-
-
-def _check_autoguidance(
-    transformer: ModelMixin, weak: ModelMixin | None, scale: float, interval: tuple[float, float]
-) -> None:
-    if not 0 <= scale < float("inf"):
-        raise ValueError(f"`autoguidance_scale` must be at least 0 (1 disables it), got {scale}.")
-    if scale != 1 and weak is None:
-        raise ValueError(
-            f"`autoguidance_scale={scale}` needs a second transformer: load the pipeline with "
-            "`guidance_transformer=JiTTransformer2DModel.from_pretrained(...)`."
-        )
-    if weak is not None:
-        for name in ("sample_size", "in_channels", "num_classes", "noise_scale"):
-            if weak.config[name] != transformer.config[name]:
-                raise ValueError(
-                    f"The guidance transformer has {name} {weak.config[name]}, the transformer {transformer.config[name]}."
-                )
-    _check_interval("autoguidance_interval", interval)
 
 
 def _inside(time: float, interval: tuple[float, float]) -> bool:

@@ -248,7 +248,7 @@ class SemanticTeacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Encode images (B, 3, H, H) in [-1, 1], any floating dtype, to features (B, N, F), float32, in row-major order."""
+        """Encode images (B, 3, H, H) in [-1, 1], any floating dtype, to features (B, N, F) in the encoder's dtype, row-major."""
         with torch.autocast(pixel_values.device.type, enabled=False):
             pixel_values = pixel_values.float()
             if pixel_values.shape[-1] != self.input_size:
@@ -259,4 +259,4 @@ class SemanticTeacher(nn.Module):
             states = states[:, self.num_prefix_tokens :]  # (B, N, F)
             if self.final_norm is not None:
                 states = getattr(self.model, self.final_norm)(states)
-            return states.float()
+            return states

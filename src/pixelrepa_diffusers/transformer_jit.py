@@ -8,6 +8,7 @@ class tokens, T = N or L + N tokens, D width, H heads, d head width, F feed-forw
 The file is published beside the weights as remote code and imports only torch and diffusers.
 """
 
+import functools
 import inspect
 import json
 import shutil
@@ -20,7 +21,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.hooks import PyramidAttentionBroadcastConfig
-from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+from diffusers.hooks._helpers import (
+    AttentionProcessorMetadata,
+    AttentionProcessorRegistry,
+    TransformerBlockMetadata,
+    TransformerBlockRegistry,
+)
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
@@ -119,18 +125,26 @@ class JiTPositionTables(nn.Module):
         return (None if self.positions is None else self.positions[:]), self.cos[:], self.sin[:]
 
 
+class JiTPatchConv(nn.Conv2d):
+    """Convolution whose stride is its kernel size, as one matrix product over the patches."""
+
+    def forward(self, sample: torch.Tensor) -> torch.Tensor:
+        patch_size = self.kernel_size[0]
+        patches = sample.unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))  # (B, C, S/p, p, S/p, p)
+        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3)  # (B, S/p, S/p, C·p·p)
+        return F.linear(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)  # (B, D, S/p, S/p)
+
+
 class JiTPatchEmbed(nn.Module):
     """Bottleneck patch embedding: p×p convolution to `bottleneck_dim`, then 1×1 convolution to the width."""
 
     def __init__(self, patch_size: int, in_channels: int, bottleneck_dim: int, dim: int):
         super().__init__()
-        self.proj_in = nn.Conv2d(in_channels, bottleneck_dim, patch_size, stride=patch_size, bias=False)
-        self.proj_out = nn.Conv2d(bottleneck_dim, dim, 1)
+        self.proj_in = JiTPatchConv(in_channels, bottleneck_dim, patch_size, stride=patch_size, bias=False)
+        self.proj_out = JiTPatchConv(bottleneck_dim, dim, 1)
 
     def forward(self, sample: torch.Tensor) -> torch.Tensor:
-        hidden_states = self.proj_out(self.proj_in(sample))  # (B, D, S/p, S/p)
-        # Without `contiguous` the residual stream stays channels-first: slower, and a second layout to compile for.
-        return hidden_states.flatten(2).transpose(1, 2).contiguous()  # (B, N, D)
+        return self.proj_out(self.proj_in(sample)).flatten(2).transpose(1, 2)  # (B, N, D), contiguous
 
 
 class JiTConditioning(nn.Module):
@@ -150,10 +164,20 @@ class JiTConditioning(nn.Module):
 
 
 class JiTAttnProcessor:
-    """Self-attention with query/key RMSNorm and rotary embedding on diffusers' attention backends."""
+    """
+    Self-attention with query/key RMSNorm and rotary embedding on diffusers' attention backends.
+
+    Args:
+        joint_projections (`bool`, defaults to `False`):
+            Compute queries, keys and values as one matrix product of the concatenated weights, for training on a GPU. It
+            needs plain weights: no LoRA layers, quantization or offloading of single layers.
+    """
 
     _attention_backend = None
     _parallel_config = None
+
+    def __init__(self, joint_projections: bool = False):
+        self.joint_projections = joint_projections
 
     def __call__(
         self,
@@ -163,6 +187,10 @@ class JiTAttnProcessor:
     ) -> torch.Tensor:
         if attn.fused_projections:
             query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        elif self.joint_projections:
+            weight = torch.cat([attn.to_q.weight, attn.to_k.weight, attn.to_v.weight])
+            bias = torch.cat([attn.to_q.bias, attn.to_k.bias, attn.to_v.bias])
+            query, key, value = F.linear(hidden_states, weight, bias).chunk(3, dim=-1)
         else:
             query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
         query = query.unflatten(-1, (-1, attn.head_dim))  # (B, T, H, d)
@@ -183,6 +211,7 @@ class JiTAttention(nn.Module, AttentionModuleMixin):
 
     _default_processor_cls = JiTAttnProcessor
     _available_processors = [JiTAttnProcessor]
+    is_cross_attention = False
 
     def __init__(self, dim: int, heads: int, head_dim: int, dropout: float, norm_eps: float):
         super().__init__()
@@ -411,6 +440,19 @@ class JiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin,
         source = Path(inspect.getfile(type(self)))
         shutil.copyfile(source, Path(save_directory) / source.name)
 
+    @functools.wraps(ModelMixin.save_pretrained)  # pipelines look at its signature
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        fused = any(getattr(module, "fused_projections", False) for module in self.modules())
+        self.unfuse_qkv_projections()  # diffusers would save both and ignore the fused ones at the next load
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if fused:
+            self.fuse_qkv_projections()
+        # diffusers deletes the shards of an earlier save but leaves their index, which it then prefers to the weights.
+        for index in Path(save_directory).glob("*.safetensors.index*.json"):
+            shards = set(json.loads(index.read_text())["weight_map"].values())
+            if not all((index.parent / shard).exists() for shard in shards):
+                index.unlink()
+
     def to_json_string(self) -> str:
         config = json.loads(super().to_json_string())
         config.pop("_name_or_path", None)  # a local path of the machine that loaded the weights
@@ -539,4 +581,9 @@ class JiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin,
 TransformerBlockRegistry.register(
     model_class=JiTBlock,
     metadata=TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=None),
+)
+# Perturbed-attention guidance replaces the attention of a block.
+AttentionProcessorRegistry.register(
+    model_class=JiTAttnProcessor,
+    metadata=AttentionProcessorMetadata(skip_processor_output_fn=lambda attn, hidden_states, *_: hidden_states),
 )

@@ -31,6 +31,11 @@ class ModelArguments:
         "Architecture, resolution and guidance are then the pipeline's, not the preset's.",
     )
     revision: str | None = flag(None, "Revision of --pretrained_model_name_or_path.")
+    lora_rank: int | None = flag(
+        None,
+        "Train LoRA layers of this rank in the attention of that pipeline, and nothing else of its transformer.",
+        ge=1,
+    )
     resolution: int | None = flag(None, "Image size in pixels.", ge=1)
     patch_size: int | None = flag(None, "Patch size in pixels.", ge=1)
     num_layers: int | None = flag(None, "Number of transformer blocks.", ge=1)
@@ -100,7 +105,7 @@ class OptimizationArguments:
     center_crop: bool = flag(True, "Center crop as in ADM; otherwise a random square of the short side.")
     random_flip: bool = flag(True, "Flip half of the images horizontally.")
     on_nonfinite: Literal["stop", "skip"] = flag(
-        "stop", "On a non-finite gradient stop the run, or skip the step (synchronizes the device every step)."
+        "stop", "At a non-finite gradient stop the run, or skip the step. (fp16 skips overflows by itself.)"
     )
 
 
@@ -111,7 +116,9 @@ class PerformanceArguments:
     mixed_precision: Literal["no", "fp16", "bf16"] | None = flag(None, "Default: accelerate's configuration.")
     allow_tf32: bool = flag(False, "Use TF32 for float32 matrix products.")
     gradient_checkpointing: bool = flag(False, "Recompute activations to save memory.")
-    compile: bool = flag(False, "Compile the blocks and the teacher.")
+    compile: bool = flag(
+        False, "Compile the blocks, the teacher and, on a GPU, the draws. Dropout, if any, draws other masks."
+    )
     attention_backend: str | None = flag(None, "diffusers attention backend of the student, such as _native_cudnn.")
     teacher_cache_dir: str | None = flag(
         None, "Store the teacher features here and compute them once instead of every epoch (small data sets)."
@@ -129,6 +136,9 @@ class BookkeepingArguments:
     checkpoints_total_limit: int | None = flag(None, "Number of checkpoints to keep; the oldest are deleted.", ge=1)
     resume_from_checkpoint: str | None = flag(
         None, '"latest" (starts from scratch if there is none), or a checkpoint: a path or a name in --output_dir.'
+    )
+    ddp_timeout: int = flag(
+        3600, "Seconds that processes wait for each other, as while the main one still writes a checkpoint.", ge=1
     )
     logging_steps: int = flag(50, "Steps between log lines; only these synchronize the device.", ge=1)
     validation_steps: int = flag(5000, "Steps between sample grids; 0 for none.", ge=0)
@@ -187,6 +197,8 @@ class TrainingArguments(
             raise ValueError("wandb records the command line and with it --hub_token: use `hf auth login` instead.")
         if (self.push_checkpoints or self.hub_model_id) and not self.push_to_hub:
             raise ValueError("--push_checkpoints and --hub_model_id need --push_to_hub.")
+        if self.lora_rank and self.pretrained_model_name_or_path is None:
+            raise ValueError("--lora_rank needs --pretrained_model_name_or_path, the pipeline to fine-tune.")
         if self.streaming and (self.max_train_steps is None or self.lr_warmup_steps is None):
             raise ValueError("The length of a stream is unknown: give --max_train_steps and --lr_warmup_steps.")
         if self.teacher_cache_dir is not None and (self.streaming or not self.center_crop):

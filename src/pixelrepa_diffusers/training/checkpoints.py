@@ -5,19 +5,29 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import shutil
+import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import fields
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import DistributedType
-from safetensors.torch import load_file
-from torch.distributed.tensor import DTensor, distribute_tensor
+from diffusers import ModelMixin
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.tensor import DTensor
 
 from ..ema import ConstantDecayEMA
 from ..files import DamagedFolderError, discard_folder, verify_folder, write_folder, write_json
-from ..transformer_jit import JiTTransformer2DModel
+from ..pipeline_pixelrepa import PixelREPAPipeline
 from .arguments import BookkeepingArguments, TrainingArguments
 
 
@@ -85,17 +95,57 @@ def _is_intact(folder: Path) -> bool:
     return True
 
 
-def with_weights(config: dict, weights: dict[str, torch.Tensor]) -> JiTTransformer2DModel:
-    """Build a transformer around existing tensors, without copying them."""
+def with_weights(model: ModelMixin, weights: dict[str, torch.Tensor]) -> ModelMixin:
+    """Build a model of the same configuration around existing tensors, without copying them. LoRA layers are merged."""
+    config = {name: value for name, value in model.config.items() if not name.startswith("_")}
     with torch.device("meta"):
-        transformer = JiTTransformer2DModel.from_config(config)
-    transformer.load_state_dict(weights, assign=True)
-    return transformer.eval().requires_grad_(False)
+        copy = type(model)(**config)
+    copy.load_state_dict(merge_lora(weights), assign=True)
+    return copy.eval().requires_grad_(False)
 
 
-def gather_weights(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Assemble weights that FSDP shards, on all processes together."""
-    return {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in weights.items()}
+def merge_lora(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Plain weights W + B·A of a model whose LoRA layers have the scale 1."""
+    merged = {}
+    for name, value in weights.items():
+        layer = name.removesuffix("base_layer.weight")
+        if (down := weights.get(f"{layer}lora_A.default.weight")) is not None:
+            value = value + weights[f"{layer}lora_B.default.weight"] @ down
+        if ".lora_" not in name:
+            merged[name.replace("base_layer.", "")] = value
+    return merged
+
+
+def save_lora(weights: dict[str, torch.Tensor], folder: Path) -> None:
+    """Save the LoRA weights among `weights`, if any, for `pipe.load_lora_weights(folder)`."""
+    if lora := {name.replace(".default", ""): value for name, value in weights.items() if ".lora_" in name}:
+        PixelREPAPipeline.save_lora_weights(folder, lora)
+
+
+def gather_weights(weights: dict[str, torch.Tensor], keep: bool = True) -> dict[str, torch.Tensor]:
+    """Assemble weights that FSDP shards, on all processes together and one tensor at a time, on those that `keep` them."""
+    gathered = {}
+    for name, value in weights.items():
+        whole = value.full_tensor() if isinstance(value, DTensor) else value
+        if keep:
+            gathered[name] = whole
+    return gathered
+
+
+def read_tensors(folder: Path, likes: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    """Read the safetensors files of a folder, in which tensors may be sharded; those sharded in `likes` come sharded."""
+    reader = dcp.HuggingFaceStorageReader(str(folder))
+    tensors = {}
+    for name, entry in reader.read_metadata().state_dict_metadata.items():
+        like, dtype = (likes or {}).get(name), entry.properties.dtype
+        if isinstance(like, DTensor) and like.shape == entry.size:
+            tensors[name] = torch.empty_like(like, dtype=dtype)
+        else:
+            tensors[name] = torch.empty(entry.size, dtype=dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is no process group
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
+    return tensors
 
 
 class Checkpointer:
@@ -103,8 +153,12 @@ class Checkpointer:
     Save and load everything a bit-exact resume needs, the frozen teacher excepted.
 
     A checkpoint contains `transformer/`, `transformer_ema_DECAY/` for every EMA and `adapter/` (the projector) as diffusers
-    folders; optimizer, gradient scaler and random states as written by accelerate; and `progress.json`: step, position in
-    the data, EMA updates, arguments, and the class names and guidance of the run's pipeline.
+    folders, and with LoRA layers their weights in `lora/` and `lora_ema_DECAY/`; `optimizer/`, its state by parameter name; and `progress.json`: step, position in the data, EMA updates,
+    gradient scaler, arguments, and the class names and guidance of the run's pipeline. It depends neither on the number
+    of processes nor on sharding.
+
+    Training waits only while the state is copied to CPU memory, which stays allocated; a thread writes the copy. Without
+    sharding the main process does so alone.
     """
 
     def __init__(
@@ -117,54 +171,101 @@ class Checkpointer:
         pipeline_config: dict,
     ):
         self.args, self.accelerator, self.pipeline_config = args, accelerator, pipeline_config
-        self.objective, self.ema, self.optimizer = objective, ema, optimizer
+        self.module, self.ema, self.optimizer = accelerator.unwrap_model(objective), ema, optimizer
         self.sharded = accelerator.distributed_type == DistributedType.FSDP
-        if not self.sharded:
-            # The diffusers folders are the only copy of the weights.
-            accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
-            accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
+        # The writing threads need a process group of their own: training uses the default one meanwhile.
+        timeout = timedelta(seconds=args.ddp_timeout)
+        self.group = dist.new_group(timeout=timeout, backend="gloo") if self.sharded else None
+        on_gpu = accelerator.device.type == "cuda"
+        self.stager = DefaultStager(
+            StagingOptions(on_gpu, False, use_async_staging=False, use_non_blocking_copy=on_gpu)
+        )
+        self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self.pending: Future[Path] | None = None
+        self._last: Path | None = None
 
-    def save(self, step: int, loader_state: dict) -> Path:
-        """Write checkpoint-STEP, on all processes together, and delete the oldest beyond the limit."""
-        output_dir = Path(self.args.output_dir)
-        folder = output_dir / f"checkpoint-{step}"
+    def wait(self) -> Path | None:
+        """Wait until the last checkpoint is written and return it. Raises what its writing raised."""
+        if self.pending is not None:
+            pending, self.pending = self.pending, None
+            self._last = pending.result()
+        return self._last
+
+    @property
+    def last(self) -> Path | None:
+        """The last checkpoint that is completely written. Raises what its writing raised."""
+        return self.wait() if self.pending is not None and self.pending.done() else self._last
+
+    def save(self, step: int, loader_state: dict) -> None:
+        """Write checkpoint-STEP in the background, on all processes together, and delete the oldest beyond the limit."""
+        self.wait()
+        state = {"transformer": self.module.transformer.state_dict()}
+        for decay in () if self.ema is None else self.ema.decays:
+            state[f"transformer_ema_{decay}"] = self.ema.state_dict_for(decay)
+        if self.module.projector is not None:
+            state["adapter"] = self.module.projector.state_dict()
+        optimizer = {
+            f"{name}.{key}": value
+            for name, parameter in self._parameters().items()
+            for key, value in self.optimizer.state[parameter].items()
+        }
+        state["optimizer"] = {name: value for name, value in optimizer.items() if isinstance(value, torch.Tensor)}
+        progress = {
+            "step": step,
+            "loader": loader_state,
+            "ema_calls": None if self.ema is None else self.ema.num_calls,
+            "optimizer": {name: value for name, value in optimizer.items() if name not in state["optimizer"]},
+            "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
+            "arguments": self.args.saved(),
+            "pipeline": self.pipeline_config,
+        }
+        if self.sharded or self.accelerator.is_main_process:
+            folder = Path(self.args.output_dir) / f"checkpoint-{step}"
+            self.pending = self.thread.submit(self._write, folder, self.stager.stage(state), progress)
+
+    def _write(self, folder: Path, state: dict[str, dict[str, torch.Tensor]], progress: dict) -> Path:
         is_main = self.accelerator.is_main_process
 
         def write(path: Path) -> None:
-            self.accelerator.save_state(str(path))
-            state = self.accelerator.get_state_dict(self.objective)
-            emas = {} if self.ema is None else {d: gather_weights(self.ema.state_dict_for(d)) for d in self.ema.decays}
+            if self.sharded:
+                for name, tensors in state.items():
+                    storage = dcp.HuggingFaceStorageWriter(str(path / name), save_distributed=True)
+                    try:
+                        dcp.save(tensors, storage_writer=storage, process_group=self.group)
+                    except CheckpointException as error:  # no `Exception`; holds those of the processes
+                        raise next(iter(error.failures.values()))[0] from error
+            else:
+                (path / "optimizer").mkdir()
+                save_file(state["optimizer"], path / "optimizer" / "optimizer.safetensors")
             if not is_main:
                 return
-            module = self.accelerator.unwrap_model(self.objective)
-            config = module.transformer.config
-            with_weights(config, _with_prefix(state, "transformer.")).save_pretrained(path / "transformer")
-            for decay, weights in emas.items():
-                with_weights(config, weights).save_pretrained(path / f"transformer_ema_{decay}")
-            if module.projector is not None:
-                module.projector.save_pretrained(path / "adapter", state_dict=_with_prefix(state, "projector."))
-            progress = {
-                "step": step,
-                "loader": loader_state,
-                "ema_calls": None if self.ema is None else self.ema.num_calls,
-                "arguments": self.args.saved(),
-                "pipeline": self.pipeline_config,
-            }
+            for name in state.keys() - {"optimizer"}:
+                weights = state[name]
+                if self.sharded:  # merge the shards, which are safe on disk, one model at a time
+                    weights = read_tensors(path / name)
+                    shutil.rmtree(path / name)
+                model = self.module.projector if name == "adapter" else self.module.transformer
+                with_weights(model, weights).save_pretrained(path / name)
+                save_lora(weights, path / name.replace("transformer", "lora"))
             write_json(path / "progress.json", progress)
 
-        write_folder(folder, write, is_main, self.accelerator.wait_for_everyone, manifest=True)
+        def barrier() -> None:
+            if self.sharded:
+                dist.barrier(self.group)
+
+        write_folder(folder, write, is_main, barrier, manifest=True)
         if is_main and self.args.checkpoints_total_limit is not None:
-            for old in list_checkpoints(output_dir)[: -self.args.checkpoints_total_limit]:
+            for old in list_checkpoints(folder.parent)[: -self.args.checkpoints_total_limit]:
                 discard_folder(old)
+        logger.info(f"Wrote {folder}.")
         return folder
 
     def load(self, folder: Path) -> dict:
         """
         Load a verified checkpoint and return its progress.json.
 
-        The checksums detect damage, not intent, so no content of a checkpoint is executed: weights are safetensors, and
-        accelerate unpickles the rest with `weights_only=True`. (Sharded checkpoints go through
-        torch.distributed.checkpoint, which does not: resume only your own.)
+        The checksums detect damage, not intent, so no content of a checkpoint is executed: it consists of safetensors and
+        JSON. (The optimizer state of earlier versions is unpickled with `weights_only=True`.)
         """
         progress = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
         changes = ", ".join(
@@ -176,41 +277,56 @@ class Checkpointer:
             logger.warning(f"Arguments changed since {folder.name}: {changes}.")
         try:
             self._load_weights(folder, progress)
+            self._load_optimizer(folder, progress)
         except pickle.UnpicklingError:  # torch's own message recommends loading the file unsafely
-            raise ValueError(
-                f"{folder}/optimizer.bin is refused: it contains more than tensors and numbers."
-            ) from None
+            raise ValueError(f"{folder} is refused: its optimizer state is more than tensors and numbers.") from None
         except (RuntimeError, ValueError, OSError, KeyError) as error:
             changed = f" Arguments changed since: {changes}." if changes else ""
             raise ValueError(f"{folder} does not fit this run.{changed} {error}") from error
+        self._last = folder
         return progress
 
     def _load_weights(self, folder: Path, progress: dict) -> None:
-        if not self.sharded:
-            module = self.accelerator.unwrap_model(self.objective)
-            module.transformer.load_state_dict(_read_weights(folder / "transformer"))
-            if module.projector is not None:
-                module.projector.load_state_dict(_read_weights(folder / "adapter"))
-        settings = [
-            {name: value for name, value in group.items() if name != "params"} for group in self.optimizer.param_groups
-        ]
-        self.accelerator.load_state(str(folder))
-        # accelerate would continue the saved micro-step count, which is wrong if gradient_accumulation_steps changed.
-        self.accelerator.step = 0
-        # The saved state contains learning rate, betas and decay; those of the command line take precedence.
-        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
-            group.update(own, initial_lr=own["lr"])
+        for name, model in (("transformer", self.module.transformer), ("adapter", self.module.projector)):
+            if model is not None:
+                model.load_state_dict(self._read(folder / name, model.state_dict()))
         if self.ema is not None:
-            averages = {decay: _read_weights(folder / f"transformer_ema_{decay}") for decay in self.ema.decays}
-            for decay, weights in averages.items():
-                for name, own in self.ema.state_dict_for(decay).items() if self.sharded else ():
-                    weights[name] = distribute_tensor(weights[name], own.device_mesh, own.placements)
+            averages = {
+                decay: self._read(folder / f"transformer_ema_{decay}", self.ema.state_dict_for(decay))
+                for decay in self.ema.decays
+            }
             self.ema.load_state_dict({"num_calls": progress["ema_calls"], "averages": averages})
 
+    def _read(self, folder: Path, own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if self.args.lora_rank is None or folder.name == "adapter":
+            return read_tensors(folder, own)
+        # The weights in `folder` are merged; the LoRA weights lie beside it, and the others are those of this run.
+        lora = load_file(folder.with_name(folder.name.replace("transformer", "lora")) / LORA_WEIGHT_NAME_SAFE)
+        return own | {
+            name.removeprefix("transformer.").replace(".weight", ".default.weight"): v for name, v in lora.items()
+        }
 
-def _with_prefix(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    def _load_optimizer(self, folder: Path, progress: dict) -> None:
+        parameters, scaler = self._parameters(), progress.get("scaler")
+        if (folder / "optimizer.bin").exists():  # earlier versions
+            saved = torch.load(folder / "optimizer.bin", map_location="cpu", weights_only=True)["state"]
+            saved = {list(parameters)[index]: entries for index, entries in saved.items()}
+            if (folder / "scaler.pt").exists():
+                scaler = torch.load(folder / "scaler.pt", weights_only=True)
+        else:
+            likes = {f"{n}.{key}": p for n, p in parameters.items() for key in ("exp_avg", "exp_avg_sq")}
+            saved = {name: {} for name in parameters}
+            for name, value in (read_tensors(folder / "optimizer", likes) | progress["optimizer"]).items():
+                parameter, _, key = name.rpartition(".")
+                saved[parameter][key] = value
+        # Learning rate, betas and decay of the command line take precedence over the saved ones.
+        groups = [{**group, "initial_lr": group["lr"]} for group in self.optimizer.state_dict()["param_groups"]]
+        state = dict(enumerate(saved[name] for name in parameters))
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        if self.accelerator.scaler is not None and scaler is not None:
+            self.accelerator.scaler.load_state_dict(scaler)
 
-
-def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    def _parameters(self) -> dict[str, torch.nn.Parameter]:
+        """Trained parameters by name, in the order of the optimizer."""
+        names = {id(parameter): name for name, parameter in self.module.named_parameters()}
+        return {names[id(p)]: p for group in self.optimizer.param_groups for p in group["params"]}

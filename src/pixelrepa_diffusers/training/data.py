@@ -2,7 +2,7 @@
 
 source = open_source(DataArguments(train_data_dir="photos"))  # classes are known, nothing is decoded
 loader = ImageLoader(source, resolution=256, batch_size=32, seed=0)
-for batch in loader:  # endless; `loader.position` is where to resume
+for batch in loader:  # endless; `loader.state_dict()` is where to resume
     images = to_float(batch["pixel_values"].to(device, non_blocking=True))
 """
 
@@ -12,10 +12,12 @@ import itertools
 import json
 import logging
 import os
+import tarfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -32,6 +34,7 @@ from ..images import BadImageError, list_classes, list_images, read_image
 logger = logging.getLogger(__name__)
 
 MANIFEST = "prepared.json"
+SHARD_STRIDE = 10**6  # index of an image in a stream: shard · SHARD_STRIDE + position in the shard
 
 
 @dataclass
@@ -61,19 +64,25 @@ class DataArguments:
         None, "Number of classes, if the data do not define it (integer labels without names).", ge=1
     )
     max_train_samples: int | None = flag(
-        None, "Use at most this many images, evenly spaced over the data (the first ones of a stream).", ge=1
+        None, "Use at most this many images, evenly spaced over the data (of a stream: the first of each shard).", ge=1
     )
-    streaming: bool = flag(False, "Read --dataset_name as a stream.")
-    shuffle_buffer_size: int = flag(1000, "Number of images among which a stream is shuffled.", ge=1)
+    streaming: bool = flag(False, "Read --dataset_name as a stream, every image by one process.")
+    stream_readers: int | None = flag(
+        None,
+        "Number of readers among which the shards of a stream are divided, a multiple of the number of processes (default: "
+        "the largest power of two up to the number of shards, at most 64).",
+        ge=1,
+    )
+    shuffle_buffer_size: int = flag(1000, "Number of images among which the readers together shuffle.", ge=1)
     on_bad_image: Literal["error", "skip"] = flag(
         "error", "A damaged image stops the run (error), or the next good image replaces it (skip)."
     )
 
 
 class Example(NamedTuple):
-    """A stored image: encoded bytes, a path or URL, or `uint8` pixels (3, resolution, resolution)."""
+    """A stored image: encoded bytes, a path or URL, `uint8` pixels (3, resolution, resolution), or why there is none."""
 
-    image: bytes | str | np.ndarray
+    image: bytes | str | np.ndarray | BadImageError
     label: int
     name: str
 
@@ -129,29 +138,46 @@ class ImageSource:
 
 @dataclass
 class StreamSource:
-    """Images that can only be read in sequence. Same attributes as [`ImageSource`]; the number of images is unknown."""
+    """
+    Shards that can only be read in sequence. Same attributes as [`ImageSource`]; the number of images is unknown.
+
+    Attributes:
+        stream (`datasets.IterableDataset`): The data.
+        shard_names (`list[str]`): Names of its shards.
+        num_readers (`int`): Number of readers among which the shards are divided.
+        shuffle_buffer_size (`int`): Number of images among which the readers together shuffle.
+    """
 
     stream: datasets.IterableDataset
+    shard_names: list[str]
+    num_readers: int
+    shuffle_buffer_size: int
     image_column: str
     label_column: str | None
     num_classes: int
     id2label: dict[str, str] | None
-    shuffle_buffer_size: int
     resolution: ClassVar[None] = None
 
-    def shuffled(self, seed: int, epoch: int) -> StreamSource:
-        """The stream of an epoch: `datasets` shuffles shards, then images in a buffer, by (seed, epoch)."""
-        stream = self.stream.shuffle(seed=seed, buffer_size=self.shuffle_buffer_size)
-        stream.set_epoch(epoch)
-        return replace(self, stream=stream)
+    def read_shard(self, shard: int, start: int = 0) -> Iterator[Example]:
+        """
+        Examples of a shard from position `start`. One with a [`BadImageError`] stands for the rest of a damaged shard; a
+        missing shard, and other errors of the file system, are raised.
+        """
+        name, rows = self.shard_names[shard], self.stream.shard(len(self.shard_names), shard)
+        try:
+            # `iter` is the same everywhere; plain iteration would divide the rows inside a DataLoader worker.
+            for position, row in enumerate(rows.skip(start).iter(batch_size=1), start):
+                label = 0 if self.label_column is None else row[self.label_column][0]
+                example = encoded_example(row[self.image_column][0], label, f"example {position} of {name}")
+                if label is None:
+                    example = Example(BadImageError(f"There is no label of {example.name}."), 0, example.name)
+                check_label(example.label, self.num_classes, example.name)
+                yield example
+        except (tarfile.TarError, EOFError, pa.ArrowInvalid) as error:
+            yield Example(BadImageError(f"Shard {name} is damaged: {error}"), 0, name)
 
     def __iter__(self) -> Iterator[Example]:
-        # `iter` has the same order everywhere; plain iteration changes it inside a DataLoader worker.
-        for position, rows in enumerate(self.stream.iter(batch_size=1)):
-            label = 0 if self.label_column is None else rows[self.label_column][0]
-            example = encoded_example(rows[self.image_column][0], label, f"example {position} of the stream")
-            check_label(label, self.num_classes, example.name)
-            yield example
+        return itertools.chain.from_iterable(map(self.read_shard, range(len(self.shard_names))))
 
 
 def encoded_example(image: dict | None, label: int, place: str) -> Example:
@@ -159,21 +185,16 @@ def encoded_example(image: dict | None, label: int, place: str) -> Example:
     content, path = (image["bytes"], image["path"]) if image else (None, None)
     if content is not None:
         return Example(content, label, f"{place} ({path})" if path else place)
-    if path is None:
-        raise ValueError(f"There is no image in {place}.")
-    return Example(path, label, path)
+    return Example(path or BadImageError(f"There is no image in {place}."), label, path or place)
 
 
 def name_classes(names: list[str] | None, num_classes: int) -> dict[str, str] | None:
     return names and {str(label): name for label, name in enumerate(names[:num_classes])}
 
 
-def check_label(label: int | None, num_classes: int, name: str) -> None:
-    if label is None or not 0 <= label < num_classes:
-        raise ValueError(
-            f"Label {label} of image {name} is outside [0, {num_classes}). Correct the data, or pass --num_classes with "
-            "the real number of classes."
-        )
+def check_label(label: int, num_classes: int, name: str) -> None:
+    if not 0 <= label < num_classes:
+        raise ValueError(f"Label {label} of image {name} is outside [0, {num_classes}): correct it, or --num_classes.")
 
 
 def open_source(args: DataArguments) -> ImageSource | StreamSource:
@@ -222,35 +243,30 @@ def open_prepared(folder: Path) -> tuple[datasets.Dataset, dict]:
     return datasets.concatenate_datasets([datasets.Dataset.from_file(str(path)) for path in paths]), manifest
 
 
-def open_data_set(args: DataArguments) -> datasets.Dataset | datasets.IterableDataset:
-    """Open what `save_to_disk` wrote, or anything that `datasets.load_dataset` takes."""
-    name = args.dataset_name
-    if not any((Path(name) / file).exists() for file in ("state.json", "dataset_dict.json")):
-        return datasets.load_dataset(
-            name,
-            args.dataset_config_name,
-            data_files=args.data_files,
-            split=args.dataset_split,
-            cache_dir=args.cache_dir,
-            streaming=args.streaming,
-        )
-    data = datasets.load_from_disk(name)
-    if isinstance(data, datasets.DatasetDict):
-        if args.dataset_split not in data:
-            raise ValueError(f"{name} has no split {args.dataset_split!r}, only {sorted(data)}: set --dataset_split.")
-        data = data[args.dataset_split]
-    return data.to_iterable_dataset() if args.streaming else data
+def open_data_set(args: DataArguments) -> tuple[datasets.Dataset | datasets.IterableDataset, list[str]]:
+    """Open what `save_to_disk` wrote, or anything that `datasets.load_dataset` takes; return it and its files, if known."""
+    name, split = args.dataset_name, args.dataset_split
+    if any((Path(name) / file).exists() for file in ("state.json", "dataset_dict.json")):
+        data = datasets.load_from_disk(name)
+        if isinstance(data, datasets.DatasetDict):
+            if split not in data:
+                raise ValueError(f"{name} has no split {split!r}, only {sorted(data)}: set --dataset_split.")
+            data = data[split]
+        return data.to_iterable_dataset(num_shards=min(64, len(data))) if args.streaming else data, []
+    options = {"name": args.dataset_config_name, "data_files": args.data_files, "cache_dir": args.cache_dir}
+    if not args.streaming:
+        return datasets.load_dataset(name, **options, split=split), []
+    builder = datasets.load_dataset_builder(name, **options)
+    return builder.as_streaming_dataset(split=split), list((builder.config.data_files or {}).get(split, []))
 
 
 def open_data_set_source(args: DataArguments) -> ImageSource | StreamSource:
-    data = open_data_set(args)
+    data, files = open_data_set(args)
     label_column = None if args.unconditional else args.label_column
     columns = [args.image_column] + ([label_column] if label_column else [])
-    for column in columns:
-        if column not in (data.features or ()):
-            raise ValueError(
-                f"{args.dataset_name} has no column {column!r}, only {data.features}: set --image_column and --label_column."
-            )
+    for column in set(columns).difference(data.features or ()):
+        known = f"only {data.features}: set --image_column and --label_column."
+        raise ValueError(f"{args.dataset_name} has no column {column!r}, {known}")
     feature = data.features[label_column] if label_column else None
     class_names = getattr(feature, "names", None)
     num_classes = 1 if args.unconditional else args.num_classes
@@ -263,10 +279,17 @@ def open_data_set_source(args: DataArguments) -> ImageSource | StreamSource:
     num_classes = num_classes or len(class_names or ())
     if not num_classes or (feature is not None and not pa.types.is_integer(feature.pa_type)):
         raise ValueError(f"A stream needs integer labels and --num_classes; {label_column!r} holds {feature}.")
-    if args.max_train_samples is not None:
-        data = data.take(args.max_train_samples)
-    id2label = name_classes(class_names, num_classes)
-    return StreamSource(data, args.image_column, label_column, num_classes, id2label, args.shuffle_buffer_size)
+    num_shards = data.num_shards
+    return StreamSource(
+        data if args.max_train_samples is None else data.take(args.max_train_samples),
+        files if len(files) == num_shards else [f"{number} of {num_shards}" for number in range(num_shards)],
+        args.stream_readers or 2 ** (min(64, num_shards).bit_length() - 1),
+        args.shuffle_buffer_size,
+        args.image_column,
+        label_column,
+        num_classes,
+        name_classes(class_names, num_classes),
+    )
 
 
 def number_labels(data: datasets.Dataset, column: str) -> tuple[np.ndarray, list[str] | None]:
@@ -309,64 +332,114 @@ def to_float(pixel_values: torch.Tensor) -> torch.Tensor:
 
 def read_pixels(example: Example, resolution: int, offset: float | None = None) -> torch.Tensor:
     """Pixels of an example, uint8 (3, resolution, resolution); see [`~images.read_image`] for `offset`."""
+    if isinstance(example.image, BadImageError):
+        raise example.image
     if isinstance(example.image, np.ndarray):
         return torch.from_numpy(example.image.copy())
     return read_image(example.image, resolution, offset, example.name)
 
 
-def rotate(items: Sequence[Example], start: int, first_index: int = 0) -> Iterator[tuple[int, Example]]:
-    """Iterate over (index, item) of all items, from `start` to the end and on from the beginning."""
-    for position in itertools.chain(range(start, len(items)), range(start)):
-        yield first_index + position, items[position]
+def read_ahead(values: Iterator, pool: ThreadPoolExecutor) -> Iterator:
+    """Iterate over endless `values`; a thread computes the next one, from now on."""
+    following = [pool.submit(next, values)]
+
+    def take() -> Iterator:
+        while True:
+            value = following.pop().result()
+            following.append(pool.submit(next, values))
+            yield value
+
+    return take()
 
 
 class IndexedBatches(Dataset):
-    """Collated batches by (epoch, batch, indices). The key holds all state, so that workers need none."""
+    """(position after the batch, batch) by (that position, epoch, indices). The key is all the state that workers need."""
 
     def __init__(self, loader: ImageLoader):
         self.loader = loader
 
-    def __getitem__(self, key: tuple[int, int, list[int]]) -> tuple[tuple[int, int], dict[str, torch.Tensor]]:
-        epoch, batch, indices = key
-        items = [self.loader.make_item(epoch, rotate(self.loader.source, index)) for index in indices]
-        return (epoch, batch), default_collate(items)
+    def __getitem__(self, key: tuple[dict, int, list[int]]) -> tuple[dict, dict[str, torch.Tensor]]:
+        position, epoch, indices = key
+        batch = default_collate([self.loader.find_item(epoch, index) for index in indices])
+        transform = self.loader.batch_transform
+        return position, batch if transform is None else transform(batch)
 
 
 class StreamedBatches(IterableDataset):
-    """The same batches from a stream, for the position and the process of `loader`."""
+    """
+    (position after the batch, batch) of one process, which takes the images of its readers in turn.
+
+    The position of a reader is [pass over the data, number of the shard among its own of this pass, images taken from that
+    shard]. Threads read and decode: file systems and Pillow release the interpreter lock.
+    """
 
     def __init__(self, loader: ImageLoader):
         self.loader = loader
 
-    def __iter__(self) -> Iterator[tuple[tuple[int, int], dict[str, torch.Tensor]]]:
-        # Pillow releases the interpreter lock while it decodes and resizes, so threads share that work and the stream is
-        # read once per process. One batch is decoded while the next is read.
-        with ThreadPoolExecutor(max(1, self.loader.num_workers)) as pool:
-            prefetched = None
-            for epoch, batch, examples in self.read_global_batches(**self.loader.position):
-                for part in self.loader.parts:
-                    first_index = batch * self.loader.global_batch_size
-                    jobs = [pool.submit(self.loader.make_item, epoch, rotate(examples, i, first_index)) for i in part]
-                    if prefetched is not None:
-                        yield prefetched[0], default_collate([job.result() for job in prefetched[1]])
-                    prefetched = (epoch, batch), jobs
+    def __iter__(self) -> Iterator[tuple[dict, dict[str, torch.Tensor]]]:
+        loader, mine = self.loader, self.loader.readers
+        position = loader.position
+        with (
+            ThreadPoolExecutor(max(1, loader.num_workers)) as decoders,
+            ThreadPoolExecutor(min(16, len(mine))) as openers,
+        ):
+            blocks = [read_ahead(self.read_blocks(reader, *position["readers"][reader]), openers) for reader in mine]
+            depth = 1 + 2 * loader.batch_size // len(mine)  # together, the readers decode two batches ahead
+            items = [self.decode(itertools.chain.from_iterable(part), depth, decoders) for part in blocks]
+            taken = position["batch"] * loader.accumulation_steps * loader.batch_size
+            turns = itertools.islice(itertools.cycle(zip(mine, items, strict=True)), taken % len(mine), None)
+            while True:
+                readers = list(position["readers"])
+                for step in range(1, loader.accumulation_steps + 1):
+                    batch = []
+                    for reader, reader_items in itertools.islice(turns, loader.batch_size):
+                        readers[reader], item = next(reader_items)
+                        batch.append(item)
+                    if step == loader.accumulation_steps:
+                        position = {"batch": position["batch"] + 1, "readers": readers}
+                    yield position, default_collate(batch)
 
-    def read_global_batches(self, epoch: int, batch: int) -> Iterator[tuple[int, int, list[Example]]]:
-        size = self.loader.global_batch_size
-        while True:
-            stream = iter(self.loader.source.shuffled(self.loader.seed, epoch))
-            for position in itertools.count():
-                examples = list(itertools.islice(stream, size))
-                if len(examples) < size:
-                    break
-                if position >= batch:
-                    yield epoch, position, examples
-            if position < max(batch, 1):
-                raise ValueError(
-                    f"Epoch {epoch} of the stream has {position} batches of {size} images, at least {max(batch, 1)} are "
-                    "needed: the stream is too short, or not the one of the checkpoint."
-                )
-            epoch, batch = epoch + 1, 0
+    def decode(self, examples: Iterator[tuple], depth: int, pool: ThreadPoolExecutor) -> Iterator[tuple[list, dict]]:
+        """Decode the examples of a reader, `depth` of them ahead, and leave out bad ones."""
+        jobs, skipped, last_pass = deque(), 0, None
+        for position, index, example in examples:
+            jobs.append((position, pool.submit(self.loader.make_item, position[0], index, example)))
+            if len(jobs) <= depth:
+                continue
+            position, job = jobs.popleft()
+            if (item := job.result()) is not None:
+                yield position, {**item, "skipped": skipped}
+                skipped, last_pass = 0, position[0]
+            else:
+                skipped, last_pass = skipped + 1, position[0] if last_pass is None else last_pass
+                if position[0] > last_pass + 1:
+                    raise BadImageError(f"None of {skipped} images in succession can be decoded.")
+
+    def read_blocks(self, reader: int, epoch: int, number: int, taken: int) -> Iterator[list[tuple]]:
+        """Shuffled blocks of (position after the example, index, example), endlessly from a position."""
+        source, seed = self.loader.source, self.loader.seed
+        size, empty = max(1, source.shuffle_buffer_size // source.num_readers), 0
+        while empty <= 2 * len(source.shard_names):
+            # Every pass divides the shards anew: over many passes uneven shards favour no image.
+            shards = epoch_order(seed, epoch, len(source.shard_names)).tolist()
+            shards = shards[(reader + epoch) % source.num_readers :: source.num_readers]
+            while number < len(shards):
+                offset = shards[number] * SHARD_STRIDE
+                # Every pass has other boundaries between the blocks.
+                first = 1 + int(draws(seed, epoch, offset, purpose=2)[0] % size)
+                start = 0 if taken < first else first + (taken - first) // size * size
+                examples = source.read_shard(shards[number], start)
+                while block := list(itertools.islice(examples, size if start else first)):
+                    order = np.argsort(draws(seed, epoch, offset + start, purpose=3, count=len(block)), kind="stable")
+                    rows = [
+                        ([epoch, number, start + done], offset + start + place, block[place])
+                        for done, place in enumerate(order.tolist(), start=1)
+                    ]
+                    yield rows[max(0, taken - start) :]
+                    start, empty = start + len(block), 0
+                number, taken, empty = number + 1, 0, empty + 1
+            epoch, number = epoch + 1, 0
+        raise ValueError(f"None of {empty} shards holds an image.")
 
 
 # ------------------------------------------------------------------------------------------------------------- loader
@@ -382,14 +455,15 @@ class ImageLoader:
     over all processes and accumulation steps); the last incomplete one is dropped. Each process takes its part of a global
     batch. Do not pass the loader through `accelerator.prepare`, which would divide it again.
 
-    **Streams** follow the same rule: `index` is the position in the epoch's stream, whose order is the shuffle of `datasets`
-    by (seed, epoch), which may change with the version of `datasets`. Every process reads the whole stream but decodes only
-    its own images, and a resume reads, without decoding, up to the position. If reading is the bottleneck, run
-    pixelrepa-prepare-dataset once.
+    **Streams** are read by a fixed number of readers, each through its own shards, permuted in every pass by (seed, pass);
+    image p of the run is the next one of reader p mod `num_readers`. Process r of n serves the readers r, r + n, …, so every
+    image is read by one process, and any number of processes that divides the readers gives the same run. A reader starts its
+    next pass by itself, so that no process waits for another. A resume reads the open shards again, and nothing else.
 
     Batches are dictionaries of CPU tensors, in pinned memory if there is a CUDA device: `pixel_values` `uint8` (batch_size,
     3, resolution, resolution), see [`to_float`], and of shape (batch_size,) `class_labels` `int64`, `index` `int64`, the
-    image's position in the source, `flipped` `bool`, and `skipped` `int64`, the number of bad images that the item replaces.
+    image's position in the source (in a stream: shard · 10⁶ + position in the shard), `flipped` `bool`, and `skipped`
+    `int64`, the number of bad images that the item replaces.
 
     Args:
         source (`ImageSource` or `StreamSource`): From [`open_source`].
@@ -399,19 +473,24 @@ class ImageLoader:
         center_crop (`bool`, defaults to `True`): ADM's centre crop; otherwise a random square of the full short side.
         random_flip (`bool`, defaults to `True`): Flip half of the images horizontally.
         on_bad_image (`str`, defaults to `"error"`): `"error"` stops the run at an image that cannot be decoded; `"skip"`
-            replaces it by the next good one (in a stream: of the same global batch). Both name the image.
+            replaces it by the next good one (in a stream: of the same reader). Both name the image. An unreadable rest of a
+            shard counts as one bad image.
         accumulation_steps (`int`, defaults to 1): Batches per optimizer step.
         rank (`int`, defaults to 0): This process.
         world_size (`int`, defaults to 1): Number of processes.
         num_workers (`int`, defaults to 0): Worker processes; for a stream, decoding threads in one worker.
 
     Attributes:
-        position (`dict[str, int]`): `{"epoch": e, "batch": b}`, the next global batch. It advances with the last
+        position (`dict`): The next global batch: `{"epoch": e, "batch": b}`, or for a stream the number of batches and the
+            positions of the readers, of which this process moves its own, see [`merge_states`]. It advances with the last
             accumulation step, so it is valid for any division of the same global batch.
         batches_per_epoch (`int`, *optional*): Global batches (optimizer steps) per epoch; None for a stream.
+        batch_transform (`Callable`, *optional*): Applied to every batch in the worker that made it; not used for streams. Set
+            it before iterating.
 
     Raises:
-        ValueError: If prepared images have another resolution or need random crops, or do not fill one global batch.
+        ValueError: If prepared images have another resolution or need random crops, or do not fill one global batch, or the
+            processes do not divide the readers of a stream.
     """
 
     def __init__(
@@ -430,66 +509,78 @@ class ImageLoader:
     ):
         if source.resolution is not None and (source.resolution != resolution or not center_crop):
             raise ValueError(
-                f"The prepared images are centre crops of {source.resolution} pixels: they cannot serve resolution "
-                f"{resolution} with center_crop={center_crop}."
+                f"The images were prepared as centre crops of {source.resolution} pixels, and serve no others."
             )
         self.source, self.resolution, self.seed = source, resolution, seed
         self.center_crop, self.random_flip, self.on_bad_image = center_crop, random_flip, on_bad_image
         self.accumulation_steps, self.num_workers = accumulation_steps, num_workers
         self.global_batch_size = batch_size * accumulation_steps * world_size
-        self.num_images = self.batches_per_epoch = None
+        self.order = {"seed": seed, "global_batch_size": self.global_batch_size, "num_images": None}
+        self.batch_size, self.batches_per_epoch = batch_size, None
+        self.batch_transform: Callable[[dict], dict] | None = None
         if isinstance(source, ImageSource):
             check_global_batch(len(source), batch_size, accumulation_steps, world_size)
-            self.num_images, self.batches_per_epoch = len(source), len(source) // self.global_batch_size
-        starts = ((step * world_size + rank) * batch_size for step in range(accumulation_steps))
-        self.parts = [range(start, start + batch_size) for start in starts]
-        self.position = {"epoch": 0, "batch": 0}
+            self.order["num_images"], self.batches_per_epoch = len(source), len(source) // self.global_batch_size
+            starts = ((step * world_size + rank) * batch_size for step in range(accumulation_steps))
+            self.parts = [range(start, start + batch_size) for start in starts]
+            self.position = {"epoch": 0, "batch": 0}
+            return
+        num_shards, num_readers = len(source.shard_names), source.num_readers
+        if num_readers % world_size or num_readers > num_shards:
+            raise ValueError(
+                f"{num_readers} readers cannot divide {num_shards} shards among {world_size} processes: set --stream_readers "
+                f"to a multiple of {world_size} up to {num_shards}, or write more shards."
+            )
+        self.order |= {"num_shards": num_shards, "stream_readers": num_readers}
+        self.order["shuffle_buffer_size"] = source.shuffle_buffer_size
+        self.readers = range(rank, num_readers, world_size)
+        self.position = {"batch": 0, "readers": [[0, 0, 0]] * num_readers}
 
-    def state_dict(self) -> dict[str, int | None]:
+    def state_dict(self) -> dict[str, Any]:
         """The position and the settings that determine the order of the data."""
-        order = {"seed": self.seed, "global_batch_size": self.global_batch_size, "num_images": self.num_images}
-        return {**self.position, **order}
+        return {**self.position, **self.order}
 
-    def load_state_dict(self, state: dict[str, int | None]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """
         Continue at a saved position. Call before iterating.
 
         Raises:
             ValueError: If the seed, the global batch or the number of images has changed, and with it the order.
         """
-        current = self.state_dict()
-        changed = [key for key in current if key not in self.position and state[key] != current[key]]
+        before = {key: state.get(key, "unknown") for key in self.order}
+        changed = [f"{key} was {before[key]} and is {now}" for key, now in self.order.items() if before[key] != now]
         if changed:
             raise ValueError(
-                "The data cannot continue at the saved position: "
-                + ", ".join(f"{key} was {state[key]} and is {current[key]}" for key in changed)
-                + ". Restore these, or start a new run from the saved weights."
+                f"The data cannot continue at the saved position: {', '.join(changed)}. Restore these, or start a new run "
+                "from the saved weights."
             )
         self.position = {key: state[key] for key in self.position}
 
-    def make_item(self, epoch: int, candidates: Iterable[tuple[int, Example]]) -> dict[str, Any]:
-        """Decode, crop and flip the first good image of `candidates`, with draws of its (seed, epoch, index)."""
-        for skipped, (index, example) in enumerate(candidates):
-            flip, offset = draws(self.seed, epoch, index, count=2) / 2.0**64
-            try:
-                pixels = read_pixels(example, self.resolution, None if self.center_crop else offset)
-            except BadImageError as error:
-                if self.on_bad_image == "error":
-                    raise
-                logger.warning("%s; the next image replaces it.", error)
-                continue
-            flipped = self.random_flip and bool(flip < 0.5)
-            return {
-                "pixel_values": pixels.flip(-1) if flipped else pixels,
-                "class_labels": example.label,
-                "index": index,
-                "flipped": flipped,
-                "skipped": skipped,
-            }
-        raise BadImageError(f"None of the {skipped + 1} images can be decoded, the last: {example.name}.")
+    def make_item(self, epoch: int, index: int, example: Example) -> dict[str, Any] | None:
+        """Decode, crop and flip an image with the draws of (seed, epoch, index); None for a bad one that is skipped."""
+        flip, offset = draws(self.seed, epoch, index, count=2) / 2.0**64
+        try:
+            pixels = read_pixels(example, self.resolution, None if self.center_crop else offset)
+        except BadImageError as error:
+            if self.on_bad_image == "error":
+                raise
+            logger.warning("%s; the next image replaces it.", error)
+            return None
+        flipped = self.random_flip and bool(flip < 0.5)
+        pixels = pixels.flip(-1) if flipped else pixels
+        return {"pixel_values": pixels, "class_labels": example.label, "index": index, "flipped": flipped}
+
+    def find_item(self, epoch: int, index: int) -> dict[str, Any]:
+        """Item of the first good image from `index` on."""
+        size = len(self.source)
+        for skipped in range(size):
+            found = (index + skipped) % size
+            if (item := self.make_item(epoch, found, self.source[found])) is not None:
+                return {**item, "skipped": skipped}
+        raise BadImageError(f"None of the {size} images can be decoded.")
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        streamed = self.num_images is None
+        streamed = self.batches_per_epoch is None
         loader = DataLoader(
             StreamedBatches(self) if streamed else IndexedBatches(self),
             sampler=None if streamed else self._shuffled_keys(**self.position),
@@ -499,18 +590,27 @@ class ImageLoader:
             worker_init_fn=leave_process_group,
             generator=torch.Generator(),  # seeds the workers without a draw from the global generator
         )
-        for delivered, ((epoch, batch), items) in enumerate(loader, start=1):
-            # One past the last batch of an epoch means the start of the next.
-            self.position = {"epoch": epoch, "batch": batch + (delivered % self.accumulation_steps == 0)}
+        for self.position, items in loader:
             yield items
 
-    def _shuffled_keys(self, epoch: int, batch: int) -> Iterator[tuple[int, int, list[int]]]:
+    def _shuffled_keys(self, epoch: int, batch: int) -> Iterator[tuple[dict, int, list[int]]]:
         while True:
-            order = epoch_order(self.seed, epoch, self.num_images)
+            order = epoch_order(self.seed, epoch, len(self.source))
             for number in range(batch, self.batches_per_epoch):
-                for part in self.parts:
-                    yield epoch, number, [int(order[number * self.global_batch_size + offset]) for offset in part]
+                for step, part in enumerate(self.parts, start=1):
+                    # One past the last batch of an epoch means the start of the next.
+                    position = {"epoch": epoch, "batch": number + (step == self.accumulation_steps)}
+                    indices = [int(order[number * self.global_batch_size + offset]) for offset in part]
+                    yield position, epoch, indices
             epoch, batch = epoch + 1, 0
+
+
+def merge_states(states: list[dict[str, Any]]) -> dict[str, Any]:
+    """State of a run from the states of its processes: the position of every reader from the process that serves it."""
+    if "readers" not in states[0]:
+        return states[0]
+    readers = [states[reader % len(states)]["readers"][reader] for reader in range(len(states[0]["readers"]))]
+    return {**states[0], "readers": readers}
 
 
 def leave_process_group(worker_id: int) -> None:
@@ -520,11 +620,10 @@ def leave_process_group(worker_id: int) -> None:
 
 def check_global_batch(num_images: int, batch_size: int, accumulation_steps: int, world_size: int) -> None:
     """Raise ValueError if an epoch would have no optimizer step."""
-    global_batch_size = batch_size * accumulation_steps * world_size
-    if num_images < global_batch_size:
+    size, factors = batch_size * accumulation_steps * world_size, f"{batch_size} × {accumulation_steps} × {world_size}"
+    if num_images < size:
         raise ValueError(
-            f"{num_images} images do not fill one global batch of {global_batch_size} = {batch_size} per process × "
-            f"{accumulation_steps} accumulation steps × {world_size} processes."
+            f"{num_images} images do not fill one global batch of {size} = {factors} (batch × accumulation × processes)."
         )
 
 
@@ -534,5 +633,5 @@ def measure_throughput(source: ImageSource, resolution: int, num_images: int = 5
     order = epoch_order(seed, 0, len(source))[:num_images].tolist()
     start = time.perf_counter()
     for index in order:
-        loader.make_item(0, rotate(source, index))
+        loader.make_item(0, index, source[index])
     return len(order) / (time.perf_counter() - start)

@@ -19,16 +19,17 @@ def dry_run(args: TrainingArguments, num_processes: int, source: ImageSource | S
     check_global_batch(num_images, args.train_batch_size, args.gradient_accumulation_steps, num_processes)
     batch = args.global_batch_size(num_processes)
     steps, warmup = args.resolved_steps(num_images // batch)
-    parameters = {"transformer": 0, "projector": 0, "teacher (frozen)": 0}
+    parameters, teacher_dim = {"transformer": 0, "projector": 0, "teacher (frozen)": 0}, 0
     with torch.device("meta"):
         transformer = build_transformer(args, num_classes)
         models = {"transformer": transformer}
         if args.objective != "none":
             config = teacher_config(args)
-            models["projector"] = build_projector(args, transformer.config, config.hidden_size)
+            teacher_dim = config.hidden_size
+            models["projector"] = build_projector(args, transformer.config, teacher_dim)
             models["teacher (frozen)"] = AutoModel.from_config(config)
         parameters |= {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
-    memory = estimate_memory(args, transformer.config, *parameters.values())
+    memory = estimate_memory(args, transformer.config, *parameters.values(), teacher_dim)
     return {
         "arguments": args.saved(),
         "transformer": {k: v for k, v in transformer.config.items() if not k.startswith("_")},
@@ -54,33 +55,43 @@ def teacher_config(args: TrainingArguments) -> PretrainedConfig:
     return getattr(config, "vision_config", config)
 
 
+# Bytes that the backward pass of a block needs per token, as (a, b, c): a·width + b·feed-forward width + c·heads. Measured by
+# torch's saved_tensors_hooks, by the bytes of a matrix product's operand and by whether blocks are compiled.
+SAVED_BYTES = {(4, False): (72, 16, 14), (4, True): (44, 12, 14), (2, False): (60, 8, 14), (2, True): (24, 6, 14)}
+
+
 def estimate_memory(
-    args: TrainingArguments, config: dict, transformer: int, projector: int, teacher: int
+    args: TrainingArguments, config: dict, transformer: int, projector: int, teacher: int, teacher_dim: int = 0
 ) -> dict[str, float]:
     """
     Estimate the peak memory of an unsharded step in GiB per process, from the configuration and numbers of parameters.
 
-    Weights, gradients and optimizer are exact. Activations assume eager fused attention: per token and block two float32
-    residuals and, in the compute dtype, 18 widths (norms, queries, keys, values, attention, gates) and 3 feed-forward
-    widths. Gradient checkpointing keeps one residual.
+    Weights, gradients and optimizer are exact. Saved activations (fused attention assumed) are within 15 % of what the
+    backward pass keeps; the memory that torch's allocator loses to fragmentation is not counted.
     """
-    width = config["num_attention_heads"] * config["attention_head_dim"]
-    hidden = int(width * config["mlp_ratio"] * 2 / 3)
-    tokens = (config["sample_size"] // config["patch_size"]) ** 2
+    heads, width = config["num_attention_heads"], config["num_attention_heads"] * config["attention_head_dim"]
+    tokens, pixels = (config["sample_size"] // config["patch_size"]) ** 2, config["sample_size"] ** 2 * 3
     size = 2 if args.mixed_precision in ("fp16", "bf16") else 4
-    per_token = 8 * width + size * (18 * width + 3 * hidden)
-    plain = tokens * config["in_context_start"]
-    extended = (tokens + config["in_context_len"]) * (config["num_layers"] - config["in_context_start"])
-    if args.objective == "pixelrepa":
-        extended += (tokens + config["in_context_len"]) * args.adapter_layers
-    passed = plain + extended
-    activations = passed * 4 * width + tokens * per_token if args.gradient_checkpointing else passed * per_token
+    per_width, per_hidden, per_head = SAVED_BYTES[size, args.compile]
+    per_token = per_width * width + per_hidden * int(width * config["mlp_ratio"] * 2 / 3) + per_head * heads
+    longest = tokens + config["in_context_len"]
+    extended = config["num_layers"] - config["in_context_start"]
+    extended += args.adapter_layers if args.objective == "pixelrepa" else 0
+    passed = tokens * config["in_context_start"] + longest * extended
+    # Beside the blocks: images and velocities, final layer, projector's output and loss.
+    activations = 8 * pixels + (6 if projector else 4) * tokens * width * size
+    activations += passed * (4 * width if args.gradient_checkpointing else per_token)
+    features = tokens * teacher_dim * size
     emas = len(args.ema_decays) if args.use_ema and not args.ema_offload else 0
+    batch = args.train_batch_size
     parts = {
         "weights and gradients": 8 * (transformer + projector),
+        "weights in the compute dtype": size * (transformer + projector) if size == 2 else 0,
         "optimizer": (2 if args.use_8bit_adam else 8) * (transformer + projector),
         "EMAs": 4 * emas * transformer,
-        "teacher": size * teacher,
-        f"activations (estimate, batch {args.train_batch_size})": activations * args.train_batch_size,
+        "teacher": size * teacher + 8 * features * batch,  # eight widths per token at once
+        "prepared batches": 2 * batch * (9 * pixels + features),  # uint8, float32, noise; one batch ahead
+        f"saved activations (batch {batch})": activations * batch,
+        "recomputed block": longest * per_token * batch if args.gradient_checkpointing else 0,
     }
     return {name: value / 2**30 for name, value in parts.items()}

@@ -30,7 +30,7 @@ from ..scheduling_jit import JiTFlowMatchScheduler
 from ..transformer_jit import JiTTransformer2DModel
 from .arguments import TrainingArguments
 from .builders import pretrained_settings
-from .checkpoints import gather_weights, with_weights
+from .checkpoints import gather_weights, save_lora, with_weights
 from .reporting import MetricLogger
 
 
@@ -101,11 +101,19 @@ class Exporter:
         grids = sorted(self.output_dir.glob("samples/step-*.png"))
         self.samples = next((path for path in reversed(grids) if path.name <= _grid_name(step)), None)
 
-    def pipeline(self) -> PixelREPAPipeline:
-        """Return a pipeline that shares no module with training."""
+    def _weights(self) -> dict[str, torch.Tensor]:
+        if self.ema is not None:
+            return self.ema.state_dict_for(self.ema.decays[0])
+        return self.accelerator.unwrap_model(self.objective).transformer.state_dict()
+
+    def pipeline(self, everywhere: bool = False) -> PixelREPAPipeline | None:
+        """Return a pipeline that shares no module with training, on the main process or on all of them."""
         trained = self.accelerator.unwrap_model(self.objective).transformer
-        weights = trained.state_dict() if self.ema is None else self.ema.state_dict_for(self.ema.decays[0])
-        transformer = with_weights(trained.config, gather_weights(weights)).to(self.accelerator.device)
+        keep = everywhere or self.accelerator.is_main_process
+        weights = gather_weights(self._weights(), keep)
+        if not keep:
+            return None
+        transformer = with_weights(trained, weights).to(self.accelerator.device)
         pipeline = PixelREPAPipeline(transformer, JiTFlowMatchScheduler(), **self.settings)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
@@ -117,6 +125,7 @@ class Exporter:
         def write(path: Path) -> None:
             if self.accelerator.is_main_process:
                 pipeline.save_pretrained(path)
+                save_lora(self._weights(), path / "lora")
                 write_json(path / "training_arguments.json", facts)
                 if self.samples is not None and self.samples.exists():
                     shutil.copyfile(self.samples, path / "samples.png")
@@ -133,7 +142,7 @@ class Exporter:
 
     def evaluate(self, step: int) -> None:
         """Log --eval_metrics. Every process makes its share of the images; no global random state is used."""
-        pipeline, args = self.pipeline(), self.args
+        pipeline, args = self.pipeline(everywhere=True), self.args
         cast_transformer(pipeline.transformer, torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32)
         metrics = evaluate_pipeline(
             pipeline,

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from ..files import write_atomically
 from .arguments import TrainingArguments
+from .flops import measure_peak_flops
 from .step import StepResult
 
 
@@ -84,12 +85,27 @@ class StepMonitor:
     """
     Collect the results of optimizer steps and report their means; only reports and checks synchronize the device.
     Without a terminal, log lines replace the progress bar.
+
+    Args:
+        args, accelerator, metrics, step, max_train_steps: Of the run.
+        flops (`tuple[int, int]`, *optional*): Of an image, from [`flops_per_image`]; reports then have the MFU.
     """
 
     def __init__(
-        self, args: TrainingArguments, accelerator: Accelerator, metrics: MetricLogger, step: int, max_train_steps: int
+        self,
+        args: TrainingArguments,
+        accelerator: Accelerator,
+        metrics: MetricLogger,
+        step: int,
+        max_train_steps: int,
+        flops: tuple[int, int] | None = None,
     ):
         self.args, self.accelerator, self.metrics, self.max_train_steps = args, accelerator, metrics, max_train_steps
+        self.flops, device = flops, accelerator.device
+        if flops is not None:
+            # A CPU multiplies bfloat16 slower than float32.
+            half = {"bf16": torch.bfloat16, "fp16": torch.float16} if device.type == "cuda" else {}
+            self.peak_flops = measure_peak_flops(device, half.get(accelerator.mixed_precision, torch.float32))
         self.pending: list[tuple[int, StepResult]] = []
         self.skipped_images = self.skipped_steps = 0
         hidden = not accelerator.is_local_main_process or not sys.stderr.isatty()
@@ -104,26 +120,28 @@ class StepMonitor:
         """Record the result of `step`."""
         self.bar.update()
         self.skipped_images += result.skipped_images
-        if result.skipped:
-            self.skipped_steps += 1
-            images = sorted(gather_object(result.images))
-            logger.warning(f"Step {step} was skipped: its gradient is not finite. Its images were {images}.")
-        else:
-            self.pending.append((step, result))
+        self.pending.append((step, result))
 
-    def check_losses(self, last_checkpoint: Path | None) -> torch.Tensor:
-        """Return the losses since the last report, of shape `(processes, steps, 3)`, if all are finite."""
+    def check_losses(self, last_checkpoint: Path | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Return the losses since the last report, (processes, steps, 3), and whether each step was skipped, (steps,), if the
+        losses are finite, or belong to steps skipped on request.
+        """
         losses = torch.stack([result.losses for _, result in self.pending])
+        never = losses.new_zeros((), dtype=torch.bool)
+        skipped = torch.stack([never if r.skipped is None else r.skipped for _, r in self.pending]).cpu()
         losses = self.accelerator.gather(losses[None]).cpu()
-        bad = (~losses.isfinite().all(dim=(0, 2))).nonzero()
-        if len(bad):
-            step, result = self.pending[bad[0].item()]
+        bad = ~losses.isfinite().all(dim=(0, 2))
+        if self.args.on_nonfinite == "skip":
+            bad &= ~skipped
+        if bad.any():
+            step, result = self.pending[bad.nonzero()[0].item()]
             raise NonFiniteLossError(
                 f"The loss of step {step} is not finite. Its images (indices in the data) were "
                 f"{sorted(gather_object(result.images))}. The last good checkpoint is {last_checkpoint}: resume from it "
                 "with a smaller --learning_rate, --max_grad_norm 1, --mixed_precision bf16 or no, or --on_nonfinite skip."
             )
-        return losses
+        return losses, skipped
 
     def check_finite(self, step: int, objective: torch.nn.Module, last_checkpoint: Path | None) -> None:
         """Check the losses since the last report and the weights after `step`, before they are saved."""
@@ -131,8 +149,10 @@ class StepMonitor:
             self.check_losses(last_checkpoint)
         # A loss is computed before the update: a NaN gradient shows in the weights first.
         weights = [parameter.detach() for parameter in objective.parameters()]
-        largest = torch.nn.utils.get_total_norm(weights, norm_type=float("inf"))
-        if not (largest.full_tensor() if isinstance(largest, DTensor) else largest).isfinite():
+        weights = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in weights]
+        # The norm of an empty shard is undefined.
+        largest = torch.nn.utils.get_total_norm([w for w in weights if w.numel()], norm_type=float("inf"))
+        if not self.accelerator.gather(largest[None]).isfinite().all():
             raise NonFiniteLossError(
                 f"The weights after step {step} are not finite, because its gradient was not. The last good checkpoint is "
                 f"{last_checkpoint}: resume from it with a smaller --learning_rate, --max_grad_norm 1 or --on_nonfinite skip."
@@ -140,20 +160,27 @@ class StepMonitor:
 
     def report(self, step: int, result: StepResult, learning_rate: float, last_checkpoint: Path | None) -> None:
         """Log the mean losses since the last report, and the throughput."""
-        total, denoising, alignment = self.check_losses(last_checkpoint).mean(dim=(0, 1)).tolist()
-        global_batch_size = self.args.global_batch_size(self.accelerator.num_processes)
-        images = (step - self.started_step) * global_batch_size
+        losses, skipped = self.check_losses(last_checkpoint)
+        total, denoising, alignment = losses[:, ~skipped].mean(dim=(0, 1)).tolist()
+        self.skipped_steps += int(skipped.sum())
+        if self.args.on_nonfinite == "skip":
+            for (number, other), was_skipped in zip(self.pending, skipped, strict=True):
+                if was_skipped:
+                    images = sorted(gather_object(other.images))
+                    logger.warning(f"Step {number} was skipped: its gradient is not finite. Its images were {images}.")
         values = {
             "loss": total,
             "denoising_loss": denoising,
             "grad_norm": float(result.grad_norm),
             "learning_rate": learning_rate,
-            "images_per_second": images / (time.perf_counter() - self.started),
             "memory_GiB": peak_memory(self.accelerator.device),
             "skipped_images": sum(gather_object([self.skipped_images])),
             "skipped_steps": self.skipped_steps,
+            **self.throughput(step, result),
         }
         text = f"denoise {denoising:.4f}, {values['images_per_second']:.1f} img/s"
+        if "mfu" in values:
+            text += f", MFU {values['mfu']:.0%}, data {values['data_ms']:.0f} ms"
         if self.args.aligns(step - 1):
             values |= {"alignment_loss": alignment, "alignment_cosine": 1 - alignment}
             text += f", align {alignment:.4f}"
@@ -163,6 +190,30 @@ class StepMonitor:
             logger.info(f"Step {step} of {self.max_train_steps}: {text}")
         self.pending.clear()
         self.restart_clock(step)
+
+    def throughput(self, step: int, result: StepResult) -> dict[str, float]:
+        """
+        Speed since the last report. Times are milliseconds per step, those of the slowest process each: `host_ms` launches
+        the first step after a report, when the device's queue is empty (on a CPU it computes the step), `data_ms` waits for
+        images, `forward_ms` is the device's time for the forward pass of the last micro-step.
+        """
+        processes, device = self.accelerator.num_processes, self.accelerator.device
+        steps, seconds = step - self.started_step, time.perf_counter() - self.started
+        images = steps * self.args.global_batch_size(processes) / seconds
+        first, (begin, end) = self.pending[0][1], result.forward
+        forward = begin.elapsed_time(end) / 1000 if device.type == "cuda" else end - begin
+        waited = sum(result.seconds_waited for _, result in self.pending) / len(self.pending)
+        times = torch.tensor([[first.seconds - first.seconds_waited, waited, forward]], device=device) * 1000
+        times = self.accelerator.gather(times).cpu()  # (processes, 3)
+        values = {"images_per_second": images, "images_per_second_per_process": images / processes}
+        values |= zip(("host_ms", "data_ms", "forward_ms"), times.amax(dim=0).tolist(), strict=True)
+        if processes > 1:
+            values["slowest_rank"] = times[:, 1:].sum(dim=1).argmax().item()
+        if self.flops is not None:
+            student, alignment = self.flops
+            flops = student + alignment * self.args.aligns(step - 1)
+            values["mfu"] = flops * images / processes / self.peak_flops
+        return values
 
 
 def peak_memory(device: torch.device) -> float:

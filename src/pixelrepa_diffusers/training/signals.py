@@ -1,4 +1,4 @@
-"""Orderly stops of a training script on SIGTERM and Ctrl-C."""
+"""Orderly stops of a training script on SIGTERM, SIGUSR1 and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from accelerate.utils import gather_object
 
 
 class StopRequest:
-    """Context in which SIGTERM and Ctrl-C request an orderly stop; a second Ctrl-C interrupts at once."""
+    """Context in which SIGTERM, SIGUSR1 and Ctrl-C request an orderly stop; a second Ctrl-C interrupts at once."""
 
     signal: signal.Signals | None = None
 
     def __enter__(self) -> StopRequest:
-        self.handlers = {number: signal.signal(number, self.receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+        self.handlers = {number: signal.signal(number, self.receive) for number in numbers}
         return self
 
     def __exit__(self, *_) -> None:

@@ -1,8 +1,9 @@
-"""One optimizer step: random draws, prefetched inputs, forward and backward, update of weights and EMAs."""
+"""One optimizer step: prefetched inputs, forward and backward, update of weights and EMAs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,96 +11,100 @@ from accelerate import Accelerator
 from torch.distributed.tensor import DTensor
 
 from ..ema import ConstantDecayEMA
-from ..objective import draw_keep_mask, draw_timesteps, drop_labels
 from .arguments import TrainingArguments
 from .data import ImageLoader, draws, to_float
+from .draws import BatchDraws
 
 
-# Purposes of the draws made here and in the trainer; data.py has those of order, crops and flips.
-IMAGE_DRAWS, DROPOUT_DRAWS, WEIGHT_DRAWS = 101, 102, 103
+# Purposes of `draws` here and in the trainer; data.py has those of order, crops and flips.
+DROPOUT_DRAWS, WEIGHT_DRAWS = 102, 103
 
 
-def draw(
-    args: TrainingArguments, batch: dict, step: int, num_tokens: int, num_classes: int, device: torch.device
-) -> dict:
+class PreparedBatches:
     """
-    Draw timesteps, dropped labels, keep masks and noise of a batch.
+    Endless (inputs of the objective on the device, metadata), one per micro-step.
 
-    They depend on (seed, step, image) and on the kind of device, on which the noise is made, but not on how images are
-    distributed over batches and processes.
-    """
-    timesteps, labels, keep_masks, noise_seeds = [], [], [], []
-    for index, label in zip(batch["index"].tolist(), batch["class_labels"], strict=True):
-        seed, noise_seed = draws(args.seed, step, index, purpose=IMAGE_DRAWS, count=2)
-        generator = torch.Generator().manual_seed(int(seed))
-        timesteps.append(draw_timesteps(1, generator, args.P_mean, args.P_std))
-        labels.append(drop_labels(label[None], num_classes, generator, args.label_drop_prob))
-        keep_masks.append(draw_keep_mask(1, num_tokens, generator, args.mask_ratio))
-        noise_seeds.append(int(noise_seed))
+    On a GPU, [`prefetch`] starts copies, draws and the teacher of the next batch on a side stream, in parallel with the
+    student. The teacher is frozen, so this changes no result.
 
-    noise = torch.empty(batch["pixel_values"].shape, device=device)
-    generator = torch.Generator(device)
-    for image_noise, noise_seed in zip(noise, noise_seeds, strict=True):
-        image_noise.normal_(generator=generator.manual_seed(noise_seed))
+    Args:
+        args (`TrainingArguments`): The accumulation, and the steps that align.
+        loader (`ImageLoader`): Batches of images.
+        draw (`BatchDraws`): The random draws.
+        teach (`Callable`, *optional*): Maps pixel values and their batch to teacher features.
+        step (`int`): Number of completed optimizer steps.
+        device (`torch.device`): Of this process.
 
-    def to_device(parts: list[torch.Tensor]) -> torch.Tensor:
-        whole = torch.cat(parts)
-        return (whole.pin_memory() if device.type == "cuda" else whole).to(device, non_blocking=True)
-
-    return {
-        "class_labels": to_device(labels),
-        "timestep": to_device(timesteps),
-        "noise": noise,
-        "keep_mask": to_device(keep_masks) if args.objective == "pixelrepa" else None,
-    }
-
-
-def prepared_batches(
-    args: TrainingArguments,
-    loader: ImageLoader,
-    teach: Callable[[torch.Tensor, dict], torch.Tensor] | None,
-    step: int,
-    num_tokens: int,
-    num_classes: int,
-    device: torch.device,
-) -> Iterator[tuple[dict, dict]]:
-    """
-    Yield (inputs of the objective on the device, metadata) for every micro-step, endlessly.
-
-    On a GPU, copies, draws and the teacher run one batch ahead on a side stream, in parallel with the student. The
-    teacher is frozen, so this changes no result. `teach` maps pixel values and their batch to teacher features, and `step`
-    is the number of completed optimizer steps.
+    Attributes:
+        seconds_waited (`float`): Time spent waiting for the loader.
     """
 
-    def prepare(batch: dict, step: int) -> tuple[dict, dict]:
-        metadata = {
-            "index": batch["index"].tolist(),
-            "skipped": int(batch["skipped"].sum()),
-            "loader": loader.state_dict(),  # read now: once this batch is used, the loader is one further
-        }
-        inputs = draw(args, batch, step, num_tokens, num_classes, device)
-        inputs["pixel_values"] = to_float(batch["pixel_values"].to(device, non_blocking=True))
-        aligns = teach is not None and args.aligns(step)
-        inputs["teacher_features"] = teach(inputs["pixel_values"], batch) if aligns else None
-        return inputs, metadata
+    def __init__(
+        self,
+        args: TrainingArguments,
+        loader: ImageLoader,
+        draw: BatchDraws,
+        teach: Callable[[torch.Tensor, dict], torch.Tensor] | None,
+        step: int,
+        device: torch.device,
+    ):
+        self.args, self.loader, self.draw, self.teach, self.device = args, loader, draw, teach, device
+        self.batches, self.micro_steps = iter(loader), step * args.gradient_accumulation_steps
+        self.seconds_waited, self.prefetched, self.side_stream = 0.0, None, None
+        if device.type == "cuda":
+            self.side_stream = torch.cuda.Stream()
+            self.side_stream.wait_stream(torch.cuda.current_stream())  # which still copies the teacher's weights
 
-    side_stream = torch.cuda.Stream() if device.type == "cuda" else None
-    prefetched = None
-    for number, batch in enumerate(loader):
-        batch_step = step + number // args.gradient_accumulation_steps
-        if side_stream is None:
-            yield prepare(batch, batch_step)
-            continue
-        with torch.cuda.stream(side_stream):
-            following = prepare(batch, batch_step)
-        if prefetched is not None:
-            yield prefetched
+    def __next__(self) -> tuple[dict, dict]:
+        if self.side_stream is None:
+            return self.prepare()
+        self.prefetch()
+        prepared, self.prefetched = self.prefetched, None
         # The student's stream waits for the side stream on the device; the host does not.
-        torch.cuda.current_stream().wait_stream(side_stream)
-        for tensor in following[0].values():
+        torch.cuda.current_stream().wait_stream(self.side_stream)
+        for tensor in prepared[0].values():
             if tensor is not None:
                 tensor.record_stream(torch.cuda.current_stream())
-        prefetched = following
+        return prepared
+
+    def prefetch(self) -> None:
+        """Prepare the next batch on the side stream, if there is one and it has not been done."""
+        if self.side_stream is not None and self.prefetched is None:
+            with torch.cuda.stream(self.side_stream):
+                self.prefetched = self.prepare()
+
+    def prepare(self) -> tuple[dict, dict]:
+        """Prepare the next batch on the current stream."""
+        started = time.perf_counter()
+        batch = next(self.batches)
+        self.seconds_waited += time.perf_counter() - started
+        metadata = {
+            "index": batch["index"].tolist(),
+            "skipped": sum(batch["skipped"].tolist()),
+            "loader": self.loader.state_dict(),  # read now: once this batch is used, the loader is one further
+        }
+        step = self.micro_steps // self.args.gradient_accumulation_steps
+        self.micro_steps += 1
+        pixels, index, labels = (
+            batch[name].to(self.device, non_blocking=True) for name in ("pixel_values", "index", "class_labels")
+        )
+        inputs = self.draw(step, index, labels, pixels.shape[1:])
+        inputs["pixel_values"] = to_float(pixels)
+        aligns = self.teach is not None and self.args.aligns(step)
+        inputs["teacher_features"] = self.teach(inputs["pixel_values"], batch) if aligns else None
+        return inputs, metadata
+
+
+Moment = torch.cuda.Event | float
+
+
+def now(device: torch.device) -> Moment:
+    """This moment on the clock of a device: an event of a GPU, seconds otherwise."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
 @dataclass
@@ -110,8 +115,11 @@ class StepResult:
     images: list[int]  # indices in the data
     skipped_images: int  # images that replace a bad one
     grad_norm: torch.Tensor | None  # before clipping, if it was computed
-    skipped: bool  # whether the update was skipped because the gradient is not finite
+    skipped: torch.Tensor | None  # bool, whether the update was skipped because the gradient is not finite; None: no
     position: dict  # state of the loader after the step
+    seconds: float  # of this process, which on a GPU only launches the step
+    seconds_waited: float  # of them, waiting for data
+    forward: tuple[Moment, Moment] | None  # begin and end of the last forward pass, if it was measured
 
 
 def take_step(
@@ -120,36 +128,81 @@ def take_step(
     objective: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     ema: ConstantDecayEMA | None,
-    batches: Iterator[tuple[dict, dict]],
+    batches: PreparedBatches,
     step: int,
-    needs_grad_norm: bool,
+    measure: bool,
 ) -> StepResult:
-    """Take the optimizer step that follows `step` completed ones."""
-    losses, images, skipped_images = [], [], 0
-    for dropout_seed in draws(
-        args.seed, step, accelerator.process_index, DROPOUT_DRAWS, args.gradient_accumulation_steps
-    ):
+    """Take the optimizer step that follows `step` completed ones; `measure` the gradient's norm and the forward pass."""
+    started, waited = time.perf_counter(), batches.seconds_waited
+    module = getattr(objective, "module", objective)  # of DDP
+    dropout_seeds = [None] * args.gradient_accumulation_steps
+    if module.transformer.config.dropout:
+        dropout_seeds = draws(args.seed, step, accelerator.process_index, DROPOUT_DRAWS, len(dropout_seeds)).tolist()
+    losses, images, skipped_images, forward = [], [], 0, None
+    for dropout_seed in dropout_seeds:
         inputs, metadata = next(batches)
-        torch.manual_seed(int(dropout_seed))
+        if dropout_seed is not None:
+            torch.manual_seed(dropout_seed)
         with accelerator.accumulate(objective):
+            begin = now(accelerator.device) if measure else None
             with accelerator.autocast():
                 output = objective(**inputs)
+            forward = (begin, now(accelerator.device)) if measure else None
             accelerator.backward(output.loss)
         parts = (output.loss, output.denoising_loss, output.alignment_loss)
         losses.append(torch.stack([output.loss.new_zeros(()) if part is None else part.detach() for part in parts]))
         images += metadata["index"]
         skipped_images += metadata["skipped"]
+        if accelerator.sync_gradients:
+            grad_norm, skipped = update_weights(args, accelerator, optimizer, measure)
+            if ema is not None:
+                ema.update(module.transformer, skipped)
+        batches.prefetch()  # now, because the caller may wait for the device
+    return StepResult(
+        losses=torch.stack(losses).mean(dim=0),
+        images=images,
+        skipped_images=skipped_images,
+        grad_norm=grad_norm,
+        skipped=skipped,
+        position=metadata["loader"],
+        seconds=time.perf_counter() - started,
+        seconds_waited=batches.seconds_waited - waited,
+        forward=forward,
+    )
 
-    grad_norm, skipped = None, False
-    if needs_grad_norm or args.max_grad_norm is not None or args.on_nonfinite == "skip":
-        max_norm = float("inf") if args.max_grad_norm is None else args.max_grad_norm
-        grad_norm = accelerator.clip_grad_norm_(objective.parameters(), max_norm)
+
+def update_weights(
+    args: TrainingArguments, accelerator: Accelerator, optimizer: torch.optim.Optimizer, measure: bool
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """
+    Clip the gradients, update the weights and clear the gradients.
+
+    With `--on_nonfinite skip` or a gradient scaler, a gradient that is not finite changes nothing. The device decides;
+    nothing waits for it, except for the 8-bit optimizer.
+
+    Returns:
+        The norm of the gradients before clipping, and whether the update was skipped; None for what was not computed.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    may_skip = args.on_nonfinite == "skip" or accelerator.scaler is not None
+    grad_norm = skipped = None
+    if measure or may_skip or args.max_grad_norm is not None:
+        accelerator.unscale_gradients(optimizer)
+        # Clipping at infinity instead would turn all gradients to NaN where one is infinite.
+        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if args.max_grad_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, args.max_grad_norm, grad_norm)
         if isinstance(grad_norm, DTensor):
             grad_norm = grad_norm.full_tensor()
-        skipped = args.on_nonfinite == "skip" and not torch.isfinite(grad_norm)
-    if not skipped or accelerator.scaler is not None:  # the gradient scaler skips by itself and adapts its scale
+    if may_skip:
+        skipped = ~grad_norm.isfinite()
+    if not may_skip or accelerator.scaler is not None:  # the scaler skips by itself and adapts its scale
+        optimizer.step()
+    elif args.use_8bit_adam:
+        if not skipped:
+            optimizer.step()
+    else:
+        optimizer.optimizer.found_inf = skipped.float()  # read by fused AdamW
         optimizer.step()
     optimizer.zero_grad()
-    if ema is not None and not (skipped or accelerator.optimizer_step_was_skipped):
-        ema.update(accelerator.unwrap_model(objective).transformer)
-    return StepResult(torch.stack(losses).mean(dim=0), images, skipped_images, grad_norm, skipped, metadata["loader"])
+    return grad_norm, skipped

@@ -12,9 +12,11 @@ import logging
 import os
 import struct
 import zlib
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from ..evaluation import network_sha256
@@ -26,13 +28,58 @@ logger = logging.getLogger(__name__)
 _CHECKSUM = struct.Struct("<Q")
 
 
+@dataclass(frozen=True)
+class FeatureFile:
+    """
+    Records of one view's features in a file; used by the loader's workers, which read, and the training process, which writes.
+
+    A record holds a checksum of the view's pixels and features, and the features. A record that is missing, truncated,
+    damaged or of other pixels fails its checksum and is computed again, so a stale file costs time but never changes a
+    result.
+    """
+
+    path: Path
+    record_bytes: int
+
+    def read_into(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """
+        Add the stored features to a batch of `ImageLoader`.
+
+        Adds `records` uint8 (B, record_bytes) if all images have one, and `missing` int64 (B,): -1, or the checksum of the
+        pixels of an image without a record.
+        """
+        records = torch.empty(len(batch["index"]), self.record_bytes, dtype=torch.uint8)
+        missing = torch.full((len(records),), -1)
+        file = os.open(self.path, os.O_RDONLY)
+        try:
+            views = zip(batch["pixel_values"].numpy(), records.numpy(), positions(batch), strict=True)
+            for row, (pixels, record, position) in enumerate(views):
+                size = os.preadv(file, [record], position * self.record_bytes)
+                pixels = zlib.crc32(pixels)
+                (expected,) = _CHECKSUM.unpack_from(record)
+                if size != self.record_bytes or _checksum(record[_CHECKSUM.size :], pixels) != expected:
+                    missing[row] = pixels
+        finally:
+            os.close(file)
+        return {**batch, "missing": missing} | ({} if (missing >= 0).any() else {"records": records})
+
+    def write(self, rows: list[int], pixels: list[int], features: np.ndarray) -> None:
+        """Write features (rows, bytes) of images with these pixel checksums."""
+        file = os.open(self.path, os.O_WRONLY)
+        try:
+            for row, checksum, content in zip(rows, pixels, features, strict=True):
+                record = _CHECKSUM.pack(_checksum(content, checksum)) + content.tobytes()
+                os.pwrite(file, record, row * self.record_bytes)
+        finally:
+            os.close(file)
+
+
 class CachedTeacher:
     """
-    A teacher that looks up its features in a file, whose name depends on everything that determines them.
+    A teacher that takes its features from a file, whose name depends on everything that determines them.
 
-    A record holds a checksum of one view's pixels and features, and the features in the teacher's dtype. A record that is
-    missing, truncated, damaged or of other pixels fails its checksum and is computed again, so a stale file costs time but
-    never changes a result.
+    The loader's workers read (`loader.batch_transform = cached_teacher.file.read_into`) and a thread writes, so the training
+    process only copies a batch of records to the device.
 
     Args:
         teacher (`SemanticTeacher`): The frozen teacher.
@@ -41,10 +88,8 @@ class CachedTeacher:
     """
 
     def __init__(self, teacher: SemanticTeacher, folder: str | Path, num_images: int):
-        self.teacher = teacher
-        self.dtype = teacher.model.dtype
+        self.teacher, self.dtype = teacher, teacher.model.dtype
         self.shape = (teacher.grid_size**2, teacher.feature_dim)
-        self.record_bytes = _CHECKSUM.size + self.shape[0] * self.shape[1] * self.dtype.itemsize
         identity = {
             "weights": network_sha256(teacher.model),
             "input_size": teacher.input_size,
@@ -55,55 +100,61 @@ class CachedTeacher:
             "num_images": num_images,
         }
         name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
-        self.path = Path(folder) / f"{name}.features"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
-        self._pool = ThreadPoolExecutor(8)  # reading and checksums release the interpreter lock
+        path = Path(folder) / f"{name}.features"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        self.file = FeatureFile(path, _CHECKSUM.size + self.shape[0] * self.shape[1] * self.dtype.itemsize)
+        self._writer = ThreadPoolExecutor(1)
+        self._written: Future | None = None
         self._disk_is_full = False
 
     def __call__(self, pixel_values: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """
         Args:
             pixel_values (`torch.Tensor`): Teacher input, (B, 3, H, H) in [-1, 1] on the teacher's device.
-            batch (`dict[str, torch.Tensor]`): The batch of `ImageLoader`, on the CPU, with the uint8 originals.
+            batch (`dict[str, torch.Tensor]`): What [`FeatureFile.read_into`] returned, on the CPU.
 
         Returns:
-            `torch.Tensor`: Features (B, N, F) in float32 on the device of `pixel_values`.
+            `torch.Tensor`: Features (B, N, F) in the teacher's dtype on the device of `pixel_values`.
         """
-        positions = (2 * batch["index"] + batch["flipped"]).tolist()
-        pixels = [zlib.crc32(view.numpy()) for view in batch["pixel_values"].contiguous()]
-        stored = list(self._pool.map(self._read, positions, pixels))
-        if all(record is not None for record in stored):
-            features = torch.stack([torch.frombuffer(record, dtype=self.dtype) for record in stored])
-            features = features.view(-1, *self.shape)
-            if pixel_values.device.type == "cuda":
-                features = features.pin_memory()
-            return features.to(pixel_values.device, non_blocking=True).float()
-
+        if "records" in batch:
+            records = batch["records"].to(pixel_values.device, non_blocking=True)
+            return records[:, _CHECKSUM.size :].view(self.dtype).unflatten(1, self.shape)
         features = self.teacher(pixel_values)
-        missing = [row for row, record in enumerate(stored) if record is None]
-        records = features[missing].to("cpu", self.dtype).contiguous().view(torch.uint8).numpy()
-        for row, record in zip(missing, records, strict=True):
-            self._write(positions[row], pixels[row], record.tobytes())
+        missing = (batch["missing"] >= 0).nonzero().flatten()
+        # At most one batch waits to be written: a slow disk slows the filling instead of exhausting the memory.
+        self.wait()
+        if not self._disk_is_full:
+            stored = features[missing.to(features.device)].to("cpu", self.dtype, non_blocking=True)
+            copied = None
+            if features.device.type == "cuda":
+                copied = torch.cuda.Event()
+                copied.record()
+            rows, pixels = positions(batch)[missing], batch["missing"][missing]
+            self._written = self._writer.submit(self._write, rows.tolist(), pixels.tolist(), stored, copied)
         return features
 
-    def _read(self, position: int, pixels: int) -> bytearray | None:
-        record = bytearray(self.record_bytes)
-        size = os.preadv(self._file, [record], position * self.record_bytes)
-        (expected,) = _CHECKSUM.unpack_from(record)
-        features = record[_CHECKSUM.size :]
-        return features if size == self.record_bytes and _checksum(features, pixels) == expected else None
+    def wait(self) -> None:
+        """Wait until everything submitted so far is written."""
+        if self._written is not None:
+            self._written.result()
 
-    def _write(self, position: int, pixels: int, features: bytes) -> None:
-        if self._disk_is_full:
-            return
-        record = _CHECKSUM.pack(_checksum(features, pixels)) + features
+    def _write(
+        self, rows: list[int], pixels: list[int], features: torch.Tensor, copied: torch.cuda.Event | None
+    ) -> None:
+        if copied is not None:
+            copied.synchronize()
         try:
-            os.pwrite(self._file, record, position * self.record_bytes)
+            self.file.write(rows, pixels, features.flatten(1).view(torch.uint8).numpy())
         except OSError as error:
             self._disk_is_full = True
-            logger.warning("Teacher features are no longer cached: %s: %s", self.path, error)
+            logger.warning("Teacher features are no longer cached: %s: %s", self.file.path, error)
 
 
-def _checksum(features: bytes | bytearray, pixels: int) -> int:
+def positions(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Number of each image's record: two per image, plain and flipped."""
+    return 2 * batch["index"] + batch["flipped"]
+
+
+def _checksum(features: np.ndarray, pixels: int) -> int:
     return 1 << 32 | zlib.crc32(features, pixels)  # never 0, which is what a hole in the file reads as

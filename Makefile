@@ -1,6 +1,7 @@
 # make demo          train, sample and score PixelREPA on scanned digits: any CPU, no download
 # make test          run everything CI runs
 # make style         format and lint
+# make test-wheel    build the wheel, install it into an empty environment and try its commands
 # make test-matrix   run the suite with the lowest and the newest versions that setup.py allows: hours, many GB
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ RUN := $(VENV)/bin
 # The suite runs two processes; more threads than cores slow each other down.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: env demo test test-matrix style clean-demo
+.PHONY: env demo test test-wheel test-matrix style clean-demo
 
 env: $(VENV)/.installed
 
@@ -21,6 +22,15 @@ $(VENV)/.installed: setup.py constraints.txt
 
 test: env
 	$(RUN)/pytest --numprocesses 2 --dist loadfile
+
+# Run from an empty folder, so that nothing is imported from the repository.
+test-wheel:
+	rm -rf .wheel
+	$(PYTHON) -m venv .wheel/env
+	.wheel/env/bin/pip wheel --quiet --no-deps --wheel-dir .wheel .
+	.wheel/env/bin/pip install --quiet --constraint constraints.txt .wheel/*.whl
+	cp tests/try_wheel.py .wheel
+	cd .wheel && env/bin/python try_wheel.py
 
 # Interpreter and version resolution; uv finds or fetches the interpreter.
 MATRIX ?= 3.10:lowest-direct 3.13:highest

@@ -16,6 +16,7 @@ setup(
     entry_points={
         "console_scripts": [
             "pixelrepa-generate=pixelrepa_diffusers.commands.generate:cli",
+            "pixelrepa-app=pixelrepa_diffusers.commands.app:cli",
             "pixelrepa-evaluate=pixelrepa_diffusers.commands.evaluate:cli",
             "pixelrepa-convert=pixelrepa_diffusers.commands.convert_checkpoint:cli",
             "pixelrepa-publish=pixelrepa_diffusers.commands.publish:cli",
@@ -27,6 +28,7 @@ setup(
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.13",
+        "datasets>=4.0",
         "diffusers>=0.41",
         "filelock>=4.0",
         "transformers>=5.20",
@@ -38,7 +40,6 @@ setup(
     ],
     extras_require={
         "train": [
-            "datasets>=4.0",
             "evaluate>=0.4.6",
             "matplotlib>=3.9",
             "peft>=0.18",
@@ -48,8 +49,9 @@ setup(
             "tensorboard>=2.18",
         ],
         # The Inception network of FID and IS. It brings torchvision, which must match the installed torch build.
-        "eval": ["datasets>=4.0", "evaluate>=0.4.6", "matplotlib>=3.9", "scipy>=1.13", "torch-fidelity>=0.4.0"],
+        "eval": ["evaluate>=0.4.6", "matplotlib>=3.9", "scipy>=1.13", "torch-fidelity>=0.4.0"],
         "quantization": ["torchao>=0.18"],
+        "app": ["gradio>=6.0"],  # pixelrepa-app
         "dev": ["hypothesis>=6.100", "peft>=0.18", "psutil>=5.9", "pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.14"],
     },
     classifiers=[

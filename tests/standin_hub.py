@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face Hub: model repositories in memory, served on 127.0.0.1.
+"""A stand-in for the Hugging Face Hub: repositories in memory, served on 127.0.0.1.
 
     with StandInHub() as hub:
         hub.fault = lambda number, method, path: 500 if number == 3 else None
@@ -253,12 +253,12 @@ class Handler(BaseHTTPRequestHandler):
 ROUTES = [  # methods, path, whether the token must have write permission, answer
     ({"POST"}, r"/api/repos/create", True, Handler.create),
     ({"POST"}, r"/api/validate-yaml", False, Handler.validate_yaml),
-    ({"POST"}, rf"/api/models/{REPOSITORY}/preupload/(?P<revision>[^/]+)", True, Handler.preupload),
-    ({"POST"}, rf"/api/models/{REPOSITORY}/commit/(?P<revision>[^/]+)", True, Handler.commit),
-    ({"POST"}, rf"/api/models/{REPOSITORY}/branch/(?P<name>.+)", True, Handler.branch),
-    ({"GET"}, rf"/api/models/{REPOSITORY}/auth-check/write", True, Handler.auth_check),
-    ({"GET"}, rf"/api/models/{REPOSITORY}/tree/(?P<revision>[^/]+)", False, Handler.tree),
-    ({"GET"}, rf"/api/models/{REPOSITORY}(?:/revision/(?P<revision>[^/]+))?", False, Handler.info),
+    ({"POST"}, rf"/api/(?:models|spaces)/{REPOSITORY}/preupload/(?P<revision>[^/]+)", True, Handler.preupload),
+    ({"POST"}, rf"/api/(?:models|spaces)/{REPOSITORY}/commit/(?P<revision>[^/]+)", True, Handler.commit),
+    ({"POST"}, rf"/api/(?:models|spaces)/{REPOSITORY}/branch/(?P<name>.+)", True, Handler.branch),
+    ({"GET"}, rf"/api/(?:models|spaces)/{REPOSITORY}/auth-check/write", True, Handler.auth_check),
+    ({"GET"}, rf"/api/(?:models|spaces)/{REPOSITORY}/tree/(?P<revision>[^/]+)", False, Handler.tree),
+    ({"GET"}, rf"/api/(?:models|spaces)/{REPOSITORY}(?:/revision/(?P<revision>[^/]+))?", False, Handler.info),
     ({"POST"}, rf"/{REPOSITORY}\.git/info/lfs/objects/batch", True, Handler.lfs_batch),
     ({"PUT"}, r"/lfs/(?P<oid>[0-9a-f]{64})", False, Handler.lfs_put),
     ({"GET", "HEAD"}, rf"/{REPOSITORY}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", False, Handler.resolve),

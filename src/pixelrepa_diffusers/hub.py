@@ -6,6 +6,7 @@ with BackgroundPusher("me/digits") as pusher:                  # during training
 """
 
 import hashlib
+import importlib.metadata
 import json
 import logging
 import queue
@@ -27,6 +28,7 @@ from huggingface_hub import (
     HfApi,
     ModelCard,
     ModelCardData,
+    SpaceCardData,
 )
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError
 
@@ -75,6 +77,7 @@ PUBLISHED_FILES = (
     "lora/[!.]*.safetensors",
 )
 LOCAL = "a local folder"  # published in place of a path
+SPACE_GRADIO = "6.31.0"  # the release that the page is tested with
 RETRY_WAITS = (2.0, 10.0, 30.0, 60.0)  # seconds between the tries of a publication
 
 _FIGURE = re.compile(r"\b(fid|inception\s+score|images per second|images/s)\b", re.IGNORECASE)
@@ -420,6 +423,53 @@ def _commit(api: HfApi, folder: Path, repo_id: str, private, revision, metrics, 
         commit_message=f"Publish {folder.name}",
         revision=revision,
         parent_commit=info.sha,  # answered with 412 if somebody else has committed since; the next try looks again
+    )
+
+
+def space_files(repo_id: str, revision: str | None = None, license: str | None = None) -> dict[str, Path | bytes]:
+    """
+    Collect the files of a Space with the page of `pixelrepa-app` for a published pipeline: header, requirements, program and
+    the code of this package.
+    """
+    package, arguments = Path(__file__).parent, {"pipeline": repo_id, "revision": revision}
+    card = SpaceCardData(
+        title=repo_id.rpartition("/")[2],
+        sdk="gradio",
+        sdk_version=SPACE_GRADIO,
+        app_file="app.py",
+        license=license,
+        models=[repo_id],
+    )
+    program = (
+        f"from pixelrepa_diffusers.commands.app import AppArguments, main\n\n\nmain(AppArguments(**{arguments}))\n"
+    )
+    required = [line for line in importlib.metadata.requires("pixelrepa-diffusers") if "extra ==" not in line]
+    code = [path for path in sorted(package.rglob("*")) if path.is_file() and "__pycache__" not in path.parts]
+    return {
+        "README.md": f"---\n{card.to_yaml()}\n---\n".encode(),
+        "app.py": program.encode(),
+        "requirements.txt": "".join(f"{line}\n" for line in required).encode(),
+        **{f"{package.name}/{path.relative_to(package).as_posix()}": path for path in code},
+    }
+
+
+def publish_space(
+    repo_id: str,
+    space_id: str,
+    *,
+    private: bool | None = None,
+    token: str | None = None,
+    revision: str | None = None,
+    license: str | None = None,
+) -> CommitInfo:
+    """Publish a Space with [`space_files`] in one commit; it is created when missing."""
+    api = HfApi(token=token)
+    space = {"repo_type": "space", "space_sdk": "gradio", "private": private, "exist_ok": True}
+    return api.create_commit(
+        api.create_repo(space_id, **space).repo_id,
+        [CommitOperationAdd(name, source) for name, source in space_files(repo_id, revision, license).items()],
+        commit_message=f"Page of {repo_id}",
+        repo_type="space",
     )
 
 

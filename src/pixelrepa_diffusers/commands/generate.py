@@ -122,14 +122,7 @@ def main(args: GenerateArguments) -> list[Path]:
             pipe.scheduler = SCHEDULERS[args.scheduler]()
         if args.compile or args.cuda_graphs:
             compile_transformer(pipe.transformer, args.cuda_graphs)
-        settings = {
-            **sampling,
-            "pipeline": args.pipeline,
-            "revision": revision,
-            "scheduler": {"_class_name": type(pipe.scheduler).__name__, **pipe.scheduler.config},
-            "dtype": args.dtype,
-            "guidance_transformer": args.guidance_transformer,
-        }
+        settings = describe_run(pipe, args, revision, sampling)
         if accelerator.is_main_process:
             record = {
                 **asdict(args),
@@ -164,6 +157,18 @@ def main(args: GenerateArguments) -> list[Path]:
     skipped = "" if len(images) <= args.max_grid_images else " (no grid.png: more than --max_grid_images)"
     accelerator.print(f"{args.output_dir}: {len(images)} images{skipped}.")
     return list(images)
+
+
+def describe_run(pipe: PixelREPAPipeline, args: Any, revision: str | None, sampling: dict[str, Any]) -> dict[str, Any]:
+    """What the images of a run share, for their records; `args` are those of this command or of the page."""
+    return {
+        **sampling,
+        "pipeline": args.pipeline,
+        "revision": revision,
+        "scheduler": {"_class_name": type(pipe.scheduler).__name__, **pipe.scheduler.config},
+        "dtype": args.dtype,
+        "guidance_transformer": args.guidance_transformer,
+    }
 
 
 def png_info(facts: dict[str, Any], scheduler: str | None) -> PngImagePlugin.PngInfo:

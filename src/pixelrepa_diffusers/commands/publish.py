@@ -18,7 +18,15 @@ from transformers import HfArgumentParser
 
 from ..cli import flag, run
 from ..files import write_json
-from ..hub import LOCAL, publish_folder, publishable, published_files, read_metrics
+from ..hub import (
+    LOCAL,
+    publish_folder,
+    publish_space,
+    publishable,
+    published_files,
+    read_metrics,
+    space_files,
+)
 from ..sampling import is_checkpoint, load_pipeline, read_progress
 
 
@@ -41,6 +49,7 @@ class PublishArguments:
     dataset: str | None = flag(None, "Name or Hub id of the training data, if the run read a local folder.")
     teacher: str | None = flag(None, "Name or Hub id of the teacher, if the run read a local folder.")
     base_model: str | None = flag(None, "Name or Hub id of the fine-tuned pipeline, if the run read a local folder.")
+    space: str | None = flag(None, "Also publish a Space of this name with a page to try the pipeline on.")
     dry_run: bool = flag(False, "Show the card and the files, and send nothing.")
 
 
@@ -68,6 +77,7 @@ def save_checkpoint(checkpoint: Path, parent: str) -> Path:
 def publish(folder: Path, repo_id: str, args: PublishArguments) -> None:
     options = asdict(args)
     dry_run, private, metrics = options.pop("dry_run"), options.pop("private"), options.pop("metrics")
+    space = options.pop("space")
     files = published_files(folder, repo_id, read_metrics(folder, metrics), **options)
     card = files["README.md"]
     if isinstance(card, Path):
@@ -86,9 +96,15 @@ def publish(folder: Path, repo_id: str, args: PublishArguments) -> None:
     if dry_run:
         print(card)
         print("Files:", *sorted(files), sep="\n  ")
+        if space:
+            print(f"Files of the Space {space}:", *space_files(repo_id, args.revision), sep="\n  ")
         return
     # None leaves the visibility to the default of the user or organisation.
-    print(publish_folder(folder, repo_id, metrics=metrics, private=private or None, **options).commit_url)
+    commit = publish_folder(folder, repo_id, metrics=metrics, private=private or None, **options)
+    print(commit.commit_url)
+    if space:
+        settings = {"private": private or None, "revision": args.revision, "license": args.license}
+        print(publish_space(commit.repo_url.repo_id, space, **settings).commit_url)
 
 
 def cli() -> None:

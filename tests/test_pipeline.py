@@ -18,7 +18,7 @@ from diffusers import (
     TaylorSeerCacheConfig,
     UniPCMultistepScheduler,
 )
-from diffusers.hooks import FasterCacheConfig, SeaCacheConfig, TextKVCacheConfig
+from diffusers.hooks import FasterCacheConfig, SeaCacheConfig
 from diffusers.schedulers.scheduling_minimax_h3 import MiniMaxH3Scheduler
 from tiny import files
 
@@ -497,7 +497,6 @@ def test_a_cache_saves_work_changes_little_and_leaves_nothing_behind(make_pipeli
     "config, reason",
     [
         (FasterCacheConfig(current_timestep_callback=lambda: 500), "guidance at every step"),
-        (TextKVCacheConfig(), "no text"),
         (TaylorSeerCacheConfig(use_lite_mode=True), "`proj_out`"),
         (SeaCacheConfig(), "`raw_vision_callback`"),
     ],

@@ -26,6 +26,7 @@ from training_runs import (
 )
 
 from pixelrepa_diffusers import PixelREPAPipeline
+from pixelrepa_diffusers.files import verify_folder
 from pixelrepa_diffusers.training.arguments import parse_arguments
 from pixelrepa_diffusers.training.checkpoints import Checkpointer
 from pixelrepa_diffusers.training.export import Exporter
@@ -201,6 +202,15 @@ def test_damaged_later_checkpoints_are_overwritten(train, tmp_path, caplog):
     assert train(tmp_path / "run", resume_from_checkpoint="checkpoint-1", max_train_steps=2) is not None
     assert "checkpoint-2 is damaged: progress.json" in caplog.text
     assert json.loads((tmp_path / "run/checkpoint-2/progress.json").read_text())["step"] == 2
+
+
+def test_damaged_later_checkpoints_do_not_count_towards_the_limit(train, tmp_path):
+    run = tmp_path / "run"
+    train(run, checkpointing_steps=1, max_train_steps=3)
+    for number in (2, 3):
+        (run / f"checkpoint-{number}/progress.json").write_text("{}")
+    train(run, resume_from_checkpoint="latest", max_train_steps=2, checkpointing_steps=1, checkpoints_total_limit=1)
+    verify_folder(run / "checkpoint-2")
 
 
 def test_latest_skips_a_damaged_checkpoint_and_its_path_is_an_error(train, tmp_path, caplog):

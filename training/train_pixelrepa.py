@@ -175,7 +175,9 @@ class Trainer:
         if args.lora_rank:
             add_lora(args, transformer)
         objective = build_objective(args, transformer, projector)
-        flops = flops_per_image(objective, None if args.teacher_cache_dir is not None else teacher)
+        flops = None  # of LoRA training: most gradients are not computed
+        if args.lora_rank is None:
+            flops = flops_per_image(objective, None if args.teacher_cache_dir is not None else teacher)
         apply_switches(args, objective)
         if args.compile and teacher is not None:
             teacher.compile()
@@ -280,7 +282,8 @@ class Trainer:
             saving_step = finished or stopping or self.step % args.checkpointing_steps == 0
             sampling_step = args.validation_steps and (finished or self.step % args.validation_steps == 0)
             evaluation_step = args.eval_steps and (finished or self.step % args.eval_steps == 0)
-            if saving_step:
+            pausing = saving_step or sampling_step or evaluation_step
+            if pausing:
                 monitor.check_finite(self.step, self.objective, self.checkpointer.last)
             # Before the checkpoint: a run that is killed in between resumes from an earlier one and repeats them.
             if sampling_step:
@@ -291,7 +294,7 @@ class Trainer:
                 self.checkpointer.save(self.step, merge_states(gather_object([result.position])))
                 if args.push_checkpoints:
                     exporter.push_checkpoint(self.step)
-            if saving_step or sampling_step or evaluation_step:
+            if pausing:
                 monitor.restart_clock(self.step)
         monitor.bar.close()
 

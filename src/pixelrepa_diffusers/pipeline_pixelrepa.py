@@ -339,20 +339,12 @@ class PixelREPAPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         `time` is t in double precision for the intervals, `model_time` the same t as the float32 tensor of the networks.
         """
         transformer, head, weak = self.transformer, self.guidance_head, self.guidance_transformer
-        if self_guidance_scale == 0 or not _inside(time, self_guidance_interval):
-            prediction, head = transformer(sample, model_time, labels, return_dict=False)[0], None
-        else:
-            prediction, states = transformer(
-                sample,
-                model_time,
-                labels,
-                return_alignment_states=True,
-                alignment_depth=head.config.depth,
-                return_dict=False,
-            )
-        plain = velocity = transformer.velocity(prediction, sample, model_time)
-        if head is not None:
-            head_velocity = transformer.velocity(head(states, model_time, labels), sample, model_time)
+        use_head = self_guidance_scale != 0 and _inside(time, self_guidance_interval)
+        states = {"return_alignment_states": True, "alignment_depth": head.config.depth} if use_head else {}
+        output = transformer(sample, model_time, labels, **states)
+        plain = velocity = transformer.velocity(output.sample, sample, model_time)
+        if use_head:
+            head_velocity = transformer.velocity(head(output.alignment_states, model_time, labels), sample, model_time)
             velocity = velocity + self_guidance_scale * (plain - head_velocity)
         if autoguidance_scale != 1 and _inside(time, autoguidance_interval):
             prediction = weak(sample, model_time, labels, return_dict=False)[0]
@@ -532,7 +524,8 @@ class PixelREPAPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             callback_on_step_end_tensor_inputs,
             **guidance,
         )
-        self._guidance_scale, self._interrupt = guidance.pop("guidance_scale"), False
+        self._guidance_scale = guidance.pop("guidance_scale")
+        self._interrupt, self._current_timestep = False, None  # also after a call that raised
         if self._guidance_scale != 1 and not self.do_classifier_free_guidance:
             logger.warning(f"`guidance_scale={self._guidance_scale}` has no effect: the model has a single class.")
 

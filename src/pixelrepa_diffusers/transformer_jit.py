@@ -473,8 +473,6 @@ class JiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin,
         name, reason = type(config).__name__, None
         if name == "FasterCacheConfig":
             reason = "it expects guidance at every step, with the unconditional half first"
-        elif name == "TextKVCacheConfig":
-            reason = "there is no text to cache"
         elif name == "TaylorSeerCacheConfig" and config.use_lite_mode:
             reason = (
                 "its lite mode needs a layer named `proj_out`; set `use_lite_mode=False`, "

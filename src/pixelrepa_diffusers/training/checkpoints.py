@@ -35,7 +35,7 @@ logger = get_logger(__name__)
 
 # Arguments that may change at a resume without a warning.
 _FREE_ARGUMENTS = {field.name for field in fields(BookkeepingArguments)}
-_FREE_ARGUMENTS |= {"dataloader_num_workers", "max_train_steps", "cache_dir"}
+_FREE_ARGUMENTS |= {"dataloader_num_workers", "cache_dir"}
 
 
 def checkpoint_step(folder: Path) -> int:
@@ -48,6 +48,13 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     """Return the checkpoints of a run, oldest first."""
     found = [path for path in output_dir.glob("checkpoint-*") if checkpoint_step(path) >= 0]
     return sorted(found, key=checkpoint_step)
+
+
+def delete_oldest(newest: Path, limit: int) -> None:
+    """Keep `limit` checkpoints up to the `newest`. Later ones are damaged: the resume passed over them."""
+    written = [path for path in list_checkpoints(newest.parent) if checkpoint_step(path) <= checkpoint_step(newest)]
+    for folder in written[:-limit]:
+        discard_folder(folder)
 
 
 def find_checkpoint(output_dir: Path, resume: str | None) -> Path | None:
@@ -152,10 +159,14 @@ class Checkpointer:
     """
     Save and load everything a bit-exact resume needs, the frozen teacher excepted.
 
-    A checkpoint contains `transformer/`, `transformer_ema_DECAY/` for every EMA and `adapter/` (the projector) as diffusers
-    folders, and with LoRA layers their weights in `lora/` and `lora_ema_DECAY/`; `optimizer/`, its state by parameter name; and `progress.json`: step, position in the data, EMA updates,
-    gradient scaler, arguments, and the class names and guidance of the run's pipeline. It depends neither on the number
-    of processes nor on sharding.
+    A checkpoint folder contains
+
+    - `transformer/`, `transformer_ema_DECAY/` and `adapter/` (the projector): diffusers folders, LoRA layers merged
+    - `lora/`, `lora_ema_DECAY/`: the LoRA weights alone, if any
+    - `optimizer/`: optimizer state by parameter name
+    - `progress.json`: step, position in the data, EMA updates, gradient scaler, arguments, class names and guidance
+
+    It depends neither on the number of processes nor on sharding.
 
     Training waits only while the state is copied to CPU memory, which stays allocated; a thread writes the copy. Without
     sharding the main process does so alone.
@@ -255,8 +266,7 @@ class Checkpointer:
 
         write_folder(folder, write, is_main, barrier, manifest=True)
         if is_main and self.args.checkpoints_total_limit is not None:
-            for old in list_checkpoints(folder.parent)[: -self.args.checkpoints_total_limit]:
-                discard_folder(old)
+            delete_oldest(folder, self.args.checkpoints_total_limit)
         logger.info(f"Wrote {folder}.")
         return folder
 
@@ -268,10 +278,12 @@ class Checkpointer:
         JSON. (The optimizer state of earlier versions is unpickled with `weights_only=True`.)
         """
         progress = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
+        # Other schedules depend on the length of the run.
+        free = _FREE_ARGUMENTS | ({"max_train_steps"} if self.args.lr_scheduler.startswith("constant") else set())
         changes = ", ".join(
             f"--{name} {old} → {getattr(self.args, name)}"
             for name, old in progress["arguments"].items()
-            if name not in _FREE_ARGUMENTS and getattr(self.args, name, old) != old
+            if name not in free and getattr(self.args, name, old) != old
         )
         if changes:
             logger.warning(f"Arguments changed since {folder.name}: {changes}.")

@@ -78,7 +78,7 @@ class BatchDraws:
 
     @classmethod
     def from_arguments(cls, args, config) -> BatchDraws:
-        """For the arguments of a trainer and the config of its transformer."""
+        """Build from the training arguments and the config of the transformer."""
         num_tokens = (config.sample_size // config.patch_size) ** 2
         mask_ratio = args.mask_ratio if args.objective == "pixelrepa" else None
         return cls(

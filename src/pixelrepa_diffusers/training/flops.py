@@ -53,16 +53,16 @@ def _forward_flops(module: nn.Module, num_tokens: int) -> int:
 
 
 @functools.cache
-def measure_peak_flops(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> float:
-    """Measured peak FLOP/s: the best of `repeats` large square matrix products."""
+def measure_peak_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> float:
+    """Measured peak FLOP/s: the best of the large square matrix products of `seconds`, which include the warm-up."""
     on_gpu = device.type == "cuda"
     size = 8192 if on_gpu else 512
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    seconds = []
-    for _ in range(repeats):
+    times: list[float] = []
+    while sum(times) < seconds:
         started = time.perf_counter()
         left @ right
         if on_gpu:
             torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - started)
-    return 2 * size**3 / min(seconds)
+        times.append(time.perf_counter() - started)
+    return 2 * size**3 / min(times)

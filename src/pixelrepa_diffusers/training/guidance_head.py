@@ -18,14 +18,14 @@ from tqdm.auto import tqdm
 
 from ..cli import flag
 from ..ema import ConstantDecayEMA
-from ..files import discard_folder, write_atomically, write_folder, write_json
+from ..files import write_atomically, write_folder, write_json
 from ..guidance_jit import JiTGuidanceHead
 from ..hub import LOCAL
 from ..pipeline_pixelrepa import PixelREPAPipeline
 from ..sampling import seeded
 from ..transformer_jit import JiTTransformer2DModel, JiTTransformer2DModelOutput
 from .arguments import OptimizationArguments, TrainingArguments
-from .checkpoints import list_checkpoints
+from .checkpoints import delete_oldest
 from .data import draws
 from .export import training_facts
 
@@ -196,8 +196,7 @@ def save_checkpoint(
 
     write_folder(folder, write, accelerator.is_main_process, accelerator.wait_for_everyone, manifest=True)
     if accelerator.is_main_process and args.checkpoints_total_limit is not None:
-        for old in list_checkpoints(folder.parent)[: -args.checkpoints_total_limit]:
-            discard_folder(old)
+        delete_oldest(folder, args.checkpoints_total_limit)
     return folder
 
 

@@ -87,8 +87,10 @@ class StepMonitor:
     Without a terminal, log lines replace the progress bar.
 
     Args:
-        args, accelerator, metrics, step, max_train_steps: Of the run.
-        flops (`tuple[int, int]`, *optional*): Of an image, from [`flops_per_image`]; reports then have the MFU.
+        args, accelerator, metrics: Training arguments, accelerator and metric logger.
+        step (`int`): Number of completed steps.
+        max_train_steps (`int`): Number of steps of the run.
+        flops (`tuple[int, int]`, *optional*): FLOPs per image, from [`flops_per_image`]; enables the MFU.
     """
 
     def __init__(

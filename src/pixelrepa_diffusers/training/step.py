@@ -28,12 +28,12 @@ class PreparedBatches:
     student. The teacher is frozen, so this changes no result.
 
     Args:
-        args (`TrainingArguments`): The accumulation, and the steps that align.
+        args (`TrainingArguments`): Training arguments.
         loader (`ImageLoader`): Batches of images.
         draw (`BatchDraws`): The random draws.
         teach (`Callable`, *optional*): Maps pixel values and their batch to teacher features.
         step (`int`): Number of completed optimizer steps.
-        device (`torch.device`): Of this process.
+        device (`torch.device`): Device of this process.
 
     Attributes:
         seconds_waited (`float`): Time spent waiting for the loader.
@@ -134,7 +134,7 @@ def take_step(
 ) -> StepResult:
     """Take the optimizer step that follows `step` completed ones; `measure` the gradient's norm and the forward pass."""
     started, waited = time.perf_counter(), batches.seconds_waited
-    module = getattr(objective, "module", objective)  # of DDP
+    module = getattr(objective, "module", objective)  # accelerate's unwrap_model walks all modules
     dropout_seeds = [None] * args.gradient_accumulation_steps
     if module.transformer.config.dropout:
         dropout_seeds = draws(args.seed, step, accelerator.process_index, DROPOUT_DRAWS, len(dropout_seeds)).tolist()

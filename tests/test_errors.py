@@ -96,6 +96,7 @@ COMMANDS = [
     (REFERENCE + "--train_data_dir {images} --num_samples 25", "only 24 images"),
     (REFERENCE + "--train_data_dir {images} --image_size 30", "multiple of the model's patch of 14"),
     (REFERENCE + "--train_data_dir {damaged} --image_size 28 --dataloader_num_workers 0", "3.png"),
+    (REFERENCE + "--train_data_dir {damaged} --image_size 28 --dataloader_num_workers 1", "error: Bad image {damaged}"),
     (PREPARE + "--train_data_dir {images} --output_dir {images}", "exists already"),
     (PREPARE + "--train_data_dir {loose}", "--unconditional"),
     (PREPARE + "--train_data_dir {damaged}", "Bad image"),
@@ -139,6 +140,7 @@ TRAIN = [
     ({"output_dir": "{run}"}, "already holds checkpoint-6"),
     ({"resume_from_checkpoint": "checkpoint-4"}, "does not exist"),
     ({"train_data_dir": "{damaged}"}, "Bad image"),
+    ({"train_data_dir": "{damaged}", "dataloader_num_workers": 1}, "error: Bad image"),
     ({"learning_rate": 1e30, "lr_warmup_steps": 0}, "is not finite"),
 ]
 

@@ -123,7 +123,10 @@ def run(main: Callable[[], object]) -> None:
     except (ValueError, OSError, ImportError, FolderInUseError, FloatingPointError) as error:
         if os.environ.get("PIXELREPA_TRACEBACK"):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        message = str(error)
+        if "Original Traceback" in message:  # of a DataLoader worker; it ends with the error's own message
+            message = message.rpartition(f"{type(error).__name__}: ")[2].strip()
+        print(f"error: {message}", file=sys.stderr)
         raise SystemExit(2) from None
     finally:
         if torch.distributed.is_initialized():

@@ -46,7 +46,7 @@ def test_failed_write_keeps_the_older_folder(tmp_path, error, raised, message):
     write_folder(tmp_path / "out", write(b"old"))
     with pytest.raises(raised, match=message):
         write_folder(tmp_path / "out", fail)
-    assert (tmp_path / "out/file").read_bytes() == b"old"
+    assert (tmp_path / "out/file").read_bytes() == b"old" and visible(tmp_path) == ["out"]
 
 
 @pytest.mark.parametrize("name", ["file", "manifest.json"])

@@ -57,7 +57,7 @@ def write_folder(
     Write a folder atomically: call `write` with a temporary folder, sync it to disk and rename it into place.
 
     A kill or a power cut leaves the older folder of that name, if any, or the new one, both complete. Only between two
-    renames is the name absent. With several processes every one calls `write`, the main one creates and renames the folder,
+    renames is the name absent. An error leaves no temporary folder. With several processes every one calls `write`, the main one creates and renames the folder,
     and `barrier` waits for all. `manifest` adds manifest.json, the checksums that [`verify_folder`] compares.
 
     Raises:
@@ -73,6 +73,8 @@ def write_folder(
     except Exception as error:
         # torch and safetensors raise errors of their own when the disk is full.
         free = shutil.disk_usage(temporary.parent).free / 2**20
+        if is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
         if free > 1 and getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise OSError(

@@ -36,6 +36,7 @@ def test_every_recipe_passes_a_dry_run_of_eight_processes(config, monkeypatch, c
     assert report["arguments"]["objective"] == {"jit": "none"}.get(name, name)
     assert report["arguments"]["output_dir"] == f"outputs/{config.stem}"
     assert report["global_batch_size"] == 1024
+    assert report["launch_file"] == f"training/accelerate/{'fsdp2' if '_h' in config.stem else '8gpu'}.yaml"
     assert report["learning_rate"] == pytest.approx(2e-4)
     assert report["steps"] == 600 * 1251
     assert report["warmup_steps"] == 5 * 1251

@@ -36,6 +36,7 @@ def dry_run(args: TrainingArguments, num_processes: int, source: ImageSource | S
         "parameters": parameters,
         "images": num_images,
         "processes": num_processes,
+        "launch_file": f"training/accelerate/{launch_file(args, num_processes, parameters['transformer'])}.yaml",
         "global_batch_size": batch,
         "learning_rate": args.resolved_learning_rate(num_processes),
         "steps": steps,
@@ -44,6 +45,15 @@ def dry_run(args: TrainingArguments, num_processes: int, source: ImageSource | S
         "warnings": args.warnings(steps, warmup),
         "memory_GiB": {name: round(value, 2) for name, value in {**memory, "sum": sum(memory.values())}.items()},
     }
+
+
+def launch_file(args: TrainingArguments, num_processes: int, parameters: int) -> str:
+    """Name of the launch file for GPUs, eight per machine. Sharding pays from JiT-H on, where no setting excludes it."""
+    if num_processes == 1:
+        return "1gpu"
+    if parameters > 9e8 and not (args.ema_offload or args.use_8bit_adam or args.lora_rank):
+        return "fsdp2" if num_processes <= 8 else "hsdp"
+    return "8gpu" if num_processes <= 8 else "2nodes"
 
 
 def teacher_config(args: TrainingArguments) -> PretrainedConfig:

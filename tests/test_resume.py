@@ -127,7 +127,7 @@ def test_killed_runs_resume_bit_exactly(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr[-4000:]
     report = json.loads(result.stdout.splitlines()[-1])
-    assert report["kills"] == 6 and report["kills_amid_writing"] >= 3 and report["equal_runs"] >= 1
+    assert report["kills"] == 4 and report["kills_amid_writing"] >= 2 and report["equal_runs"] >= 1
 
 
 def test_leftovers_of_a_kill_are_removed_by_the_next_run(train, tmp_path):

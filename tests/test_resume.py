@@ -122,7 +122,7 @@ def test_checkpoint_of_an_earlier_version_resumes_bit_exactly(train, finished_ru
 
 
 def test_killed_runs_resume_bit_exactly(tmp_path):
-    command = [sys.executable, str(ROOT / "tests/training_runs.py"), str(tmp_path), "6", "0"]
+    command = [sys.executable, str(ROOT / "tests/training_runs.py"), str(tmp_path), "4", "0"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr[-4000:]

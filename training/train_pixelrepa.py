@@ -98,7 +98,7 @@ def main(args: TrainingArguments) -> Path | None:
                 stack.enter_context(pusher)
         accelerator.wait_for_everyone()
         trainer = Trainer(args, accelerator, source, pusher)
-        stack.callback(trainer.checkpointer.wait)
+        stack.callback(trainer.checkpointer.wait)  # also when training raises
         stop = stack.enter_context(StopRequest())
         trainer.train(stop)
         folder = trainer.finish()

@@ -1,4 +1,4 @@
-"""Where the training images come from, and the order in which they arrive.
+"""Training data: image sources, streams, and a loader that resumes.
 
 source = open_source(DataArguments(train_data_dir="photos"))  # classes are known, nothing is decoded
 loader = ImageLoader(source, resolution=256, batch_size=32, seed=0)
@@ -118,8 +118,9 @@ class ImageSource:
         self.resolution = resolution
         self.num_classes = num_classes or (len(class_names) if class_names else int(labels.max(initial=0)) + 1)
         self.id2label = name_classes(class_names, self.num_classes)
-        for index in np.flatnonzero((labels < 0) | (labels >= self.num_classes))[:1]:
-            check_label(labels[index], self.num_classes, self[int(index)].name)
+        wrong = np.flatnonzero((labels < 0) | (labels >= self.num_classes))
+        if wrong.size:
+            check_label(labels[wrong[0]], self.num_classes, self[int(wrong[0])].name)
 
     def __len__(self) -> int:
         return len(self._images)
@@ -265,8 +266,10 @@ def open_data_set_source(args: DataArguments) -> ImageSource | StreamSource:
     label_column = None if args.unconditional else args.label_column
     columns = [args.image_column] + ([label_column] if label_column else [])
     for column in set(columns).difference(data.features or ()):
-        known = f"only {data.features}: set --image_column and --label_column."
-        raise ValueError(f"{args.dataset_name} has no column {column!r}, {known}")
+        known = ", ".join(data.features or ())
+        raise ValueError(
+            f"{args.dataset_name} has no column {column!r}, only {known}: set --image_column and --label_column."
+        )
     feature = data.features[label_column] if label_column else None
     class_names = getattr(feature, "names", None)
     num_classes = 1 if args.unconditional else args.num_classes
@@ -420,7 +423,7 @@ class StreamedBatches(IterableDataset):
         source, seed = self.loader.source, self.loader.seed
         size, empty = max(1, source.shuffle_buffer_size // source.num_readers), 0
         while empty <= 2 * len(source.shard_names):
-            # Every pass divides the shards anew: over many passes uneven shards favour no image.
+            # The shards are reassigned in every pass, so that uneven ones do not bias the sampling.
             shards = epoch_order(seed, epoch, len(source.shard_names)).tolist()
             shards = shards[(reader + epoch) % source.num_readers :: source.num_readers]
             while number < len(shards):
@@ -509,7 +512,8 @@ class ImageLoader:
     ):
         if source.resolution is not None and (source.resolution != resolution or not center_crop):
             raise ValueError(
-                f"The images were prepared as centre crops of {source.resolution} pixels, and serve no others."
+                f"The images were prepared as centre crops of {source.resolution} pixels: set that --resolution and "
+                "--center_crop, or prepare them again."
             )
         self.source, self.resolution, self.seed = source, resolution, seed
         self.center_crop, self.random_flip, self.on_bad_image = center_crop, random_flip, on_bad_image
@@ -614,7 +618,7 @@ def merge_states(states: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def leave_process_group(worker_id: int) -> None:
-    """Protect workers from Ctrl-C and a launcher's SIGTERM: the training process decides when to stop."""
+    """Move a worker to a process group of its own, so that Ctrl-C and SIGTERM reach only the training process."""
     os.setpgid(0, 0)
 
 

@@ -1,4 +1,4 @@
-"""Shared by the benchmarks: FLOP counts, timers, reports, and the published code's arithmetic on our weights."""
+"""Shared by the benchmarks: timers, reports, and the published code's arithmetic on our weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import pandas as pd
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 from pixelrepa_diffusers.files import write_json
 from pixelrepa_diffusers.sampling import device_name, versions
@@ -71,20 +70,6 @@ def fill_zeros(module: nn.Module) -> None:
     for parameter in module.parameters():
         if not parameter.any():
             nn.init.normal_(parameter, std=0.02)
-
-
-# ------------------------------------------------------------------------------------------------------------- FLOPs
-
-
-def count_flops(module: nn.Module, *inputs: torch.Tensor | None) -> int:
-    """
-    FLOPs of the matrix products of a forward pass, a multiply-add counted as two.
-
-    torch does not count the CPU's fused attention; in a module of JiT blocks, attention is written out first.
-    """
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        with_published_arithmetic(module)(*inputs)
-    return counter.get_total_flops()
 
 
 # ------------------------------------------------------------------------------------------------------------ timing

@@ -32,7 +32,6 @@ from diffusers import (
     TaylorSeerCacheConfig,
 )
 from published import (
-    count_flops,
     fill_zeros,
     median_ratio,
     synchronize,
@@ -51,7 +50,7 @@ from pixelrepa_diffusers.sampling import (
     fetch_pipeline,
     seeded,
 )
-from pixelrepa_diffusers.training.flops import measure_peak_flops
+from pixelrepa_diffusers.training.flops import count_flops, measure_peak_flops
 
 
 @dataclass
@@ -163,8 +162,8 @@ def measure_speed(args: BenchmarkArguments, pipe: PixelREPAPipeline) -> list[dic
     device, steps, sampler = pipe.device, args.num_inference_steps, Sampler(args, pipe)
     pipe.scheduler = JiTFlowMatchScheduler()
     twin = with_published_arithmetic(pipe.transformer)
-    label, time = torch.zeros(1, dtype=torch.int64, device=device), torch.zeros(1, device=device)
-    flops = count_flops(twin, pipe.prepare_latents(1, device, None, None), time, label)
+    config = pipe.transformer.config
+    flops = count_flops(pipe.transformer, (config.sample_size // config.patch_size) ** 2)
     if args.attention_backend is not None:
         pipe.transformer.set_attention_backend(args.attention_backend)
     if args.compile != "no" or args.cuda_graphs:

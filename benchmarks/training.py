@@ -44,7 +44,6 @@ import torch
 from PIL import Image
 from published import (
     StepClock,
-    count_flops,
     fill_zeros,
     median_ratio,
     synchronize,
@@ -70,7 +69,7 @@ from pixelrepa_diffusers.training.builders import (
 )
 from pixelrepa_diffusers.training.data import DataArguments, ImageSource, measure_throughput, open_source, to_float
 from pixelrepa_diffusers.training.draws import BatchDraws
-from pixelrepa_diffusers.training.flops import measure_peak_flops
+from pixelrepa_diffusers.training.flops import flops_per_image, measure_peak_flops
 from pixelrepa_diffusers.training.reporting import peak_memory
 from pixelrepa_diffusers.training.step import PreparedBatches
 
@@ -191,17 +190,8 @@ class Bench:
         return PreparedBatches(self.training_args, self.loader, self.draw, teach, 0, DEVICE)
 
     def step_flops(self) -> int:
-        """FLOPs of a training step: batch · (3 · (student + projector) + teacher)."""
-        config, projector = self.objective.transformer.config, self.objective.projector
-        image = torch.zeros(1, config.in_channels, config.sample_size, config.sample_size, device=DEVICE)
-        time, label = torch.zeros(1, device=DEVICE), torch.zeros(1, dtype=torch.int64, device=DEVICE)
-        flops = 3 * count_flops(self.objective.transformer, image, time, label)
-        if projector is not None:
-            states = torch.zeros(1, self.num_tokens, projector.config.hidden_size, device=DEVICE)
-            flops += 3 * count_flops(projector, states, time, label)
-        if self.teacher is not None:
-            flops += count_flops(self.teacher, image)
-        return flops * self.setting.batch_size
+        """FLOPs of a training step."""
+        return sum(flops_per_image(self.objective, self.teacher)) * self.setting.batch_size
 
     def time_alone(self, repeats: int) -> dict[str, float]:
         """Median seconds of the data preparation and of the teacher, each alone."""

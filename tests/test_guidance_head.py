@@ -11,6 +11,7 @@ from training_runs import assert_equal, in_two_processes, load_script, read_metr
 from pixelrepa_diffusers import PixelREPAPipeline
 from pixelrepa_diffusers.cli import parse
 from pixelrepa_diffusers.hub import weights_sha256
+from pixelrepa_diffusers.training import loop
 from pixelrepa_diffusers.training.guidance_head import GuidanceHeadArguments
 
 
@@ -73,10 +74,9 @@ def test_a_run_learns_and_writes_a_pipeline_with_the_same_transformer(source, fi
 
 
 def test_resume_after_a_signal_is_bit_exact(source, finished, tmp_path, monkeypatch):
-    script = load_script(SCRIPT)
-    take_step = script.take_step
+    take_step = loop.take_step
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
-        patch.setattr(script, "take_step", lambda *args: (take_step(*args), signal.raise_signal(signal.SIGTERM))[0])
+        patch.setattr(loop, "take_step", lambda *args: (take_step(*args), signal.raise_signal(signal.SIGTERM))[0])
         train_head(source, tmp_path)
     assert stopped.value.code == 128 + signal.SIGTERM and (tmp_path / "pipeline/guidance_head").is_dir()
     images = {path: path.stat().st_mtime_ns for path in tmp_path.glob("generated/*/*.png")}

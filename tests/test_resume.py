@@ -27,6 +27,7 @@ from training_runs import (
 
 from pixelrepa_diffusers import PixelREPAPipeline
 from pixelrepa_diffusers.files import verify_folder
+from pixelrepa_diffusers.training import loop
 from pixelrepa_diffusers.training.arguments import parse_arguments
 from pixelrepa_diffusers.training.checkpoints import Checkpointer
 from pixelrepa_diffusers.training.export import Exporter
@@ -155,9 +156,9 @@ def test_run_killed_while_sampling_repeats_the_samples(train, tmp_path, monkeypa
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_stops_the_run_with_checkpoint_pipeline_and_curves(train, tmp_path, monkeypatch, caplog, number):
-    run, script = tmp_path / "run", load_script(TRAINER)
-    take_step = script.take_step
-    monkeypatch.setattr(script, "take_step", lambda *args: (take_step(*args), signal.raise_signal(number))[0])
+    run = tmp_path / "run"
+    take_step = loop.take_step
+    monkeypatch.setattr(loop, "take_step", lambda *args: (take_step(*args), signal.raise_signal(number))[0])
     with pytest.raises(SystemExit) as stopped:
         train(run, max_train_steps=100, checkpointing_steps=100, logging_steps=1)
     assert stopped.value.code == 128 + number and "--resume_from_checkpoint latest" in caplog.text

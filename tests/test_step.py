@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
+from peft import LoraConfig
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -17,7 +18,7 @@ from pixelrepa_diffusers.objective import PixelREPAObjective
 from pixelrepa_diffusers.sampling import cast_transformer
 from pixelrepa_diffusers.teacher import SemanticTeacher
 from pixelrepa_diffusers.training.arguments import TrainingArguments
-from pixelrepa_diffusers.training.builders import build_optimizer
+from pixelrepa_diffusers.training.builders import LORA_TARGETS, build_optimizer
 from pixelrepa_diffusers.training.draws import BatchDraws
 from pixelrepa_diffusers.training.flops import flops_per_image
 from pixelrepa_diffusers.training.step import PreparedBatches, take_step
@@ -193,6 +194,14 @@ def test_flops_are_those_of_a_forward_and_backward_pass_and_the_teachers(make_tr
     assert student == 3 * count(transformer, images, *condition)
     trained = 3 * count(projector, states, *condition)
     assert alignment - trained == pytest.approx(count(teacher, images), rel=0.05)  # the class token has no patch
+
+
+def test_frozen_weights_have_no_gradient_to_compute(make_transformer):
+    transformer = make_transformer()
+    trained = flops_per_image(PixelREPAObjective(transformer), None)[0]
+    assert flops_per_image(PixelREPAObjective(transformer.requires_grad_(False)), None)[0] < trained
+    transformer.add_adapter(LoraConfig(r=1, target_modules=LORA_TARGETS))
+    assert flops_per_image(PixelREPAObjective(transformer), None)[0] < trained
 
 
 def test_cast_keeps_the_timestep_embedding_exact_as_loading_does(make_transformer, tmp_path):

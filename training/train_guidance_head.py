@@ -46,9 +46,10 @@ from pixelrepa_diffusers.training.guidance_head import (
     save_checkpoint,
     save_pipeline,
 )
+from pixelrepa_diffusers.training.loop import TrainingLoop
 from pixelrepa_diffusers.training.reporting import MetricLogger, StepMonitor
 from pixelrepa_diffusers.training.signals import StopRequest
-from pixelrepa_diffusers.training.step import PreparedBatches, take_step
+from pixelrepa_diffusers.training.step import PreparedBatches
 
 
 logger = get_logger(__name__)
@@ -70,12 +71,7 @@ def main(args: GuidanceHeadArguments) -> Path:
         stop = stack.enter_context(StopRequest())
         trainer.train(stop)
         folder = trainer.finish()
-        if trainer.step < trainer.max_train_steps:
-            logger.warning(
-                f"Stopped by {stop.signal.name} at step {trainer.step} of {trainer.max_train_steps}. Continue with "
-                "--resume_from_checkpoint latest."
-            )
-            raise SystemExit(128 + stop.signal)
+        stop.exit_if_early(trainer.step, trainer.max_train_steps)
     return folder
 
 
@@ -92,7 +88,7 @@ def create_accelerator(args: GuidanceHeadArguments) -> Accelerator:
     return accelerator
 
 
-class HeadTrainer:
+class HeadTrainer(TrainingLoop):
     """A training run: everything that is built before the first step, and the loop."""
 
     def __init__(self, args: GuidanceHeadArguments, accelerator: Accelerator):
@@ -152,34 +148,20 @@ class HeadTrainer:
     def train(self, stop: StopRequest) -> None:
         """Train to the last step, or to the step at which a signal stops the run."""
         args, accelerator, monitor = self.args, self.accelerator, self.monitor
-        self.objective.train()
-        stopping = False
-        while self.step < self.max_train_steps and not stopping:
-            logging_step = (self.step + 1) % args.logging_steps == 0 or self.step + 1 == self.max_train_steps
-            learning_rate = self.lr_scheduler.get_last_lr()[0]
-            result = take_step(
-                args, accelerator, self.objective, self.optimizer, self.ema, self.batches, self.step, logging_step
-            )
-            self.lr_scheduler.step()
-            self.step += 1
-            monitor.add(self.step, result)
-            if logging_step:
-                monitor.report(self.step, result, learning_rate, self.last_checkpoint)
-
-            stopping = stop.agreed(accelerator, now=logging_step)
+        for result, stopping in self.steps(stop):
             finished = self.step == self.max_train_steps
             saving_step = finished or stopping or self.step % args.checkpointing_steps == 0
             sampling_step = args.validation_steps and (finished or self.step % args.validation_steps == 0)
-            if saving_step:
+            pausing = saving_step or sampling_step
+            if pausing:
                 monitor.check_finite(self.step, self.objective, self.last_checkpoint)
             if sampling_step and accelerator.is_main_process:
                 self.write_samples()
             if saving_step:
                 self.last_checkpoint = save_checkpoint(args, accelerator, self.ema, self.step, result.position)
                 logger.info(f"Wrote {self.last_checkpoint}.")
-            if saving_step or sampling_step:
+            if pausing:
                 monitor.restart_clock(self.step)
-        monitor.bar.close()
 
     def guided_pipeline(self) -> PixelREPAPipeline:
         return guided_pipeline(self.args, self.pipe, self.trained, self.ema)

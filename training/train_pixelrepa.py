@@ -62,9 +62,10 @@ from pixelrepa_diffusers.training.draws import BatchDraws
 from pixelrepa_diffusers.training.dry_run import dry_run
 from pixelrepa_diffusers.training.export import Exporter, build_pipeline, open_evaluation
 from pixelrepa_diffusers.training.flops import flops_per_image
+from pixelrepa_diffusers.training.loop import TrainingLoop
 from pixelrepa_diffusers.training.reporting import MetricLogger, StepMonitor
 from pixelrepa_diffusers.training.signals import StopRequest
-from pixelrepa_diffusers.training.step import WEIGHT_DRAWS, PreparedBatches, take_step
+from pixelrepa_diffusers.training.step import WEIGHT_DRAWS, PreparedBatches
 from pixelrepa_diffusers.training.teacher_cache import CachedTeacher
 
 
@@ -102,12 +103,7 @@ def main(args: TrainingArguments) -> Path | None:
         stop = stack.enter_context(StopRequest())
         trainer.train(stop)
         folder = trainer.finish()
-        if trainer.step < trainer.max_train_steps:
-            logger.warning(
-                f"Stopped by {stop.signal.name} at step {trainer.step} of {trainer.max_train_steps}. Continue with "
-                "--resume_from_checkpoint latest."
-            )
-            raise SystemExit(128 + stop.signal)
+        stop.exit_if_early(trainer.step, trainer.max_train_steps)
         if pusher is not None:
             pusher.push(folder)
     return folder
@@ -145,7 +141,7 @@ def create_accelerator(args: TrainingArguments) -> Accelerator:
     return accelerator
 
 
-class Trainer:
+class Trainer(TrainingLoop):
     """A training run: everything that is built before the first step, and the loop."""
 
     def __init__(
@@ -175,9 +171,7 @@ class Trainer:
         if args.lora_rank:
             add_lora(args, transformer)
         objective = build_objective(args, transformer, projector)
-        flops = None  # of LoRA training: most gradients are not computed
-        if args.lora_rank is None:
-            flops = flops_per_image(objective, None if args.teacher_cache_dir is not None else teacher)
+        flops = flops_per_image(objective, None if args.teacher_cache_dir is not None else teacher)
         apply_switches(args, objective)
         if args.compile and teacher is not None:
             teacher.compile()
@@ -229,6 +223,10 @@ class Trainer:
             args, accelerator, self.objective, self.ema, settings, self.metrics, spaces, pusher, self.step
         )
 
+    @property
+    def last_checkpoint(self) -> Path | None:
+        return self.checkpointer.last
+
     def agree_on_checkpoint(self) -> Path | None:
         checkpoint = find_checkpoint(self.output_dir, self.args.resume_from_checkpoint)
         found = gather_object([str(checkpoint and checkpoint.name)])
@@ -261,23 +259,8 @@ class Trainer:
 
     def train(self, stop: StopRequest) -> None:
         """Train to the last step, or to the step at which a signal stops the run."""
-        args, accelerator, monitor, exporter = self.args, self.accelerator, self.monitor, self.exporter
-        self.objective.train()
-        monitor.restart_clock(self.step)
-        stopping = False
-        while self.step < self.max_train_steps and not stopping:
-            logging_step = (self.step + 1) % args.logging_steps == 0 or self.step + 1 == self.max_train_steps
-            learning_rate = self.lr_scheduler.get_last_lr()[0]
-            result = take_step(
-                args, accelerator, self.objective, self.optimizer, self.ema, self.batches, self.step, logging_step
-            )
-            self.lr_scheduler.step()
-            self.step += 1
-            monitor.add(self.step, result)
-            if logging_step:
-                monitor.report(self.step, result, learning_rate, self.checkpointer.last)
-
-            stopping = stop.agreed(accelerator, now=logging_step)
+        args, monitor, exporter = self.args, self.monitor, self.exporter
+        for result, stopping in self.steps(stop):
             finished = self.step == self.max_train_steps
             saving_step = finished or stopping or self.step % args.checkpointing_steps == 0
             sampling_step = args.validation_steps and (finished or self.step % args.validation_steps == 0)
@@ -296,7 +279,6 @@ class Trainer:
                     exporter.push_checkpoint(self.step)
             if pausing:
                 monitor.restart_clock(self.step)
-        monitor.bar.close()
 
     def finish(self) -> Path:
         """Write the pipeline and the curves, and return the pipeline's folder."""

@@ -31,7 +31,7 @@ from diffusers.modular_pipelines.modular_pipeline import MODULAR_PIPELINE_MAPPIN
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.dynamic_modules_utils import get_class_from_dynamic_module
 
-from .pipeline_pixelrepa import PixelREPAPipeline, _inside
+from .pipeline_pixelrepa import _GUIDANCE_KINDS, PixelREPAPipeline, _inside
 
 
 _MODELS = {
@@ -45,8 +45,7 @@ _SETTINGS = {
     for name, parameter in inspect.signature(PixelREPAPipeline).parameters.items()
     if name not in (*_MODELS, "scheduler")
 }
-_GUIDANCE = [name for name in _SETTINGS if name != "id2label"]
-_NEEDS = {"self_guidance_scale": "guidance_head", "autoguidance_scale": "guidance_transformer"}
+_GUIDANCE_SETTINGS = [name for name in _SETTINGS if name != "id2label"]
 
 
 class PixelREPAGuidance(ClassifierFreeGuidance):
@@ -97,7 +96,10 @@ class PixelREPAInputStep(PixelREPABlock):
             InputParam("latents", type_hint=torch.Tensor, description="Unit noise of shape (B, C, S, S)."),
             *_image_inputs(),
             InputParam("output_type", type_hint=str, default="pil", description='"pil", "np", "pt" or "latent".'),
-            *(InputParam(name, description="Default: the value saved with the pipeline.") for name in _GUIDANCE),
+            *(
+                InputParam(name, description="Default: the value saved with the pipeline.")
+                for name in _GUIDANCE_SETTINGS
+            ),
         ]
 
     @property
@@ -112,7 +114,7 @@ class PixelREPAInputStep(PixelREPABlock):
         self, components: "PixelREPAModularPipeline", state: PipelineState
     ) -> tuple["PixelREPAModularPipeline", PipelineState]:
         block_state = self.get_block_state(state)
-        given = {name: block_state[name] for name in _GUIDANCE if block_state[name] is not None}
+        given = {name: block_state[name] for name in _GUIDANCE_SETTINGS if block_state[name] is not None}
         if (
             not isinstance(components.guider, PixelREPAGuidance)
             and {"guidance_scale", "guidance_interval"} & given.keys()
@@ -121,7 +123,7 @@ class PixelREPAInputStep(PixelREPABlock):
                 "`guidance_scale` and `guidance_interval` are arguments of the default guider. Set the scale of "
                 f"{type(components.guider).__name__} with `pipe.update_components(guider=pipe.guider.new(...))`."
             )
-        block_state.guidance = {name: given.get(name, components.config[name]) for name in _GUIDANCE}
+        block_state.guidance = {name: given.get(name, components.config[name]) for name in _GUIDANCE_SETTINGS}
         pipeline = components.standard_pipeline
         pipeline.check_inputs(
             class_labels=block_state.class_labels,
@@ -265,8 +267,7 @@ class PixelREPALoopSchedulerStep(PixelREPABlock):
     def __call__(
         self, components: "PixelREPAModularPipeline", block_state: BlockState, i: int, t: torch.Tensor
     ) -> tuple["PixelREPAModularPipeline", BlockState]:
-        takes_generator = "generator" in inspect.signature(components.scheduler.step).parameters
-        kwargs = {"generator": block_state.generator} if takes_generator else {}
+        kwargs = block_state.pipeline.prepare_extra_step_kwargs(block_state.generator)
         block_state.latents = components.scheduler.step(
             block_state.noise_pred, t, block_state.latents, **kwargs, return_dict=False
         )[0]
@@ -427,7 +428,7 @@ class PixelREPAModularPipeline(ModularPipeline):
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
         """Save the folder of the [`PixelREPAPipeline`], from which both pipelines load; same arguments."""
         components = self.standard_pipeline.components
-        missing = [scale for scale, model in _NEEDS.items() if components[model] is None]
+        missing = [f"{kind}_scale" for kind, (_, model, _) in _GUIDANCE_KINDS.items() if components[model] is None]
         settings = {name: self.config[name] for name in _SETTINGS if name not in missing}
         PixelREPAPipeline(**components, **settings).save_pretrained(save_directory, **kwargs)
 

@@ -45,7 +45,7 @@ for _module, _class_name, _base in _PUBLISHED_COMPONENTS:
         vars(sys.modules[_module]).update({_class_name: _base, _base.__name__: _base})
 
 # Every kind of guidance: the scale without an effect, the component it needs, and where that comes from.
-_GUIDANCE = {
+_GUIDANCE_KINDS = {
     "guidance": (1, "transformer", ""),
     "self_guidance": (0, "guidance_head", "Train one with train_guidance_head.py."),
     "autoguidance": (
@@ -245,7 +245,7 @@ class PixelREPAPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             )
 
     def _check_guidance(self, **settings) -> None:
-        for kind, (neutral, component, source) in _GUIDANCE.items():
+        for kind, (neutral, component, source) in _GUIDANCE_KINDS.items():
             scale = settings.get(f"{kind}_scale", neutral)
             interval = settings.get(f"{kind}_interval", (0, 1))
             if not 0 <= scale < float("inf"):
@@ -321,6 +321,10 @@ class PixelREPAPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         times = 1 - sigmas.double()
         times = (times if sigmas.dtype == torch.float64 else times.round(decimals=7)).tolist()
         return timesteps[begin:], times[begin:]
+
+    def prepare_extra_step_kwargs(self, generator: torch.Generator | list[torch.Generator] | None) -> dict[str, Any]:
+        """Arguments that not every scheduler's `step` has."""
+        return {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
 
     def predict_velocity(
         self,
@@ -534,7 +538,6 @@ class PixelREPAPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         labels = torch.tensor(self.get_label_ids(class_labels), device=device)
         timesteps, times = self.prepare_timesteps(num_inference_steps, device, strength)
         latents = self.prepare_latents(len(labels), device, generator, latents, image, times[0])
-        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         self._num_timesteps = len(timesteps)
 
         # 3. Denoise
@@ -545,7 +548,7 @@ class PixelREPAPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             times,
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-            step_kwargs={"generator": generator} if takes_generator else {},
+            step_kwargs=self.prepare_extra_step_kwargs(generator),
             **guidance,
         )
         self.maybe_free_model_hooks()
@@ -566,7 +569,7 @@ class PixelREPAPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             lines.append(f"{name}: {type(component).__name__ if component is not None else None}{settings}")
         channels, side = self._latent_shape(1)[1:3]
         lines.append(f"images: {channels}×{side}×{side}, {self.transformer.config.num_classes} classes")
-        for kind, (neutral, _, _) in _GUIDANCE.items():
+        for kind, (neutral, _, _) in _GUIDANCE_KINDS.items():
             if self.config[f"{kind}_scale"] != neutral:
                 low, high = self.config[f"{kind}_interval"]
                 lines.append(f"{kind}: {self.config[f'{kind}_scale']:g} for t in ({low:g}, {high:g})")
@@ -591,9 +594,9 @@ class PixelREPAPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         config.pop("_name_or_path", None)  # a local path of the machine that loaded the pipeline
         config["_class_name"] = [type(self).__module__.rpartition(".")[2], type(self).__name__]
         # A pipeline without these parts is described as before they existed.
-        for part, prefix in (("guidance_head", "self_guidance"), ("guidance_transformer", "autoguidance")):
+        for kind, (_, part, _) in _GUIDANCE_KINDS.items():
             if getattr(self, part) is None:
-                for name in (part, f"{prefix}_scale", f"{prefix}_interval"):
+                for name in (part, f"{kind}_scale", f"{kind}_interval"):
                     config.pop(name, None)
         for name, component in self.components.items():
             if component is None:

@@ -14,41 +14,35 @@ from ..transformer_jit import JiTAttention
 
 
 def flops_per_image(objective: PixelREPAObjective, teacher: SemanticTeacher | None) -> tuple[int, int]:
-    """
-    FLOPs of one training image: (of the student, of the alignment).
-
-    They count the matrix products of a forward pass, three times for what is trained (the backward pass has two products
-    for each of the forward's) and once for the frozen teacher. Recomputed activations are not counted.
-    """
-    transformer, projector = objective.transformer, objective.projector
-    config, blocks = transformer.config, transformer.transformer_blocks
+    """FLOPs of one training image: (of the student, of the alignment). Recomputed activations are not counted."""
+    config = objective.transformer.config
     num_patches = (config.sample_size // config.patch_size) ** 2
-    extended = num_patches + config.in_context_len
-    student = _forward_flops(transformer, num_patches)
-    student += _forward_flops(blocks, extended) - _forward_flops(blocks, num_patches)
-    alignment = 0
-    if projector is not None:
-        alignment += 3 * _forward_flops(projector, num_patches)
-        if hasattr(projector, "blocks"):
-            alignment += 3 * (
-                _forward_flops(projector.blocks, extended) - _forward_flops(projector.blocks, num_patches)
-            )
+    student, alignment = count_flops(objective.transformer, num_patches, training=True), 0
+    if objective.projector is not None:
+        alignment += count_flops(objective.projector, num_patches, training=True)
     if teacher is not None:
         tokens, settings = teacher.grid_size**2 + teacher.num_prefix_tokens, teacher.model.config
-        alignment += _forward_flops(teacher.model, tokens)
+        alignment += count_flops(teacher.model, tokens)
         alignment += settings.num_hidden_layers * 4 * tokens**2 * settings.hidden_size
-    return 3 * student, alignment
+    return student, alignment
 
 
-def _forward_flops(module: nn.Module, num_tokens: int) -> int:
-    """FLOPs of the matrix products of one image, a multiply-add counted as two; of the attentions, JiT's alone."""
+def count_flops(module: nn.Module, num_patches: int, training: bool = False) -> int:
+    """
+    FLOPs of the matrix products of one image, a multiply-add counted as two; of the attentions, JiT's alone.
+
+    The backward pass of `training` has two products for each of the forward pass, one for frozen weights.
+    """
+    extended = num_patches + getattr(module.config, "in_context_len", 0)
     flops = 0
     for name, layer in module.named_modules():
+        num_tokens = extended if name.startswith(("transformer_blocks.", "blocks.")) else num_patches
         if isinstance(layer, nn.Linear | nn.Conv2d):
             per_image = {"conditioning", "modulation"} & set(name.split("."))
-            flops += 2 * layer.weight.numel() * (1 if per_image else num_tokens)
+            passes = 2 + layer.weight.requires_grad if training else 1
+            flops += passes * 2 * layer.weight.numel() * (1 if per_image else num_tokens)
         elif isinstance(layer, JiTAttention):
-            flops += 4 * num_tokens**2 * layer.heads * layer.head_dim
+            flops += (3 if training else 1) * 4 * num_tokens**2 * layer.heads * layer.head_dim
     return flops
 
 

@@ -5,7 +5,11 @@ from __future__ import annotations
 import signal
 
 from accelerate import Accelerator
+from accelerate.logging import get_logger
 from accelerate.utils import gather_object
+
+
+logger = get_logger(__name__)
 
 
 class StopRequest:
@@ -34,3 +38,12 @@ class StopRequest:
                 return False
             self.signal = next((received for received in gather_object([self.signal]) if received), None)
         return self.signal is not None
+
+    def exit_if_early(self, step: int, max_train_steps: int) -> None:
+        """Exit with 128 + the signal if it stopped the run before its last step."""
+        if step < max_train_steps:
+            logger.warning(
+                f"Stopped by {self.signal.name} at step {step} of {max_train_steps}. Continue with "
+                "--resume_from_checkpoint latest."
+            )
+            raise SystemExit(128 + self.signal)

@@ -8,8 +8,8 @@ Stages consist of cells. Each is written to report.json as soon as it is measure
 reaches `--minutes`, continues with its next cell when it is run again.
 
 - *tests*: the tests marked `gpu`.
-- *host*: CPU time per training step at the depth of JiT-B/16 with adapter and teacher, but toy widths and one image, which
-  takes the device's work away; and CPU time of the draws of a batch of 128 without pixels.
+- *host*: CPU time per training step at the depth of JiT-B/16 with adapter and teacher, but width 8 and one image of four
+  tokens, which takes the device's work away; and CPU time of the draws of a batch of 128 without pixels.
 - *training*: images/s, memory and MFU of the trainer's step and of the published arithmetic.
 - *sampling*: images/s of the pipeline and of the published way.
 - *images*: a run on `--train_data_dir` (without it, random pictures), killed after its first checkpoint and resumed.
@@ -88,29 +88,32 @@ def gpu_tests(args: ReportArguments) -> dict[str, Callable[[], dict]]:
 
 
 def host_work(args: ReportArguments) -> dict[str, Callable[[], dict]]:
-    return {
-        "step, eager": lambda: host_of_a_step(compiled=False),
-        "step, compiled": lambda: host_of_a_step(compiled=True),
+    cells = {
+        "step, eager": host_of_a_step,
+        "step, compiled": lambda: host_of_a_step(compile=True),
         "draws of 128 images": host_of_draws,
     }
+    if ON_GPU:
+        cells["step, CUDA graphs"] = lambda: host_of_a_step(compile=True, cuda_graphs=True)
+    return cells
 
 
-def host_of_a_step(compiled: bool, steps: int = 20) -> dict:
+def host_of_a_step(steps: int = 20, **switches: bool) -> dict:
     """Median CPU milliseconds of the trainer's `take_step` with the launches; on a CPU also the toy kernels."""
     precision = "bf16" if ON_GPU else "no"  # CPUs without bf16 units emulate it
     args = TrainingArguments(
-        preset="JiT-B/16", attention_head_dim=4, bottleneck_dim=8, resolution=64, in_context_len=4, train_batch_size=1,
-        compile=compiled, mixed_precision=precision,
+        preset="JiT-B/16", num_attention_heads=1, attention_head_dim=8, bottleneck_dim=2, resolution=32,
+        in_context_len=1, train_batch_size=1, mixed_precision=precision, **switches,
     )  # fmt: skip
     transformer = build_transformer(args, 10)
     config = transformer.config
-    encoder = Dinov2Model(Dinov2Config(hidden_size=48, num_attention_heads=12, image_size=56))
+    encoder = Dinov2Model(Dinov2Config(hidden_size=4, num_attention_heads=1, image_size=28))
     mean_and_std = (training.IMAGENET_MEAN, training.IMAGENET_STD)
     teacher = SemanticTeacher(encoder, config.sample_size // config.patch_size, config.sample_size, *mean_and_std)
     objective = build_objective(args, transformer, build_projector(args, config, teacher.feature_dim))
     apply_switches(args, objective)
     teacher.to(DEVICE)
-    if compiled:
+    if args.compile:
         teacher.compile()
     accelerator = Accelerator(mixed_precision=precision, cpu=not ON_GPU)
     objective, optimizer = accelerator.prepare(objective, build_optimizer(args, objective, 1e-4))
@@ -153,7 +156,7 @@ def training_steps(args: ReportArguments) -> dict[str, Callable[[], list[dict]]]
     for preset in presets:
         for batch_size in batch_sizes:
             for teacher, checkpointing in (("random", "no"), ("none", "no"), ("none", "yes")):
-                for compiled in ("ours", "no") if ON_GPU else ("no",):
+                for compiled in ("graphs", "ours", "no") if ON_GPU else ("no",):
                     options = training.BenchmarkArguments(
                         presets=[preset], batch_sizes=[batch_size], num_classes=[1000 if ON_GPU else 10],
                         mixed_precision=["bf16" if ON_GPU else "no"], gradient_checkpointing=[checkpointing],
@@ -162,6 +165,7 @@ def training_steps(args: ReportArguments) -> dict[str, Callable[[], list[dict]]]
                     )  # fmt: skip
                     name = f"{preset}, batch {batch_size}, {'with' if teacher == 'random' else 'no'} teacher"
                     name += ", checkpointed" * (checkpointing == "yes") + ", compiled" * (compiled == "ours")
+                    name += ", CUDA graphs" * (compiled == "graphs")
                     cells[name] = lambda options=options: training.measure_all(options)
     return cells
 

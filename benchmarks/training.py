@@ -17,7 +17,7 @@ The benchmark calls the trainer's own functions. `--arithmetic ours published` r
 taking turns in one process (learning rate 0 keeps the weights), and prints the difference of their losses and gradients.
 *published* writes out attention and normalization in float32, uses an optimizer that is not fused, updates the EMA
 parameter by parameter, prefetches nothing, and synchronizes at every step. `--compile yes` compiles both, `--compile ours`
-only ours.
+only ours, `--compile graphs` only ours, as CUDA graphs.
 
 Columns: `data` (draws, copies, uint8 to float) and `teacher` are timed alone, because on a GPU they overlap with the
 student; `forward` to `ema` are parts of the step. `TFLOP/s` counts the architecture's matrix products (three forward passes
@@ -66,6 +66,7 @@ from pixelrepa_diffusers.training.builders import (
     build_teacher,
     build_transformer,
     compile_blocks,
+    compile_whole,
 )
 from pixelrepa_diffusers.training.data import DataArguments, ImageSource, measure_throughput, open_source, to_float
 from pixelrepa_diffusers.training.draws import BatchDraws
@@ -88,7 +89,9 @@ class BenchmarkArguments:
     num_classes: list[int] = flag([1000], "Classes.", ge=1)
     mixed_precision: list[str] = flag(["no"], "Autocast type.", choices=["no", "bf16"])
     compile: list[str] = flag(
-        ["no"], "Compile blocks and teacher: of both arithmetics (yes), or only ours.", choices=["no", "yes", "ours"]
+        ["no"],
+        "Compile blocks and teacher: of both arithmetics (yes), or only ours; or replay ours as CUDA graphs.",
+        choices=["no", "yes", "ours", "graphs"],
     )
     gradient_checkpointing: list[str] = flag(
         ["no"], "Recompute activations, in both arithmetics.", choices=["no", "yes"]
@@ -220,7 +223,9 @@ class Trainee:
         self.objective = with_published_arithmetic(bench.objective) if self.published else bench.objective
         if not self.published:
             self.objective.transformer.set_attention_backend(bench.setting.attention_backend)
-        if bench.setting.compile == "yes" or (bench.setting.compile == "ours" and not self.published):
+        if bench.setting.compile == "graphs" and not self.published:
+            compile_whole(self.objective)
+        elif bench.setting.compile == "yes" or (bench.setting.compile == "ours" and not self.published):
             compile_blocks(self.objective)
         # Learning rate 0: all the work, but the weights stay equal for the other arithmetic.
         self.optimizer = build_optimizer(bench.training_args, self.objective, learning_rate=0.0)

@@ -137,6 +137,8 @@ TRAIN = [
     ({"pretrained_model_name_or_path": "{root}"}, "neither a pipeline nor a checkpoint"),
     ({"dry_run": True, "dry_run_processes": 4, "train_batch_size": 8}, "24 images do not fill"),
     ({"mixed_precision": "fp16"}, "not supported on CPU"),
+    ({"cuda_graphs": True}, "--cuda_graphs needs --compile"),
+    ({"compile": True, "cuda_graphs": True}, "--cuda_graphs needs a GPU"),
     ({"output_dir": "{run}"}, "already holds checkpoint-6"),
     ({"resume_from_checkpoint": "checkpoint-4"}, "does not exist"),
     ({"train_data_dir": "{damaged}"}, "Bad image"),

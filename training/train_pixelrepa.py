@@ -43,6 +43,7 @@ from pixelrepa_diffusers.cli import check_launch, run
 from pixelrepa_diffusers.ema import ConstantDecayEMA
 from pixelrepa_diffusers.files import only_writer, remove_incomplete, write_json
 from pixelrepa_diffusers.hub import BackgroundPusher
+from pixelrepa_diffusers.sampling import check_cuda_graphs
 from pixelrepa_diffusers.training.arguments import TrainingArguments, parse_arguments
 from pixelrepa_diffusers.training.builders import (
     add_lora,
@@ -126,6 +127,7 @@ def create_accelerator(args: TrainingArguments) -> Accelerator:
     args.mixed_precision = accelerator.mixed_precision
     if args.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("--mixed_precision fp16 is not supported on CPU (accelerate silently falls back to fp32).")
+    check_cuda_graphs(args.cuda_graphs and not args.dry_run, accelerator.device)
     missing = set() if args.dry_run else {*trackers} - {getattr(t, "value", t) for t in accelerator.log_with} - {"all"}
     if missing:
         raise ImportError(f"--report_to {' '.join(missing)}: not installed.")

@@ -119,6 +119,9 @@ class PerformanceArguments:
     compile: bool = flag(
         False, "Compile the blocks, the teacher and, on a GPU, the draws. Dropout, if any, draws other masks."
     )
+    cuda_graphs: bool = flag(
+        False, "With --compile: replay the whole objective as CUDA graphs, for few images per GPU; starts slowly."
+    )
     attention_backend: str | None = flag(None, "diffusers attention backend of the student, such as _native_cudnn.")
     teacher_cache_dir: str | None = flag(
         None, "Store the teacher features here and compute them once instead of every epoch (small data sets)."
@@ -201,6 +204,9 @@ class TrainingArguments(
             raise ValueError("--lora_rank needs --pretrained_model_name_or_path, the pipeline to fine-tune.")
         if self.streaming and (self.max_train_steps is None or self.lr_warmup_steps is None):
             raise ValueError("The length of a stream is unknown: give --max_train_steps and --lr_warmup_steps.")
+        if self.cuda_graphs and (not self.compile or self.gradient_accumulation_steps > 1):
+            # Replaying a graph would overwrite the gradients of the micro-step before.
+            raise ValueError("--cuda_graphs needs --compile, and no --gradient_accumulation_steps.")
         if self.teacher_cache_dir is not None and (self.streaming or not self.center_crop):
             raise ValueError("--teacher_cache_dir needs --center_crop and no --streaming.")
         if self.eval_steps and len({METRICS[metric][0] for metric in self.eval_metrics}) > 1:

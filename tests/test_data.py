@@ -15,7 +15,7 @@ from pictures import encoded, make_image, write_photos, write_shards
 from PIL import Image
 
 from pixelrepa_diffusers.images import BadImageError, read_image
-from pixelrepa_diffusers.training.data import DataArguments, ImageLoader, draws, open_source, to_float
+from pixelrepa_diffusers.training.data import DataArguments, ImageLoader, open_source, random_words, to_float
 
 
 SIZE = 8
@@ -152,11 +152,11 @@ def philox4x64(key: list[int], counter: list[int]) -> list[int]:
     return [c0, c1, c2, c3]
 
 
-def test_draws_are_philox_of_seed_epoch_and_index():
+def test_random_words_are_philox_of_seed_epoch_and_index():
     # A change here would break the resume of every saved run.
     assert philox4x64([0, 0], [0, 0, 0, 0])[0] == 0x16554D9ECA36314C  # the published known answer
     expected = philox4x64([3, 5], [1, 7, 2, 0]) + philox4x64([3, 5], [2, 7, 2, 0])
-    assert draws(3, 5, 7, purpose=2, count=8).tolist() == expected
+    assert random_words(3, 5, 7, purpose=2, count=8).tolist() == expected
 
 
 def test_too_few_images_are_an_error(folder):

@@ -22,36 +22,19 @@ from .adapter import ConvProjector, MaskedTransformerAdapter, MLPProjector, chec
 from .transformer_jit import JiTTransformer2DModel
 
 
-def logit_normal(normal: torch.Tensor, P_mean: float, P_std: float) -> torch.Tensor:
-    """Timesteps t = sigmoid(P_mean + P_std·n) of standard normal n."""
-    return torch.sigmoid(P_mean + P_std * normal)
-
-
-def keep_tokens(uniform: torch.Tensor, mask_ratio: float) -> torch.Tensor:
-    """Bool mask of uniform draws in [0, 1): False with probability `mask_ratio`."""
-    # ≥ where the published code has >: a uniform draw can be 0, and ratio 0 must keep every token.
-    return uniform >= mask_ratio
-
-
-def replace_labels(
-    class_labels: torch.Tensor, uniform: torch.Tensor, num_classes: int, probability: float
-) -> torch.Tensor:
-    """Labels (B,), replaced by the null class `num_classes` where the uniform draws are below `probability`."""
-    return class_labels.masked_fill(uniform < probability, num_classes)
-
-
 def draw_timesteps(
     batch_size: int, generator: torch.Generator, P_mean: float = -0.8, P_std: float = 0.8
 ) -> torch.Tensor:
     """Draw logit-normal timesteps t = sigmoid(P_mean + P_std·n), n ~ N(0, 1): (B,) float32, on the generator's device."""
-    return logit_normal(torch.randn(batch_size, generator=generator, device=generator.device), P_mean, P_std)
+    return torch.sigmoid(P_mean + P_std * torch.randn(batch_size, generator=generator, device=generator.device))
 
 
 def draw_keep_mask(
     batch_size: int, num_tokens: int, generator: torch.Generator, mask_ratio: float = 0.2
 ) -> torch.Tensor:
     """Draw a bool mask (B, N) that is False for each token independently with probability `mask_ratio`."""
-    return keep_tokens(torch.rand(batch_size, num_tokens, generator=generator, device=generator.device), mask_ratio)
+    # ≥ where the published code has >: a uniform draw can be 0, and ratio 0 must keep every token.
+    return torch.rand(batch_size, num_tokens, generator=generator, device=generator.device) >= mask_ratio
 
 
 def drop_labels(
@@ -59,7 +42,7 @@ def drop_labels(
 ) -> torch.Tensor:
     """Replace each of the labels (B,) by the null class `num_classes`, independently, with the given probability."""
     uniform = torch.rand(class_labels.shape, generator=generator, device=generator.device)
-    return replace_labels(class_labels, uniform.to(class_labels.device), num_classes, probability)
+    return class_labels.masked_fill(uniform.to(class_labels.device) < probability, num_classes)
 
 
 def interpolate(images: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:

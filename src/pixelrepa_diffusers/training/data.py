@@ -311,13 +311,13 @@ def number_labels(data: datasets.Dataset, column: str) -> tuple[np.ndarray, list
 # -------------------------------------------------------------------------------------------------------------- items
 
 
-def draws(seed: int, epoch: int, index: int, purpose: int = 0, count: int = 1) -> np.ndarray:
+def random_words(seed: int, epoch: int, index: int, purpose: int = 0, count: int = 1) -> np.ndarray:
     """
-    Draw `count` random `uint64` that depend on the arguments and on nothing else.
+    Return `count` random `uint64`, a pure function of the arguments.
 
-    The raw output of the counter-based generator Philox4x64-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2,
-    3", 2011) with key (seed, epoch) and counters (1, index, purpose, 0), (2, index, purpose, 0), …, four values from each.
-    numpy guarantees that raw streams never change between versions, unlike the methods of `Generator`.
+    These are the raw words of Philox4x64-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) with key
+    (seed, epoch) and counters (1, index, purpose, 0), (2, index, purpose, 0), …, four words each. numpy guarantees that raw
+    words never change between versions, unlike the methods of `Generator`.
     """
     key, counter = np.array([seed, epoch], np.uint64), np.array([0, index, purpose, 0], np.uint64)
     return np.random.Philox(key=key, counter=counter).random_raw(count)
@@ -325,7 +325,7 @@ def draws(seed: int, epoch: int, index: int, purpose: int = 0, count: int = 1) -
 
 def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
     """Permutation of `size` images that depends on (seed, epoch) only."""
-    return np.argsort(draws(seed, epoch, 0, purpose=1, count=size), kind="stable")
+    return np.argsort(random_words(seed, epoch, 0, purpose=1, count=size), kind="stable")
 
 
 def to_float(pixel_values: torch.Tensor) -> torch.Tensor:
@@ -429,11 +429,13 @@ class StreamedBatches(IterableDataset):
             while number < len(shards):
                 offset = shards[number] * SHARD_STRIDE
                 # Every pass has other boundaries between the blocks.
-                first = 1 + int(draws(seed, epoch, offset, purpose=2)[0] % size)
+                first = 1 + int(random_words(seed, epoch, offset, purpose=2)[0] % size)
                 start = 0 if taken < first else first + (taken - first) // size * size
                 examples = source.read_shard(shards[number], start)
                 while block := list(itertools.islice(examples, size if start else first)):
-                    order = np.argsort(draws(seed, epoch, offset + start, purpose=3, count=len(block)), kind="stable")
+                    order = np.argsort(
+                        random_words(seed, epoch, offset + start, purpose=3, count=len(block)), kind="stable"
+                    )
                     rows = [
                         ([epoch, number, start + done], offset + start + place, block[place])
                         for done, place in enumerate(order.tolist(), start=1)
@@ -562,7 +564,7 @@ class ImageLoader:
 
     def make_item(self, epoch: int, index: int, example: Example) -> dict[str, Any] | None:
         """Decode, crop and flip an image with the draws of (seed, epoch, index); None for a bad one that is skipped."""
-        flip, offset = draws(self.seed, epoch, index, count=2) / 2.0**64
+        flip, offset = random_words(self.seed, epoch, index, count=2) / 2.0**64
         try:
             pixels = read_pixels(example, self.resolution, None if self.center_crop else offset)
         except BadImageError as error:

@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import tarfile
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -80,7 +79,11 @@ class DataArguments:
 
 
 class Example(NamedTuple):
-    """A stored image: encoded bytes, a path or URL, `uint8` pixels (3, resolution, resolution), or why there is none."""
+    """
+    A stored image and its label.
+
+    `image` is encoded bytes, a path or URL, `uint8` pixels (3, resolution, resolution), or the error of a missing image.
+    """
 
     image: bytes | str | np.ndarray | BadImageError
     label: int
@@ -140,7 +143,7 @@ class ImageSource:
 @dataclass
 class StreamSource:
     """
-    Shards that can only be read in sequence. Same attributes as [`ImageSource`]; the number of images is unknown.
+    Shards that are read in sequence, with the attributes of [`ImageSource`]; the number of images is unknown.
 
     Attributes:
         stream (`datasets.IterableDataset`): The data.
@@ -161,8 +164,10 @@ class StreamSource:
 
     def read_shard(self, shard: int, start: int = 0) -> Iterator[Example]:
         """
-        Examples of a shard from position `start`. One with a [`BadImageError`] stands for the rest of a damaged shard; a
-        missing shard, and other errors of the file system, are raised.
+        Yield the examples of a shard from position `start`. One bad example stands for the rest of a damaged shard.
+
+        Raises:
+            OSError: If the shard is missing or cannot be read.
         """
         name, rows = self.shard_names[shard], self.stream.shard(len(self.shard_names), shard)
         try:
@@ -190,6 +195,7 @@ def encoded_example(image: dict | None, label: int, place: str) -> Example:
 
 
 def name_classes(names: list[str] | None, num_classes: int) -> dict[str, str] | None:
+    """Return `{"0": name, …}`, or None for classes without names."""
     return names and {str(label): name for label, name in enumerate(names[:num_classes])}
 
 
@@ -200,7 +206,7 @@ def check_label(label: int, num_classes: int, name: str) -> None:
 
 def open_source(args: DataArguments) -> ImageSource | StreamSource:
     """
-    Find the images and their classes without decoding any.
+    Find the images and their classes; no image is decoded.
 
     Classes are numbered by the sorted names of the sub-folders of `train_data_dir`, by the `ClassLabel` feature of a data
     set, by its integers, or by the sorted order of its strings.
@@ -343,20 +349,20 @@ def read_pixels(example: Example, resolution: int, offset: float | None = None) 
 
 
 def read_ahead(values: Iterator, pool: ThreadPoolExecutor) -> Iterator:
-    """Iterate over endless `values`; a thread computes the next one, from now on."""
-    following = [pool.submit(next, values)]
+    """Iterate over endless `values` while a thread computes the next one; the first one starts at once."""
+    following = pool.submit(next, values)
 
     def take() -> Iterator:
+        nonlocal following
         while True:
-            value = following.pop().result()
-            following.append(pool.submit(next, values))
+            value, following = following.result(), pool.submit(next, values)
             yield value
 
     return take()
 
 
 class IndexedBatches(Dataset):
-    """(position after the batch, batch) by (that position, epoch, indices). The key is all the state that workers need."""
+    """Batches of an [`ImageSource`]: key (position after the batch, epoch, indices) → (that position, batch)."""
 
     def __init__(self, loader: ImageLoader):
         self.loader = loader
@@ -370,10 +376,10 @@ class IndexedBatches(Dataset):
 
 class StreamedBatches(IterableDataset):
     """
-    (position after the batch, batch) of one process, which takes the images of its readers in turn.
+    Batches of a [`StreamSource`] for one process, which takes images from its readers in turn.
 
-    The position of a reader is [pass over the data, number of the shard among its own of this pass, images taken from that
-    shard]. Threads read and decode: file systems and Pillow release the interpreter lock.
+    Yields (position after the batch, batch). The position of a reader is [pass over the data, number of the shard among its
+    own in this pass, images taken from that shard]. Threads read and decode: file systems and Pillow release Python's lock.
     """
 
     def __init__(self, loader: ImageLoader):
@@ -403,8 +409,8 @@ class StreamedBatches(IterableDataset):
                     yield position, default_collate(batch)
 
     def decode(self, examples: Iterator[tuple], depth: int, pool: ThreadPoolExecutor) -> Iterator[tuple[list, dict]]:
-        """Decode the examples of a reader, `depth` of them ahead, and leave out bad ones."""
-        jobs, skipped, last_pass = deque(), 0, None
+        """Yield the good examples of a reader, decoded, with the positions after them; decode `depth` examples ahead."""
+        jobs, skipped, good_pass = deque(), 0, None
         for position, index, example in examples:
             jobs.append((position, pool.submit(self.loader.make_item, position[0], index, example)))
             if len(jobs) <= depth:
@@ -412,14 +418,16 @@ class StreamedBatches(IterableDataset):
             position, job = jobs.popleft()
             if (item := job.result()) is not None:
                 yield position, {**item, "skipped": skipped}
-                skipped, last_pass = 0, position[0]
-            else:
-                skipped, last_pass = skipped + 1, position[0] if last_pass is None else last_pass
-                if position[0] > last_pass + 1:
-                    raise BadImageError(f"None of {skipped} images in succession can be decoded.")
+                skipped, good_pass = 0, position[0]
+                continue
+            skipped += 1
+            if good_pass is None:
+                good_pass = position[0]
+            if position[0] > good_pass + 1:
+                raise BadImageError(f"None of {skipped} images in succession can be decoded.")
 
     def read_blocks(self, reader: int, epoch: int, number: int, taken: int) -> Iterator[list[tuple]]:
-        """Shuffled blocks of (position after the example, index, example), endlessly from a position."""
+        """Yield shuffled blocks of (position after the example, index, example), endlessly, from a position."""
         source, seed = self.loader.source, self.loader.seed
         size, empty = max(1, source.shuffle_buffer_size // source.num_readers), 0
         while empty <= 2 * len(source.shard_names):
@@ -454,21 +462,25 @@ class ImageLoader:
     """
     Endless batches of training images for one process, starting at `position`.
 
-    **Every draw is a function of (seed, epoch, index).** The order of an epoch, each crop and each flip come from a
-    counter-based generator keyed by that triple, so the number of workers and processes, gradient accumulation and a
-    restart in mid-epoch change nothing. An epoch is a permutation cut into global batches (the batches of optimizer steps,
-    over all processes and accumulation steps); the last incomplete one is dropped. Each process takes its part of a global
-    batch. Do not pass the loader through `accelerator.prepare`, which would divide it again.
+    **Every random choice is a function of (seed, epoch, index)**: the order of an epoch, crops and flips. The number of
+    workers and processes, gradient accumulation and a restart in mid-epoch change nothing. An epoch is a permutation cut
+    into global batches (one per optimizer step, over all processes and accumulation steps); the last incomplete one is
+    dropped. Each process takes its part of a global batch: do not pass the loader through `accelerator.prepare`, which would
+    divide it again.
 
-    **Streams** are read by a fixed number of readers, each through its own shards, permuted in every pass by (seed, pass);
-    image p of the run is the next one of reader p mod `num_readers`. Process r of n serves the readers r, r + n, …, so every
-    image is read by one process, and any number of processes that divides the readers gives the same run. A reader starts its
-    next pass by itself, so that no process waits for another. A resume reads the open shards again, and nothing else.
+    **Streams** are read by a fixed number of readers. Each pass over the data permutes the shards by (seed, pass) and divides
+    them among the readers; image p of the run is the next one of reader p mod `num_readers`. Process r of n serves the
+    readers r, r + n, …, so each image is read by one process, and any number of processes that divides the readers gives the
+    same run. Readers start their next pass independently, so no process waits for another. A resume reads only the open
+    shards again.
 
-    Batches are dictionaries of CPU tensors, in pinned memory if there is a CUDA device: `pixel_values` `uint8` (batch_size,
-    3, resolution, resolution), see [`to_float`], and of shape (batch_size,) `class_labels` `int64`, `index` `int64`, the
-    image's position in the source (in a stream: shard · 10⁶ + position in the shard), `flipped` `bool`, and `skipped`
-    `int64`, the number of bad images that the item replaces.
+    A batch is a dictionary of CPU tensors, in pinned memory if there is a CUDA device:
+
+    - `pixel_values`: `uint8` (batch_size, 3, resolution, resolution), see [`to_float`];
+    - `class_labels`: `int64` (batch_size,);
+    - `index`: `int64` (batch_size,), position in the source (in a stream: shard · 10⁶ + position in the shard);
+    - `flipped`: `bool` (batch_size,);
+    - `skipped`: `int64` (batch_size,), number of bad images that the image replaces.
 
     Args:
         source (`ImageSource` or `StreamSource`): From [`open_source`].
@@ -478,7 +490,7 @@ class ImageLoader:
         center_crop (`bool`, defaults to `True`): ADM's centre crop; otherwise a random square of the full short side.
         random_flip (`bool`, defaults to `True`): Flip half of the images horizontally.
         on_bad_image (`str`, defaults to `"error"`): `"error"` stops the run at an image that cannot be decoded; `"skip"`
-            replaces it by the next good one (in a stream: of the same reader). Both name the image. An unreadable rest of a
+            replaces it by the next good one (in a stream: of the same reader). Both name the image. The unreadable rest of a
             shard counts as one bad image.
         accumulation_steps (`int`, defaults to 1): Batches per optimizer step.
         rank (`int`, defaults to 0): This process.
@@ -486,16 +498,16 @@ class ImageLoader:
         num_workers (`int`, defaults to 0): Worker processes; for a stream, decoding threads in one worker.
 
     Attributes:
-        position (`dict`): The next global batch: `{"epoch": e, "batch": b}`, or for a stream the number of batches and the
-            positions of the readers, of which this process moves its own, see [`merge_states`]. It advances with the last
+        position (`dict`): The next global batch: `{"epoch": e, "batch": b}`; for a stream the number of batches and the
+            positions of all readers, of which each process advances its own, see [`merge_states`]. It advances with the last
             accumulation step, so it is valid for any division of the same global batch.
         batches_per_epoch (`int`, *optional*): Global batches (optimizer steps) per epoch; None for a stream.
-        batch_transform (`Callable`, *optional*): Applied to every batch in the worker that made it; not used for streams. Set
-            it before iterating.
+        batch_transform (`Callable`, *optional*): Applied to every batch in the worker that made it, not to streams; set it
+            before iterating.
 
     Raises:
-        ValueError: If prepared images have another resolution or need random crops, or do not fill one global batch, or the
-            processes do not divide the readers of a stream.
+        ValueError: If prepared images have another resolution or would need random crops, the images do not fill one global
+            batch, or the processes do not divide the readers of a stream.
     """
 
     def __init__(
@@ -543,12 +555,12 @@ class ImageLoader:
         self.position = {"batch": 0, "readers": [[0, 0, 0]] * num_readers}
 
     def state_dict(self) -> dict[str, Any]:
-        """The position and the settings that determine the order of the data."""
+        """Return the position and the settings that determine the order of the data."""
         return {**self.position, **self.order}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """
-        Continue at a saved position. Call before iterating.
+        Continue at a saved position; call it before iterating.
 
         Raises:
             ValueError: If the seed, the global batch or the number of images has changed, and with it the order.
@@ -563,7 +575,7 @@ class ImageLoader:
         self.position = {key: state[key] for key in self.position}
 
     def make_item(self, epoch: int, index: int, example: Example) -> dict[str, Any] | None:
-        """Decode, crop and flip an image with the draws of (seed, epoch, index); None for a bad one that is skipped."""
+        """Decode, crop and flip an image with the random words of (seed, epoch, index); None for a bad one to skip."""
         flip, offset = random_words(self.seed, epoch, index, count=2) / 2.0**64
         try:
             pixels = read_pixels(example, self.resolution, None if self.center_crop else offset)
@@ -577,7 +589,7 @@ class ImageLoader:
         return {"pixel_values": pixels, "class_labels": example.label, "index": index, "flipped": flipped}
 
     def find_item(self, epoch: int, index: int) -> dict[str, Any]:
-        """Item of the first good image from `index` on."""
+        """Return the item of the first good image from `index` on."""
         size = len(self.source)
         for skipped in range(size):
             found = (index + skipped) % size
@@ -612,7 +624,7 @@ class ImageLoader:
 
 
 def merge_states(states: list[dict[str, Any]]) -> dict[str, Any]:
-    """State of a run from the states of its processes: the position of every reader from the process that serves it."""
+    """Merge the states of all processes: the position of a reader comes from the process that serves it."""
     if "readers" not in states[0]:
         return states[0]
     readers = [states[reader % len(states)]["readers"][reader] for reader in range(len(states[0]["readers"]))]
@@ -631,13 +643,3 @@ def check_global_batch(num_images: int, batch_size: int, accumulation_steps: int
         raise ValueError(
             f"{num_images} images do not fill one global batch of {size} = {factors} (batch × accumulation × processes)."
         )
-
-
-def measure_throughput(source: ImageSource, resolution: int, num_images: int = 512, seed: int = 0) -> float:
-    """Images per second that this process alone decodes and crops, in training order and without collation."""
-    loader = ImageLoader(source, resolution, batch_size=1, seed=seed)
-    order = epoch_order(seed, 0, len(source))[:num_images].tolist()
-    start = time.perf_counter()
-    for index in order:
-        loader.make_item(0, index, source[index])
-    return len(order) / (time.perf_counter() - start)

@@ -11,7 +11,7 @@ from diffusers.models.attention_dispatch import attention_backend
 from peft import LoraConfig
 
 from pixelrepa_diffusers import PRESETS, JiTTransformer2DModel
-from pixelrepa_diffusers.transformer_jit import JiTAttnProcessor, JiTPatchConv, JiTPositionTables, JiTRMSNorm
+from pixelrepa_diffusers.transformer_jit import JiTPositionTables, JiTRMSNorm
 
 
 CPU = torch.device("cpu")
@@ -335,32 +335,11 @@ def test_attention_backends_agree(make_transformer):
             assert_close(predict(transformer), expected)
 
 
-def test_attention_processors_can_be_replaced_and_restored(make_transformer):
-    class Uniform(JiTAttnProcessor):
-        def __call__(self, attn, hidden_states, image_rotary_emb):
-            return attn.to_out[0](attn.to_v(hidden_states).mean(1, keepdim=True).expand_as(hidden_states))
-
-    transformer = make_transformer()
-    expected, original = predict(transformer), transformer.attn_processors
-    assert len(original) == 4
-    transformer.set_attn_processor(Uniform())
-    assert not torch.allclose(predict(transformer), expected, atol=1e-3)
-    transformer.set_attn_processor(dict(original))
-    assert torch.equal(predict(transformer), expected)
-
-
 def test_one_product_for_queries_keys_and_values_gives_the_same_gradients(make_transformer):
     separate, joint = make_transformer(), make_transformer()
     for processor in joint.attn_processors.values():
         processor.joint_projections = True
     torch.testing.assert_close(backward(joint), backward(separate), rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("patch_size", [1, 4])
-def test_the_patch_convolution_is_a_convolution(patch_size):
-    images, layer = torch.randn(2, 3, 16, 16), JiTPatchConv(3, 6, patch_size, stride=patch_size)
-    expected = torch.nn.functional.conv2d(images, layer.weight, layer.bias, stride=patch_size)
-    torch.testing.assert_close(layer(images), expected)
 
 
 def test_fused_projections_give_the_same_result(make_transformer):

@@ -5,6 +5,7 @@ import inspect
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import perturbed
 
 from pixelrepa_diffusers.adapter import ConvProjector, MaskedTransformerAdapter, MLPProjector
 
@@ -14,13 +15,8 @@ B, GRID, D, TEACHER_DIM, CLASSES = 3, 4, 32, 24, 5
 
 def make_adapter(teacher_dim=TEACHER_DIM, in_context_len=2):
     torch.manual_seed(0)
-    adapter = MaskedTransformerAdapter(
-        D, 4, teacher_dim, grid_size=GRID, in_context_len=in_context_len, num_classes=CLASSES
-    )
-    with torch.no_grad():  # adaLN-zero would make the blocks the identity
-        for parameter in adapter.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return adapter
+    sizes = {"grid_size": GRID, "in_context_len": in_context_len, "num_classes": CLASSES}
+    return perturbed(MaskedTransformerAdapter(D, 4, teacher_dim, **sizes))
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from accelerate import Accelerator
+from tiny import perturbed
 
 from pixelrepa_diffusers.adapter import ConvProjector, MaskedTransformerAdapter, MLPProjector
 from pixelrepa_diffusers.objective import PixelREPAObjective, draw_keep_mask, draw_timesteps, drop_labels
@@ -19,11 +20,7 @@ def transformer(make_transformer):
 @pytest.fixture
 def adapter():
     torch.manual_seed(1)
-    adapter = MaskedTransformerAdapter(D, 2, TEACHER_DIM, grid_size=GRID, in_context_len=2, num_classes=CLASSES)
-    with torch.no_grad():  # adaLN-zero would hide most of the network
-        for parameter in adapter.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return adapter
+    return perturbed(MaskedTransformerAdapter(D, 2, TEACHER_DIM, 2, GRID, in_context_len=2, num_classes=CLASSES))
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from tiny import perturbed
 from transformers import (
     AutoModel,
     BeitConfig,
@@ -51,11 +52,7 @@ NUM_PREFIX = {"dinov2": 1, "dinov2-registers": 4, "dinov3": 5, "clip": 1, "vit":
 
 def make_encoder(config):
     torch.manual_seed(0)
-    model = AutoModel.from_config(copy.deepcopy(config)).eval()
-    with torch.no_grad():  # initial zeros and ones would hide mistakes
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
+    return perturbed(AutoModel.from_config(copy.deepcopy(config))).eval()
 
 
 def make_teacher(config, **kwargs):

@@ -8,7 +8,6 @@ import torch
 import torch._dynamo
 from accelerate import cpu_offload, disk_offload
 from diffusers.models.attention_dispatch import attention_backend
-from peft import LoraConfig
 
 from pixelrepa_diffusers import PRESETS, JiTTransformer2DModel
 from pixelrepa_diffusers.transformer_jit import JiTPositionTables, JiTRMSNorm
@@ -262,9 +261,9 @@ def test_the_residual_stream_is_float32_after_the_class_tokens_under_autocast(ma
     assert (sample.float() - predict(make_transformer())).abs().max() < 6e-2
 
 
-@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
-def test_layerwise_casting_stores_the_blocks_in_float8(saved, compute):
+def test_layerwise_casting_stores_the_blocks_in_float8(saved):
     _, expected, folder = saved
+    compute = torch.bfloat16
     loaded = JiTTransformer2DModel.from_pretrained(folder, dtype=compute)
     loaded.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=compute)
     precise = "patch_embed|conditioning|norm|final_layer|in_context_positions"
@@ -301,25 +300,6 @@ def test_gradient_checkpointing_does_not_change_loss_or_gradients(make_transform
     (loss, gradients), (checkpointed_loss, checkpointed_gradients) = results
     assert torch.equal(loss, checkpointed_loss)
     torch.testing.assert_close(gradients, checkpointed_gradients, rtol=0, atol=1e-6)
-
-
-def test_lora_layers_train_alone_and_load_to_the_same_function(make_transformer, tmp_path):
-    transformer = make_transformer()
-    expected = predict(transformer)
-    transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
-    trainable = {name: parameter for name, parameter in transformer.named_parameters() if parameter.requires_grad}
-    assert len(trainable) == 4 * 4 * 2 and all("lora" in name for name in trainable)
-    with torch.no_grad():
-        for parameter in trainable.values():
-            parameter.add_(0.3)
-    tuned = predict(transformer)
-    assert (tuned - expected).abs().max() > 0.01
-    transformer.save_lora_adapter(tmp_path)
-    transformer.disable_lora()
-    assert torch.equal(predict(transformer), expected)
-    loaded = make_transformer()
-    loaded.load_lora_adapter(tmp_path, prefix=None, use_safetensors=True)
-    assert_close(predict(loaded), tuned)
 
 
 # Attention

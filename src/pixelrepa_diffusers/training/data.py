@@ -324,14 +324,16 @@ def random_words(seed: int, epoch: int, index: int, purpose: int = 0, count: int
     These are the raw words of Philox4x64-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) with key
     (seed, epoch) and counters (1, index, purpose, 0), (2, index, purpose, 0), …, four words each. numpy guarantees that raw
     words never change between versions, unlike the methods of `Generator`.
+
+    Purposes: 0 flip and crop, 1 order of images or shards, 2 size of a shard's first block, 3 order in a block.
     """
     key, counter = np.array([seed, epoch], np.uint64), np.array([0, index, purpose, 0], np.uint64)
     return np.random.Philox(key=key, counter=counter).random_raw(count)
 
 
-def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
-    """Permutation of `size` images that depends on (seed, epoch) only."""
-    return np.argsort(random_words(seed, epoch, 0, purpose=1, count=size), kind="stable")
+def random_order(size: int, seed: int, epoch: int, index: int = 0, purpose: int = 1) -> np.ndarray:
+    """Return a permutation of `range(size)`, a pure function of the arguments."""
+    return np.argsort(random_words(seed, epoch, index, purpose, size), kind="stable")
 
 
 def to_float(pixel_values: torch.Tensor) -> torch.Tensor:
@@ -432,7 +434,7 @@ class StreamedBatches(IterableDataset):
         size, empty = max(1, source.shuffle_buffer_size // source.num_readers), 0
         while empty <= 2 * len(source.shard_names):
             # The shards are reassigned in every pass, so that uneven ones do not bias the sampling.
-            shards = epoch_order(seed, epoch, len(source.shard_names)).tolist()
+            shards = random_order(len(source.shard_names), seed, epoch).tolist()
             shards = shards[(reader + epoch) % source.num_readers :: source.num_readers]
             while number < len(shards):
                 offset = shards[number] * SHARD_STRIDE
@@ -441,9 +443,7 @@ class StreamedBatches(IterableDataset):
                 start = 0 if taken < first else first + (taken - first) // size * size
                 examples = source.read_shard(shards[number], start)
                 while block := list(itertools.islice(examples, size if start else first)):
-                    order = np.argsort(
-                        random_words(seed, epoch, offset + start, purpose=3, count=len(block)), kind="stable"
-                    )
+                    order = random_order(len(block), seed, epoch, offset + start, purpose=3)
                     rows = [
                         ([epoch, number, start + done], offset + start + place, block[place])
                         for done, place in enumerate(order.tolist(), start=1)
@@ -613,7 +613,7 @@ class ImageLoader:
 
     def _shuffled_keys(self, epoch: int, batch: int) -> Iterator[tuple[dict, int, list[int]]]:
         while True:
-            order = epoch_order(self.seed, epoch, len(self.source))
+            order = random_order(len(self.source), self.seed, epoch)
             for number in range(batch, self.batches_per_epoch):
                 for step, part in enumerate(self.parts, start=1):
                     # One past the last batch of an epoch means the start of the next.

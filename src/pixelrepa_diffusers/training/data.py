@@ -388,8 +388,8 @@ class StreamedBatches(IterableDataset):
         self.loader = loader
 
     def __iter__(self) -> Iterator[tuple[dict, dict[str, torch.Tensor]]]:
-        loader, mine = self.loader, self.loader.readers
-        position = loader.position
+        loader, position = self.loader, self.loader.position
+        mine = range(loader.rank, loader.source.num_readers, loader.world_size)
         with (
             ThreadPoolExecutor(max(1, loader.num_workers)) as decoders,
             ThreadPoolExecutor(min(16, len(mine))) as openers,
@@ -531,16 +531,15 @@ class ImageLoader:
             )
         self.source, self.resolution, self.seed = source, resolution, seed
         self.center_crop, self.random_flip, self.on_bad_image = center_crop, random_flip, on_bad_image
-        self.accumulation_steps, self.num_workers = accumulation_steps, num_workers
-        self.global_batch_size = batch_size * accumulation_steps * world_size
-        self.order = {"seed": seed, "global_batch_size": self.global_batch_size, "num_images": None}
-        self.batch_size, self.batches_per_epoch = batch_size, None
+        self.batch_size, self.accumulation_steps, self.num_workers = batch_size, accumulation_steps, num_workers
+        self.rank, self.world_size = rank, world_size
         self.batch_transform: Callable[[dict], dict] | None = None
+        self.global_batch_size = batch_size * accumulation_steps * world_size
+        self.batches_per_epoch = None
+        self.order = {"seed": seed, "global_batch_size": self.global_batch_size, "num_images": None}
         if isinstance(source, ImageSource):
             check_global_batch(len(source), batch_size, accumulation_steps, world_size)
             self.order["num_images"], self.batches_per_epoch = len(source), len(source) // self.global_batch_size
-            starts = ((step * world_size + rank) * batch_size for step in range(accumulation_steps))
-            self.parts = [range(start, start + batch_size) for start in starts]
             self.position = {"epoch": 0, "batch": 0}
             return
         num_shards, num_readers = len(source.shard_names), source.num_readers
@@ -551,7 +550,6 @@ class ImageLoader:
             )
         self.order |= {"num_shards": num_shards, "stream_readers": num_readers}
         self.order["shuffle_buffer_size"] = source.shuffle_buffer_size
-        self.readers = range(rank, num_readers, world_size)
         self.position = {"batch": 0, "readers": [[0, 0, 0]] * num_readers}
 
     def state_dict(self) -> dict[str, Any]:
@@ -615,11 +613,11 @@ class ImageLoader:
         while True:
             order = random_order(len(self.source), self.seed, epoch)
             for number in range(batch, self.batches_per_epoch):
-                for step, part in enumerate(self.parts, start=1):
+                for step in range(self.accumulation_steps):
                     # One past the last batch of an epoch means the start of the next.
-                    position = {"epoch": epoch, "batch": number + (step == self.accumulation_steps)}
-                    indices = [int(order[number * self.global_batch_size + offset]) for offset in part]
-                    yield position, epoch, indices
+                    position = {"epoch": epoch, "batch": number + (step + 1 == self.accumulation_steps)}
+                    start = ((number * self.accumulation_steps + step) * self.world_size + self.rank) * self.batch_size
+                    yield position, epoch, order[start : start + self.batch_size].tolist()
             epoch, batch = epoch + 1, 0
 
 

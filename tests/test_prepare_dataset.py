@@ -47,11 +47,10 @@ def assert_same_training_data(left: Path, right: Path, **options) -> None:
         assert all(torch.equal(a[key], b[key]) for key in a)
 
 
-@pytest.mark.parametrize("num_threads, num_workers", [(1, 0), (3, 1)])
-def test_prepared_images_are_bit_identical_training_data(folder, prepare, monkeypatch, num_threads, num_workers):
+def test_prepared_images_are_bit_identical_training_data(folder, prepare, monkeypatch):
     monkeypatch.setattr(prepare_dataset, "FILE_BYTES", 8 * 3 * SIZE * SIZE)  # several files
-    prepared = prepare(train_data_dir=folder, num_threads=num_threads)
-    assert_same_training_data(folder, prepared, num_workers=num_workers)
+    prepared = prepare(train_data_dir=folder)
+    assert_same_training_data(folder, prepared, num_workers=1)
     assert (source(prepared).num_classes, source(prepared).id2label) == (2, {"0": "ant", "1": "cat"})
     assert source(prepared)[0].name == os.path.join("ant", "sub", "00.JPG")
     few = source(prepared, max_train_samples=2, unconditional=True)

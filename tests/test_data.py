@@ -43,10 +43,7 @@ def joined(parts: list[dict]) -> dict:
 
 
 def assert_equal(left: list[dict], right: list[dict]) -> None:
-    for a, b in zip(left, right, strict=True):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert torch.equal(a[key], b[key]), key
+    torch.testing.assert_close(left, right, rtol=0, atol=0)
 
 
 # ---------------------------------------------------------------------------------------------------------- the order

@@ -9,7 +9,7 @@ import torch._dynamo
 from accelerate import cpu_offload, disk_offload
 from diffusers.models.attention_dispatch import attention_backend
 
-from pixelrepa_diffusers import PRESETS, JiTTransformer2DModel
+from pixelrepa_diffusers import PRESETS, JiTTransformer2DModel, MaskedTransformerAdapter
 from pixelrepa_diffusers.transformer_jit import JiTPositionTables, JiTRMSNorm
 
 
@@ -91,15 +91,21 @@ def test_sizes_that_do_not_fit_are_refused(make_transformer, changes, message):
         predict(make_transformer(**changes))
 
 
-def test_a_fresh_model_has_the_published_initialization():
-    transformer = JiTTransformer2DModel(**PRESETS["JiT-Digits/4"].transformer_config()).eval()
-    assert predict(transformer).abs().max() == 0
-    for name, tensor in transformer.state_dict().items():
+@pytest.mark.parametrize(
+    "module",
+    [
+        JiTTransformer2DModel(**PRESETS["JiT-Digits/4"].transformer_config()),
+        MaskedTransformerAdapter(256, 4, 24, grid_size=4, in_context_len=64, num_classes=500),
+    ],
+    ids=lambda module: type(module).__name__,
+)
+def test_fresh_weights_have_the_published_initialization(module):
+    for name, tensor in module.state_dict().items():
         if name.endswith(("modulation.weight", "bias")) or name == "final_layer.linear.weight":
             assert tensor.abs().max() == 0, name
-        elif "class_embedding" in name or "time_embedding" in name or name == "in_context_positions":
+        elif re.search("class_embedding|time_embedding|in_context_positions|mask_token", name):
             assert tensor.std() == pytest.approx(0.02, rel=0.2), name
-        elif "norm" in name:
+        elif tensor.ndim == 1:  # norms
             assert (tensor == 1).all(), name
         else:
             # Xavier uniform, with queries, keys and values as one matrix

@@ -271,10 +271,10 @@ def open_data_set_source(args: DataArguments) -> ImageSource | StreamSource:
     data, files = open_data_set(args)
     label_column = None if args.unconditional else args.label_column
     columns = [args.image_column] + ([label_column] if label_column else [])
-    for column in set(columns).difference(data.features or ()):
-        known = ", ".join(data.features or ())
+    if unknown := set(columns).difference(data.features or ()):
         raise ValueError(
-            f"{args.dataset_name} has no column {column!r}, only {known}: set --image_column and --label_column."
+            f"{args.dataset_name} has no column {unknown.pop()!r}, only {', '.join(data.features or ())}: set "
+            "--image_column and --label_column."
         )
     feature = data.features[label_column] if label_column else None
     class_names = getattr(feature, "names", None)
@@ -289,15 +289,17 @@ def open_data_set_source(args: DataArguments) -> ImageSource | StreamSource:
     if not num_classes or (feature is not None and not pa.types.is_integer(feature.pa_type)):
         raise ValueError(f"A stream needs integer labels and --num_classes; {label_column!r} holds {feature}.")
     num_shards = data.num_shards
+    if len(files) != num_shards:
+        files = [f"{number} of {num_shards}" for number in range(num_shards)]
     return StreamSource(
-        data if args.max_train_samples is None else data.take(args.max_train_samples),
-        files if len(files) == num_shards else [f"{number} of {num_shards}" for number in range(num_shards)],
-        args.stream_readers or 2 ** (min(64, num_shards).bit_length() - 1),
-        args.shuffle_buffer_size,
-        args.image_column,
-        label_column,
-        num_classes,
-        name_classes(class_names, num_classes),
+        stream=data if args.max_train_samples is None else data.take(args.max_train_samples),
+        shard_names=files,
+        num_readers=args.stream_readers or 2 ** (min(64, num_shards).bit_length() - 1),
+        shuffle_buffer_size=args.shuffle_buffer_size,
+        image_column=args.image_column,
+        label_column=label_column,
+        num_classes=num_classes,
+        id2label=name_classes(class_names, num_classes),
     )
 
 

@@ -200,6 +200,7 @@ def name_classes(names: list[str] | None, num_classes: int) -> dict[str, str] | 
 
 
 def check_label(label: int, num_classes: int, name: str) -> None:
+    """Raise ValueError unless the label is in [0, num_classes)."""
     if not 0 <= label < num_classes:
         raise ValueError(f"Label {label} of image {name} is outside [0, {num_classes}): correct it, or --num_classes.")
 
@@ -218,7 +219,7 @@ def open_source(args: DataArguments) -> ImageSource | StreamSource:
     if (args.train_data_dir is None) == (args.dataset_name is None):
         raise ValueError("Give exactly one source of images: --train_data_dir FOLDER or --dataset_name NAME.")
     if args.dataset_name is not None:
-        return open_data_set_source(args)
+        return open_data_set(args)
     for name in ("dataset_config_name", "dataset_split", "data_files", "image_column", "label_column", "streaming"):
         if getattr(args, name) != DataArguments.__dataclass_fields__[name].default:
             raise ValueError(f"--{name} belongs to --dataset_name; --train_data_dir is read as it is.")
@@ -250,7 +251,7 @@ def open_prepared(folder: Path) -> tuple[datasets.Dataset, dict]:
     return datasets.concatenate_datasets([datasets.Dataset.from_file(str(path)) for path in paths]), manifest
 
 
-def open_data_set(args: DataArguments) -> tuple[datasets.Dataset | datasets.IterableDataset, list[str]]:
+def load_data_set(args: DataArguments) -> tuple[datasets.Dataset | datasets.IterableDataset, list[str]]:
     """Open what `save_to_disk` wrote, or anything that `datasets.load_dataset` takes; return it and its files, if known."""
     name, split = args.dataset_name, args.dataset_split
     if any((Path(name) / file).exists() for file in ("state.json", "dataset_dict.json")):
@@ -267,8 +268,9 @@ def open_data_set(args: DataArguments) -> tuple[datasets.Dataset | datasets.Iter
     return builder.as_streaming_dataset(split=split), list((builder.config.data_files or {}).get(split, []))
 
 
-def open_data_set_source(args: DataArguments) -> ImageSource | StreamSource:
-    data, files = open_data_set(args)
+def open_data_set(args: DataArguments) -> ImageSource | StreamSource:
+    """Find the images and classes of `dataset_name`."""
+    data, files = load_data_set(args)
     label_column = None if args.unconditional else args.label_column
     columns = [args.image_column] + ([label_column] if label_column else [])
     if unknown := set(columns).difference(data.features or ()):

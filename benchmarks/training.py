@@ -33,6 +33,7 @@ import io
 import itertools
 import multiprocessing
 import statistics
+import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -68,7 +69,7 @@ from pixelrepa_diffusers.training.builders import (
     compile_blocks,
     compile_whole,
 )
-from pixelrepa_diffusers.training.data import DataArguments, ImageSource, measure_throughput, open_source, to_float
+from pixelrepa_diffusers.training.data import DataArguments, ImageLoader, ImageSource, open_source, to_float
 from pixelrepa_diffusers.training.draws import BatchDraws
 from pixelrepa_diffusers.training.flops import flops_per_image, measure_peak_flops
 from pixelrepa_diffusers.training.reporting import peak_memory
@@ -388,7 +389,12 @@ def measure_data(args: BenchmarkArguments) -> list[dict]:
     rows = []
     for name, source in sources:
         size = source.resolution or resolution
-        rate = measure_throughput(source, size, min(512, len(source)))
+        loader = ImageLoader(source, size, batch_size=1, seed=0)
+        indices = np.random.default_rng(args.seed).permutation(len(source))[:512].tolist()
+        start = time.perf_counter()
+        for index in indices:
+            loader.make_item(0, index, source[index])
+        rate = len(indices) / (time.perf_counter() - start)
         rows.append({"data": name, "images": len(source), "resolution": size, "images/s per core": rate})
     return rows
 

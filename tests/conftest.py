@@ -20,7 +20,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
-from tiny import REFERENCE, recorded_architecture, recorded_config
+from tiny import REFERENCE, perturbed, recorded_architecture, recorded_config
 from training_runs import TRAINER, arguments, load_script, write_images
 
 from pixelrepa_diffusers import JiTFlowMatchScheduler, JiTTransformer2DModel, PixelREPAPipeline
@@ -73,7 +73,7 @@ def finished_run(train, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def make_transformer():
-    """A transformer of 16 tokens, in eval mode; its zero-initialized layers are not zero, which would hide mistakes."""
+    """A transformer of 16 tokens with perturbed weights, in eval mode."""
 
     def make(seed: int = 0, **changes) -> JiTTransformer2DModel:
         config = {
@@ -89,11 +89,7 @@ def make_transformer():
         }
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            transformer = JiTTransformer2DModel(**{**config, **changes})
-            with torch.no_grad():
-                for parameter in transformer.parameters():
-                    parameter.add_(0.1 * torch.randn_like(parameter))
-        return transformer.eval()
+            return perturbed(JiTTransformer2DModel(**{**config, **changes})).eval()
 
     return make
 

@@ -5,6 +5,7 @@ import inspect
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import perturbed
 
 from pixelrepa_diffusers.adapter import ConvProjector, MaskedTransformerAdapter, MLPProjector
 
@@ -14,13 +15,8 @@ B, GRID, D, TEACHER_DIM, CLASSES = 3, 4, 32, 24, 5
 
 def make_adapter(teacher_dim=TEACHER_DIM, in_context_len=2):
     torch.manual_seed(0)
-    adapter = MaskedTransformerAdapter(
-        D, 4, teacher_dim, grid_size=GRID, in_context_len=in_context_len, num_classes=CLASSES
-    )
-    with torch.no_grad():  # adaLN-zero would make the blocks the identity
-        for parameter in adapter.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return adapter
+    sizes = {"grid_size": GRID, "in_context_len": in_context_len, "num_classes": CLASSES}
+    return perturbed(MaskedTransformerAdapter(D, 4, teacher_dim, **sizes))
 
 
 @pytest.fixture
@@ -83,18 +79,6 @@ def test_projection_and_in_context_tokens_are_optional(inputs):
     assert adapter(*inputs).shape == (B, GRID**2, D)
 
 
-def test_initialization_is_the_published_one():
-    torch.manual_seed(0)
-    adapter = MaskedTransformerAdapter(256, 4, 24, grid_size=GRID, in_context_len=64, num_classes=500)
-    for block in adapter.blocks:
-        assert not block.modulation.weight.any() and not block.modulation.bias.any()
-    for parameter in (adapter.mask_token, adapter.in_context_positions, adapter.conditioning.class_embedding.weight):
-        assert parameter.std().item() == pytest.approx(0.02, rel=0.15)
-    bound = (6 / (256 + 24)) ** 0.5
-    assert bound * 0.98 < adapter.projection[3].weight.abs().max() <= bound
-    assert not adapter.projection[3].bias.any()
-
-
 def test_convolution_reads_the_token_grid_in_row_major_order(inputs):
     projector = ConvProjector(D, TEACHER_DIM, grid_size=GRID)
     features = projector(*inputs).unflatten(1, (GRID, GRID))
@@ -103,10 +87,3 @@ def test_convolution_reads_the_token_grid_in_row_major_order(inputs):
         window = padded[:, row : row + 3, column : column + 3]  # (B, 3, 3, D)
         expected = torch.einsum("bhwd,fdhw->bf", window, projector.projection.weight) + projector.projection.bias
         torch.testing.assert_close(features[:, row, column], expected, rtol=1e-5, atol=1e-6)
-
-
-def test_mlp_treats_tokens_independently(inputs):
-    projector = MLPProjector(D, TEACHER_DIM, projector_dim=16)
-    order = torch.randperm(GRID**2, generator=torch.Generator().manual_seed(3))
-    shuffled = projector(inputs[0][:, order], *inputs[1:])
-    torch.testing.assert_close(shuffled, projector(*inputs)[:, order])

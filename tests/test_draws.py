@@ -47,15 +47,11 @@ def test_philox_has_the_known_answers_of_random123(counter, key, expected):
 # ------------------------------------------------------------------------------------------------------- distributions
 
 
-def test_noise_is_normal_in_its_moments_quantiles_and_tails():
+def test_noise_is_normal_in_its_moments_quantiles_and_maximum():
     noise = drawn(range(64), shape=(3, 105, 105))["noise"].double().flatten()  # 2.1 million
     n = len(noise)
     for power, moment, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
         assert abs((noise**power).mean().item() - moment) < 4.5 * math.sqrt(variance / n), power
-    for bound in (3.0, 4.0):
-        for tail in (noise > bound, noise < -bound):
-            expected = n * math.erfc(bound / math.sqrt(2)) / 2
-            assert abs(tail.sum().item() - expected) < 4.5 * math.sqrt(expected), bound
     assert noise.abs().max() > 4.9  # as in one of seven samples not; a radius of 16 bits ends at 4.85
     counts = torch.histc(torch.special.ndtr(noise), 4096, 0, 1)
     assert abs(excess(counts, torch.tensor(n / 4096))) < 4.5

@@ -25,12 +25,6 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def damaged_folder(folder) -> Path:
-    (folder / "cat/05.png").write_bytes(b"damaged")
-    return folder
-
-
-@pytest.fixture
 def prepare(tmp_path):
     """prepare(**arguments) returns the prepared folder."""
 
@@ -49,15 +43,14 @@ def source(folder: Path, **options):
 
 def assert_same_training_data(left: Path, right: Path, **options) -> None:
     loaders = ImageLoader(source(left), SIZE, 3, seed=1), ImageLoader(source(right), SIZE, 3, seed=1, **options)
-    for a, b in itertools.islice(zip(*loaders, strict=True), 9):
-        assert all(torch.equal(a[key], b[key]) for key in a)
+    for one, other in itertools.islice(zip(*loaders, strict=True), 9):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("num_threads, num_workers", [(1, 0), (3, 1)])
-def test_prepared_images_are_bit_identical_training_data(folder, prepare, monkeypatch, num_threads, num_workers):
+def test_prepared_images_are_bit_identical_training_data(folder, prepare, monkeypatch):
     monkeypatch.setattr(prepare_dataset, "FILE_BYTES", 8 * 3 * SIZE * SIZE)  # several files
-    prepared = prepare(train_data_dir=folder, num_threads=num_threads)
-    assert_same_training_data(folder, prepared, num_workers=num_workers)
+    prepared = prepare(train_data_dir=folder)
+    assert_same_training_data(folder, prepared, num_workers=1)
     assert (source(prepared).num_classes, source(prepared).id2label) == (2, {"0": "ant", "1": "cat"})
     assert source(prepared)[0].name == os.path.join("ant", "sub", "00.JPG")
     few = source(prepared, max_train_samples=2, unconditional=True)
@@ -84,12 +77,11 @@ def test_prepared_images_serve_only_their_own_use(folder, prepare, tmp_path):
             ImageLoader(source(prepared), batch_size=2, seed=0, **options)
     with pytest.raises(ValueError, match="prepared already"):
         prepare(train_data_dir=prepared, output_dir=tmp_path / "again")
-    with pytest.raises(ValueError, match="small exists already"):
-        prepare(train_data_dir=folder)
 
 
-def test_skipped_images_are_left_out_and_listed(damaged_folder, prepare, capsys):
-    prepared = prepare(train_data_dir=damaged_folder, on_bad_image="skip")
+def test_skipped_images_are_left_out_and_listed(folder, prepare, capsys):
+    (folder / "cat/05.png").write_bytes(b"damaged")
+    prepared = prepare(train_data_dir=folder, on_bad_image="skip")
     names = [Path(example.name).name for example in source(prepared)]
     assert len(names) == 21 and "05.png" not in names
     manifest = json.loads((prepared / "prepared.json").read_text())

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from tiny import perturbed
 from transformers import (
     AutoModel,
     BeitConfig,
@@ -51,11 +52,7 @@ NUM_PREFIX = {"dinov2": 1, "dinov2-registers": 4, "dinov3": 5, "clip": 1, "vit":
 
 def make_encoder(config):
     torch.manual_seed(0)
-    model = AutoModel.from_config(copy.deepcopy(config)).eval()
-    with torch.no_grad():  # initial zeros and ones would hide mistakes
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
+    return perturbed(AutoModel.from_config(copy.deepcopy(config))).eval()
 
 
 def make_teacher(config, **kwargs):
@@ -134,7 +131,7 @@ def test_resampled_kernel_is_the_pseudo_inverse_of_the_2d_resize(patch_size):
     torch.testing.assert_close(actual.flatten(2), expected.float(), rtol=0, atol=1e-6)
 
 
-def test_images_of_another_size_are_resized_bilinearly(images):
+def test_images_of_another_size_are_resized_bilinearly():
     teacher = make_teacher(ENCODERS["dinov2"])
     large = torch.rand(1, 3, 48, 48) * 2 - 1
     expected = teacher(F.interpolate(large, 32, mode="bilinear"))
@@ -192,9 +189,8 @@ def test_autocast_does_not_change_the_features(images):
         torch.testing.assert_close(teacher(images), expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["dinov2", "siglip2-naflex"])
-def test_teacher_compiles_to_one_graph(name, images):
-    teacher = make_teacher(ENCODERS[name], image_size=48)
+def test_teacher_compiles_to_one_graph(images):
+    teacher = make_teacher(ENCODERS["dinov2"], image_size=48)
     compiled = torch.compile(teacher, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(images), teacher(images))
 

@@ -58,7 +58,7 @@ from pixelrepa_diffusers.training.builders import (
     transformer_config,
 )
 from pixelrepa_diffusers.training.checkpoints import Checkpointer, find_checkpoint
-from pixelrepa_diffusers.training.data import ImageSource, StreamSource, draws, merge_states, open_source
+from pixelrepa_diffusers.training.data import ImageSource, StreamSource, merge_states, open_source, random_words
 from pixelrepa_diffusers.training.draws import BatchDraws
 from pixelrepa_diffusers.training.dry_run import dry_run
 from pixelrepa_diffusers.training.export import Exporter, build_pipeline, open_evaluation
@@ -161,7 +161,7 @@ class Trainer(TrainingLoop):
 
         # Models
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
-        torch.manual_seed(int(draws(args.seed, 0, 0, purpose=WEIGHT_DRAWS)[0]))
+        torch.manual_seed(int(random_words(args.seed, 0, 0, purpose=WEIGHT_DRAWS)[0]))
         transformer = build_transformer(args, num_classes)
         config = transformer.config
         teacher = build_teacher(args, config, device)

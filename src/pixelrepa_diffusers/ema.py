@@ -40,7 +40,7 @@ class ConstantDecayEMA:
         self.averages = {decay: [parameter.detach().clone() for parameter in parameters] for decay in self.decays}
 
     def _parameters(self, module: nn.Module) -> list[torch.Tensor]:
-        """The parameters in order, as float32 on the device of the EMA weights."""
+        """Return the parameters in order, as float32 on the device of the EMA weights."""
         if module is not self._followed[0]:  # a walk through all modules takes as long as an update
             self._followed = (module, list(module.parameters()))
         parameters = self._followed[1]

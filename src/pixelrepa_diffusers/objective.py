@@ -22,46 +22,6 @@ from .adapter import ConvProjector, MaskedTransformerAdapter, MLPProjector, chec
 from .transformer_jit import JiTTransformer2DModel
 
 
-def logit_normal(normal: torch.Tensor, P_mean: float, P_std: float) -> torch.Tensor:
-    """Timesteps t = sigmoid(P_mean + P_std·n) of standard normal n."""
-    return torch.sigmoid(P_mean + P_std * normal)
-
-
-def keep_tokens(uniform: torch.Tensor, mask_ratio: float) -> torch.Tensor:
-    """Bool mask of uniform draws in [0, 1): False with probability `mask_ratio`."""
-    # ≥ where the published code has >: a uniform draw can be 0, and ratio 0 must keep every token.
-    return uniform >= mask_ratio
-
-
-def replace_labels(
-    class_labels: torch.Tensor, uniform: torch.Tensor, num_classes: int, probability: float
-) -> torch.Tensor:
-    """Labels (B,), replaced by the null class `num_classes` where the uniform draws are below `probability`."""
-    return class_labels.masked_fill(uniform < probability, num_classes)
-
-
-def draw_timesteps(
-    batch_size: int, generator: torch.Generator, P_mean: float = -0.8, P_std: float = 0.8
-) -> torch.Tensor:
-    """Draw logit-normal timesteps t = sigmoid(P_mean + P_std·n), n ~ N(0, 1): (B,) float32, on the generator's device."""
-    return logit_normal(torch.randn(batch_size, generator=generator, device=generator.device), P_mean, P_std)
-
-
-def draw_keep_mask(
-    batch_size: int, num_tokens: int, generator: torch.Generator, mask_ratio: float = 0.2
-) -> torch.Tensor:
-    """Draw a bool mask (B, N) that is False for each token independently with probability `mask_ratio`."""
-    return keep_tokens(torch.rand(batch_size, num_tokens, generator=generator, device=generator.device), mask_ratio)
-
-
-def drop_labels(
-    class_labels: torch.Tensor, num_classes: int, generator: torch.Generator, probability: float = 0.1
-) -> torch.Tensor:
-    """Replace each of the labels (B,) by the null class `num_classes`, independently, with the given probability."""
-    uniform = torch.rand(class_labels.shape, generator=generator, device=generator.device)
-    return replace_labels(class_labels, uniform.to(class_labels.device), num_classes, probability)
-
-
 def interpolate(images: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
     """Equation (1), z = t·x + (1 − t)·e: images x (B, C, H, W), `noise` e times `noise_scale`, `timestep` t (B,)."""
     t = timestep.view(-1, 1, 1, 1)
@@ -71,7 +31,7 @@ def interpolate(images: torch.Tensor, noise: torch.Tensor, timestep: torch.Tenso
 @dataclass
 class PixelREPAObjectiveOutput(BaseOutput):
     """
-    The parts of the objective, float32 scalars.
+    Losses of a batch, float32 scalars.
 
     Args:
         loss (`torch.Tensor`): L of (5), the one to differentiate.
@@ -87,9 +47,9 @@ class PixelREPAObjectiveOutput(BaseOutput):
 
 class PixelREPAObjective(nn.Module):
     r"""
-    Transformer, projector and loss as one module, to be passed to `accelerator.prepare`.
+    Transformer, projector and loss as one module for `accelerator.prepare`.
 
-    It draws no random numbers. Both losses come from one forward pass of the transformer, which receives unmasked tokens.
+    It draws no random numbers. Both losses come from one forward pass of the transformer; only the projector sees the mask.
 
     Args:
         transformer (`JiTTransformer2DModel`): The model to train; its config provides `noise_scale` and `t_eps`.
@@ -98,8 +58,8 @@ class PixelREPAObjective(nn.Module):
         alignment_weight (`float`, *optional*, defaults to 0.1): λ.
         spatial_norm (`float`, *optional*): γ of iREPA's spatial normalization of the teacher's features
             (arXiv 2512.10794), (f − γ·mean over tokens) / (std over tokens + 1e-6); iREPA uses 0.8.
-        alignment_depth (`int`, *optional*, defaults to the transformer's `in_context_start`): Number of blocks the
-            aligned tokens have passed.
+        alignment_depth (`int`, *optional*, defaults to the transformer's `in_context_start`): Number of blocks before the
+            aligned tokens.
 
     Raises:
         `ValueError`: If the projector does not fit the transformer, or `alignment_depth` is out of range.
@@ -166,8 +126,8 @@ class PixelREPAObjective(nn.Module):
         if teacher_features is None:
             loss = denoising_loss
             if self.projector is not None:
-                # DDP needs a gradient for every parameter and FSDP gathers parameters in forward only, so while alignment
-                # is off one sequence passes through the projector for gradients of exactly zero.
+                # DDP needs a gradient for every parameter and FSDP gathers parameters in forward only, so one sequence
+                # passes through the projector for gradients of exactly zero.
                 mask = None if keep_mask is None else keep_mask[:1]
                 unused = self.projector(output.alignment_states[:1].detach(), timestep[:1], class_labels[:1], mask)
                 loss = loss + 0.0 * unused.float().sum()
@@ -183,7 +143,30 @@ class PixelREPAObjective(nn.Module):
         if self.spatial_norm is not None:
             spread = targets.std(dim=1, keepdim=True) + 1e-6
             targets = (targets - self.spatial_norm * targets.mean(dim=1, keepdim=True)) / spread
-        # Where a feature is zero its cosine is 0: torch divides by norms of at least 1e-8.
+        # A zero feature has the cosine 0: torch divides by norms of at least 1e-8.
         alignment_loss = (1 - F.cosine_similarity(predicted.float(), targets, dim=-1)).mean()  # (4)
         loss = denoising_loss + self.alignment_weight * alignment_loss  # (5)
         return PixelREPAObjectiveOutput(loss=loss, denoising_loss=denoising_loss, alignment_loss=alignment_loss)
+
+
+def draw_timesteps(
+    batch_size: int, generator: torch.Generator, P_mean: float = -0.8, P_std: float = 0.8
+) -> torch.Tensor:
+    """Draw logit-normal timesteps t = sigmoid(P_mean + P_std·n), n ~ N(0, 1): (B,) float32, on the generator's device."""
+    return torch.sigmoid(P_mean + P_std * torch.randn(batch_size, generator=generator, device=generator.device))
+
+
+def draw_keep_mask(
+    batch_size: int, num_tokens: int, generator: torch.Generator, mask_ratio: float = 0.2
+) -> torch.Tensor:
+    """Draw a bool mask (B, N) that is False for each token independently with probability `mask_ratio`."""
+    # ≥ where the published code has >: a uniform draw can be 0, and ratio 0 must keep every token.
+    return torch.rand(batch_size, num_tokens, generator=generator, device=generator.device) >= mask_ratio
+
+
+def drop_labels(
+    class_labels: torch.Tensor, num_classes: int, generator: torch.Generator, probability: float = 0.1
+) -> torch.Tensor:
+    """Replace each of the labels (B,) by the null class `num_classes`, independently, with the given probability."""
+    uniform = torch.rand(class_labels.shape, generator=generator, device=generator.device)
+    return class_labels.masked_fill(uniform.to(class_labels.device) < probability, num_classes)

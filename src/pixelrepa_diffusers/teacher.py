@@ -24,7 +24,7 @@ from transformers import (
 
 
 def _side(size: int | Sequence[int]) -> int:
-    """The side of a square given as one number or as two equal ones."""
+    """Return the side of a square, given as one number or as two equal ones."""
     return size if isinstance(size, int) else size[0]
 
 
@@ -36,19 +36,13 @@ def _unsupported(config: PretrainedConfig) -> ValueError:
     )
 
 
-def _check_supported(config: PretrainedConfig) -> None:
-    """Refuse encoders without RGB patches, by their configuration alone."""
-    if getattr(config, "num_channels", None) != 3 or not hasattr(config, "patch_size"):
-        raise _unsupported(config)
-
-
 def read_normalization(
     name_or_path: str, trust_remote_code: bool = False, **hub_kwargs
 ) -> tuple[Sequence[float], Sequence[float]]:
-    """Read the (mean, std) of a model's own image processor, for images in [0, 1]."""
+    """Read the mean and std of a model's own image processor, for images in [0, 1]."""
     # The stored values come first: some processors cannot be built without torchvision.
     processor, _ = ImageProcessingMixin.get_image_processor_dict(name_or_path, **hub_kwargs)
-    if "image_mean" not in processor or "image_std" not in processor:  # then they are the defaults of its class
+    if "image_mean" not in processor or "image_std" not in processor:  # defaults of the processor's class
         processor = AutoImageProcessor.from_pretrained(
             name_or_path, trust_remote_code=trust_remote_code, **hub_kwargs
         ).to_dict()
@@ -76,7 +70,7 @@ def _resample_positions(table: torch.Tensor, num_prefix: int, grid_size: int) ->
 
 
 def _interpolate_positions_natively(model: PreTrainedModel, num_tokens: int, side: int) -> torch.Tensor:
-    """The position table (1, P + N, F) that `model` itself interpolates for images of `side` pixels."""
+    """Return the position table (1, P + N, F) that `model` itself interpolates for images of `side` pixels."""
     embeddings = next((module for module in model.modules() if hasattr(module, "interpolate_pos_encoding")), None)
     if embeddings is None:
         raise _unsupported(model.config)
@@ -167,7 +161,8 @@ class SemanticTeacher(nn.Module):
         super().__init__()
         if mode not in ("resample", "resize"):
             raise ValueError(f"`mode` must be 'resample' or 'resize', got {mode!r}.")
-        _check_supported(model.config)
+        if getattr(model.config, "num_channels", None) != 3 or not hasattr(model.config, "patch_size"):
+            raise _unsupported(model.config)
         if model.config.model_type == "siglip2_vision_model":
             model = _naflex_to_fixed_grid(model, grid_size if mode == "resize" else None)
 
@@ -176,7 +171,7 @@ class SemanticTeacher(nn.Module):
         patch_size = image_size // grid_size if mode == "resample" else _side(model.config.patch_size)
         self.input_size = patch_size * grid_size
 
-        # A model of the same class for these patches and this grid; its shapes show which weights must be adapted.
+        # A model of the same class with these patches and this grid: its shapes show which weights must be adapted.
         config = copy.deepcopy(model.config)
         config.patch_size, config.image_size = patch_size, self.input_size
         with torch.device("meta"):
@@ -210,7 +205,7 @@ class SemanticTeacher(nn.Module):
         **hub_kwargs,
     ) -> "SemanticTeacher":
         """
-        Load an encoder with its own normalization from the Hub or a folder; the vision tower of a dual model.
+        Load an encoder, or the vision tower of a dual model, with its own normalization from the Hub or a folder.
 
         Args:
             name_or_path (`str`): For example `"facebook/dinov2-base"`.
@@ -226,7 +221,6 @@ class SemanticTeacher(nn.Module):
         hub_kwargs["trust_remote_code"] = trust_remote_code
         config = AutoConfig.from_pretrained(name_or_path, **hub_kwargs)
         config = getattr(config, "vision_config", config)
-        _check_supported(config)
         image_mean, image_std = read_normalization(name_or_path, **hub_kwargs)
         model, loading_info = AutoModel.from_pretrained(
             name_or_path, config=config, dtype="auto", output_loading_info=True, **hub_kwargs

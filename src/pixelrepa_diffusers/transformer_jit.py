@@ -2,7 +2,7 @@
 
 Time runs from noise to image: t = 0 is noise, t = 1 is the image, z = t·x + (1 − t)·e.
 
-Letters in the shape comments: B batch, C image channels, S image side, p patch side, N = (S/p)² patch tokens, L in-context
+Letters in the shapes: B batch, C image channels, S image side, p patch side, N = (S/p)² patch tokens, L in-context
 class tokens, T = N or L + N tokens, D width, H heads, d head width, F feed-forward width.
 
 The file is published beside the weights as remote code and imports only torch and diffusers.
@@ -83,7 +83,7 @@ class JiTPositionTables(nn.Module):
     """Position tables of a square token grid, computed from the configuration and always float32.
 
     Buffers, none of them saved:
-        positions (1, N, D): the fixed 2-D sin-cos table of MAE and DiT; `None` without `dim`.
+        positions (1, N, D): fixed 2-D sin-cos table as in MAE and DiT; `None` without `dim`.
         cos, sin (L + N, d): rotary tables with theta 10000. The first half of a head's channels encodes the row, the
             second half the column; adjacent channels share a frequency. The L leading in-context rows are not rotated.
     """
@@ -148,7 +148,7 @@ class JiTPatchEmbed(nn.Module):
 
 
 class JiTConditioning(nn.Module):
-    """Embedding of the time t (256 frequencies of the raw t in [0, 1], MLP) plus class embedding with a null row."""
+    """Time embedding (MLP of 256 frequencies of t in [0, 1]) plus class embedding (one row more: the null class)."""
 
     def __init__(self, num_classes: int, dim: int):
         super().__init__()
@@ -157,7 +157,7 @@ class JiTConditioning(nn.Module):
         self.class_embedding = nn.Embedding(num_classes + 1, dim)
 
     def forward(self, timestep: torch.Tensor, class_labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """timestep (B,), class_labels (B,) → (t_emb + y_emb, y_emb), each (B, D)."""
+        """Embed timestep (B,) and class_labels (B,); return (t_emb + y_emb, y_emb), (B, D) each."""
         class_states = self.class_embedding(class_labels)
         frequencies = self.time_proj(timestep.float()).to(get_parameter_dtype(self.time_embedding))  # (B, 256)
         return self.time_embedding(frequencies).to(class_states.dtype) + class_states, class_states
@@ -292,7 +292,7 @@ def prepend_class_tokens(
 
 
 class JiTFinalLayer(nn.Module):
-    """RMSNorm, modulation, and the projection of a token to the p·p·C values of its patch."""
+    """Output layer: RMSNorm, modulation, and projection of a token to the p·p·C values of its patch."""
 
     def __init__(self, dim: int, out_dim: int, norm_eps: float):
         super().__init__()
@@ -309,8 +309,8 @@ class JiTFinalLayer(nn.Module):
 def initialize_jit_weights(module: nn.Module) -> None:
     """Apply the published initialization to a JiT, or to an adapter built from its layers.
 
-    Linear maps and patch convolutions: Xavier uniform, with queries, keys and values as the single matrix of the published
-    code (bound sqrt(6 / 4D)). Biases, adaLN maps and the final projection: 0. Class table and timestep MLP: N(0, 0.02).
+    Linear maps and convolutions: Xavier uniform; queries, keys and values count as one matrix, as in the published code
+    (bound sqrt(6 / 4D)). Biases, adaLN maps and the final projection: 0. Class table and timestep MLP: N(0, 0.02²).
     """
     for layer in module.modules():
         if isinstance(layer, nn.Linear | nn.Conv2d):
@@ -424,7 +424,7 @@ class JiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin,
             )
             for index in range(num_layers)
         ]
-        # Two lists, because diffusers' block caches need one sequence length in all of `transformer_blocks`.
+        # Two lists, because diffusers' block caches need one sequence length for all `transformer_blocks`.
         self.encoder_blocks = nn.ModuleList(blocks[:in_context_start])
         self.transformer_blocks = nn.ModuleList(blocks[in_context_start:])
         self.final_layer = JiTFinalLayer(dim, patch_size * patch_size * in_channels, norm_eps)
@@ -447,7 +447,7 @@ class JiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin,
         super().save_pretrained(save_directory, *args, **kwargs)
         if fused:
             self.fuse_qkv_projections()
-        # diffusers deletes the shards of an earlier save but leaves their index, which it then prefers to the weights.
+        # diffusers deletes the shards of an earlier save but not their index, and loading prefers the index.
         for index in Path(save_directory).glob("*.safetensors.index*.json"):
             shards = set(json.loads(index.read_text())["weight_map"].values())
             if not all((index.parent / shard).exists() for shard in shards):
@@ -455,39 +455,39 @@ class JiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin,
 
     def to_json_string(self) -> str:
         config = json.loads(super().to_json_string())
-        config.pop("_name_or_path", None)  # a local path of the machine that loaded the weights
+        config.pop("_name_or_path", None)  # may be a local path
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
     @classmethod
     def extract_init_dict(cls, config_dict, **kwargs):
-        # Only AutoModel reads `auto_map`; diffusers would warn about an unexpected argument at every load.
+        # `auto_map` is for AutoModel; as an argument of this class it would cause a warning at every load.
         return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
 
     def compile_repeated_blocks(self, *args, **kwargs) -> None:
-        """Compile the blocks with dynamic shapes by default: one graph with and without class tokens or guidance."""
+        """Compile the blocks, by default with dynamic shapes: one graph with and without class tokens or guidance."""
         kwargs.setdefault("dynamic", True)
         super().compile_repeated_blocks(*args, **kwargs)
 
     def enable_cache(self, config) -> None:
         """Enable one of diffusers' caches for sampling; the class docstring lists the supported ones."""
-        name, reason = type(config).__name__, None
+        name = type(config).__name__
         if name == "FasterCacheConfig":
-            reason = "it expects guidance at every step, with the unconditional half first"
-        elif name == "TaylorSeerCacheConfig" and config.use_lite_mode:
-            reason = (
-                "its lite mode needs a layer named `proj_out`; set `use_lite_mode=False`, "
-                '`cache_identifiers=["final_layer"]` and `skip_predict_identifiers=[r".*_blocks\\.\\d+"]`'
+            raise ValueError(f"{name} does not fit this model: it expects guidance at every step.")
+        if name == "TaylorSeerCacheConfig" and config.use_lite_mode:
+            raise ValueError(
+                f"{name} does not fit this model: lite mode needs a layer `proj_out`. Set `use_lite_mode=False`, "
+                '`cache_identifiers=["final_layer"]` and `skip_predict_identifiers=[r".*_blocks\\.\\d+"]`.'
             )
-        elif name == "SeaCacheConfig" and config.raw_vision_callback is None:
-            reason = "it needs a `raw_vision_callback` that returns the noisy images"
-        if reason is not None:
-            raise ValueError(f"{name} does not fit this model: {reason}.")
+        if name == "SeaCacheConfig" and config.raw_vision_callback is None:
+            raise ValueError(
+                f"{name} does not fit this model: set a `raw_vision_callback` that returns the noisy images."
+            )
         self._broadcast_context = None
         super().enable_cache(config)
 
     @contextmanager
     def cache_context(self, name: str, **kwargs):
-        # Pyramid attention broadcast has one state for all contexts, but their batch sizes differ.
+        # Pyramid attention broadcast keeps one state for all contexts, whose batch sizes differ.
         if isinstance(self._cache_config, PyramidAttentionBroadcastConfig) and name != self._broadcast_context:
             self._reset_stateful_cache()
             self._broadcast_context = name
@@ -498,8 +498,8 @@ class JiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin,
         """
         Velocity towards the image, v = (x̂ − z) / max(1 − t, t_eps), in float32 (JiT, arXiv 2511.13720).
 
-        Training applies it to the clean and to the predicted image, sampling to the predicted image. With the clamp,
-        steps in t > 1 − t_eps stop short of x̂, in both.
+        Training applies it to the clean and to the predicted image, sampling to the predicted image. Because of the clamp,
+        a sampling step in t > 1 − t_eps ends before x̂.
 
         Args:
             prediction (`torch.Tensor` of shape `(batch_size, channels, height, width)`): x̂, or x for the target.

@@ -47,7 +47,7 @@ class PrepareArguments(DataArguments):
 
 
 def crop_all(examples: Iterable[Example], resolution: int, num_threads: int) -> Iterator[tuple[Example, Future]]:
-    """Crop in threads, in the order of the examples and a few examples ahead of the consumer."""
+    """Crop in threads, a few examples ahead of the consumer, in the order of the examples."""
     with ThreadPoolExecutor(num_threads) as pool:
         pending = collections.deque()
         for example in examples:
@@ -71,7 +71,7 @@ def write_rows(rows: Iterator[dict], folder: Path, rows_per_file: int) -> dict[s
 
 
 def checksum(path: Path) -> str:
-    """Line of `sha256sum` for a file."""
+    """Return the line of `sha256sum` for a file."""
     with path.open("rb") as file:
         return f"{sha_fileobj(file).hex()}  {path.name}\n"
 

@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import tarfile
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -80,7 +79,11 @@ class DataArguments:
 
 
 class Example(NamedTuple):
-    """A stored image: encoded bytes, a path or URL, `uint8` pixels (3, resolution, resolution), or why there is none."""
+    """
+    A stored image and its label.
+
+    `image` is encoded bytes, a path or URL, `uint8` pixels (3, resolution, resolution), or the error of a missing image.
+    """
 
     image: bytes | str | np.ndarray | BadImageError
     label: int
@@ -140,7 +143,7 @@ class ImageSource:
 @dataclass
 class StreamSource:
     """
-    Shards that can only be read in sequence. Same attributes as [`ImageSource`]; the number of images is unknown.
+    Shards that are read in sequence, with the attributes of [`ImageSource`]; the number of images is unknown.
 
     Attributes:
         stream (`datasets.IterableDataset`): The data.
@@ -161,8 +164,10 @@ class StreamSource:
 
     def read_shard(self, shard: int, start: int = 0) -> Iterator[Example]:
         """
-        Examples of a shard from position `start`. One with a [`BadImageError`] stands for the rest of a damaged shard; a
-        missing shard, and other errors of the file system, are raised.
+        Yield the examples of a shard from position `start`. One bad example stands for the rest of a damaged shard.
+
+        Raises:
+            OSError: If the shard is missing or cannot be read.
         """
         name, rows = self.shard_names[shard], self.stream.shard(len(self.shard_names), shard)
         try:
@@ -190,17 +195,19 @@ def encoded_example(image: dict | None, label: int, place: str) -> Example:
 
 
 def name_classes(names: list[str] | None, num_classes: int) -> dict[str, str] | None:
+    """Return `{"0": name, …}`, or None for classes without names."""
     return names and {str(label): name for label, name in enumerate(names[:num_classes])}
 
 
 def check_label(label: int, num_classes: int, name: str) -> None:
+    """Raise ValueError unless the label is in [0, num_classes)."""
     if not 0 <= label < num_classes:
         raise ValueError(f"Label {label} of image {name} is outside [0, {num_classes}): correct it, or --num_classes.")
 
 
 def open_source(args: DataArguments) -> ImageSource | StreamSource:
     """
-    Find the images and their classes without decoding any.
+    Find the images and their classes; no image is decoded.
 
     Classes are numbered by the sorted names of the sub-folders of `train_data_dir`, by the `ClassLabel` feature of a data
     set, by its integers, or by the sorted order of its strings.
@@ -212,7 +219,7 @@ def open_source(args: DataArguments) -> ImageSource | StreamSource:
     if (args.train_data_dir is None) == (args.dataset_name is None):
         raise ValueError("Give exactly one source of images: --train_data_dir FOLDER or --dataset_name NAME.")
     if args.dataset_name is not None:
-        return open_data_set_source(args)
+        return open_data_set(args)
     for name in ("dataset_config_name", "dataset_split", "data_files", "image_column", "label_column", "streaming"):
         if getattr(args, name) != DataArguments.__dataclass_fields__[name].default:
             raise ValueError(f"--{name} belongs to --dataset_name; --train_data_dir is read as it is.")
@@ -244,7 +251,7 @@ def open_prepared(folder: Path) -> tuple[datasets.Dataset, dict]:
     return datasets.concatenate_datasets([datasets.Dataset.from_file(str(path)) for path in paths]), manifest
 
 
-def open_data_set(args: DataArguments) -> tuple[datasets.Dataset | datasets.IterableDataset, list[str]]:
+def load_data_set(args: DataArguments) -> tuple[datasets.Dataset | datasets.IterableDataset, list[str]]:
     """Open what `save_to_disk` wrote, or anything that `datasets.load_dataset` takes; return it and its files, if known."""
     name, split = args.dataset_name, args.dataset_split
     if any((Path(name) / file).exists() for file in ("state.json", "dataset_dict.json")):
@@ -261,14 +268,15 @@ def open_data_set(args: DataArguments) -> tuple[datasets.Dataset | datasets.Iter
     return builder.as_streaming_dataset(split=split), list((builder.config.data_files or {}).get(split, []))
 
 
-def open_data_set_source(args: DataArguments) -> ImageSource | StreamSource:
-    data, files = open_data_set(args)
+def open_data_set(args: DataArguments) -> ImageSource | StreamSource:
+    """Find the images and classes of `dataset_name`."""
+    data, files = load_data_set(args)
     label_column = None if args.unconditional else args.label_column
     columns = [args.image_column] + ([label_column] if label_column else [])
-    for column in set(columns).difference(data.features or ()):
-        known = ", ".join(data.features or ())
+    if unknown := set(columns).difference(data.features or ()):
         raise ValueError(
-            f"{args.dataset_name} has no column {column!r}, only {known}: set --image_column and --label_column."
+            f"{args.dataset_name} has no column {unknown.pop()!r}, only {', '.join(data.features or ())}: set "
+            "--image_column and --label_column."
         )
     feature = data.features[label_column] if label_column else None
     class_names = getattr(feature, "names", None)
@@ -283,15 +291,17 @@ def open_data_set_source(args: DataArguments) -> ImageSource | StreamSource:
     if not num_classes or (feature is not None and not pa.types.is_integer(feature.pa_type)):
         raise ValueError(f"A stream needs integer labels and --num_classes; {label_column!r} holds {feature}.")
     num_shards = data.num_shards
+    if len(files) != num_shards:
+        files = [f"{number} of {num_shards}" for number in range(num_shards)]
     return StreamSource(
-        data if args.max_train_samples is None else data.take(args.max_train_samples),
-        files if len(files) == num_shards else [f"{number} of {num_shards}" for number in range(num_shards)],
-        args.stream_readers or 2 ** (min(64, num_shards).bit_length() - 1),
-        args.shuffle_buffer_size,
-        args.image_column,
-        label_column,
-        num_classes,
-        name_classes(class_names, num_classes),
+        stream=data if args.max_train_samples is None else data.take(args.max_train_samples),
+        shard_names=files,
+        num_readers=args.stream_readers or 2 ** (min(64, num_shards).bit_length() - 1),
+        shuffle_buffer_size=args.shuffle_buffer_size,
+        image_column=args.image_column,
+        label_column=label_column,
+        num_classes=num_classes,
+        id2label=name_classes(class_names, num_classes),
     )
 
 
@@ -311,21 +321,23 @@ def number_labels(data: datasets.Dataset, column: str) -> tuple[np.ndarray, list
 # -------------------------------------------------------------------------------------------------------------- items
 
 
-def draws(seed: int, epoch: int, index: int, purpose: int = 0, count: int = 1) -> np.ndarray:
+def random_words(seed: int, epoch: int, index: int, purpose: int = 0, count: int = 1) -> np.ndarray:
     """
-    Draw `count` random `uint64` that depend on the arguments and on nothing else.
+    Return `count` random `uint64`, a pure function of the arguments.
 
-    The raw output of the counter-based generator Philox4x64-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2,
-    3", 2011) with key (seed, epoch) and counters (1, index, purpose, 0), (2, index, purpose, 0), …, four values from each.
-    numpy guarantees that raw streams never change between versions, unlike the methods of `Generator`.
+    These are the raw words of Philox4x64-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) with key
+    (seed, epoch) and counters (1, index, purpose, 0), (2, index, purpose, 0), …, four words each. numpy guarantees that raw
+    words never change between versions, unlike the methods of `Generator`.
+
+    Purposes: 0 flip and crop, 1 order of images or shards, 2 size of a shard's first block, 3 order in a block.
     """
     key, counter = np.array([seed, epoch], np.uint64), np.array([0, index, purpose, 0], np.uint64)
     return np.random.Philox(key=key, counter=counter).random_raw(count)
 
 
-def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
-    """Permutation of `size` images that depends on (seed, epoch) only."""
-    return np.argsort(draws(seed, epoch, 0, purpose=1, count=size), kind="stable")
+def random_order(size: int, seed: int, epoch: int, index: int = 0, purpose: int = 1) -> np.ndarray:
+    """Return a permutation of `range(size)`, a pure function of the arguments."""
+    return np.argsort(random_words(seed, epoch, index, purpose, size), kind="stable")
 
 
 def to_float(pixel_values: torch.Tensor) -> torch.Tensor:
@@ -343,20 +355,20 @@ def read_pixels(example: Example, resolution: int, offset: float | None = None) 
 
 
 def read_ahead(values: Iterator, pool: ThreadPoolExecutor) -> Iterator:
-    """Iterate over endless `values`; a thread computes the next one, from now on."""
-    following = [pool.submit(next, values)]
+    """Iterate over endless `values` while a thread computes the next one; the first one starts at once."""
+    following = pool.submit(next, values)
 
     def take() -> Iterator:
+        nonlocal following
         while True:
-            value = following.pop().result()
-            following.append(pool.submit(next, values))
+            value, following = following.result(), pool.submit(next, values)
             yield value
 
     return take()
 
 
 class IndexedBatches(Dataset):
-    """(position after the batch, batch) by (that position, epoch, indices). The key is all the state that workers need."""
+    """Batches of an [`ImageSource`]: key (position after the batch, epoch, indices) → (that position, batch)."""
 
     def __init__(self, loader: ImageLoader):
         self.loader = loader
@@ -370,18 +382,18 @@ class IndexedBatches(Dataset):
 
 class StreamedBatches(IterableDataset):
     """
-    (position after the batch, batch) of one process, which takes the images of its readers in turn.
+    Batches of a [`StreamSource`] for one process, which takes images from its readers in turn.
 
-    The position of a reader is [pass over the data, number of the shard among its own of this pass, images taken from that
-    shard]. Threads read and decode: file systems and Pillow release the interpreter lock.
+    Yields (position after the batch, batch). The position of a reader is [pass over the data, number of the shard among its
+    own in this pass, images taken from that shard]. Threads read and decode: file systems and Pillow release Python's lock.
     """
 
     def __init__(self, loader: ImageLoader):
         self.loader = loader
 
     def __iter__(self) -> Iterator[tuple[dict, dict[str, torch.Tensor]]]:
-        loader, mine = self.loader, self.loader.readers
-        position = loader.position
+        loader, position = self.loader, self.loader.position
+        mine = range(loader.rank, loader.source.num_readers, loader.world_size)
         with (
             ThreadPoolExecutor(max(1, loader.num_workers)) as decoders,
             ThreadPoolExecutor(min(16, len(mine))) as openers,
@@ -403,8 +415,8 @@ class StreamedBatches(IterableDataset):
                     yield position, default_collate(batch)
 
     def decode(self, examples: Iterator[tuple], depth: int, pool: ThreadPoolExecutor) -> Iterator[tuple[list, dict]]:
-        """Decode the examples of a reader, `depth` of them ahead, and leave out bad ones."""
-        jobs, skipped, last_pass = deque(), 0, None
+        """Yield the good examples of a reader, decoded, with the positions after them; decode `depth` examples ahead."""
+        jobs, skipped, good_pass = deque(), 0, None
         for position, index, example in examples:
             jobs.append((position, pool.submit(self.loader.make_item, position[0], index, example)))
             if len(jobs) <= depth:
@@ -412,28 +424,30 @@ class StreamedBatches(IterableDataset):
             position, job = jobs.popleft()
             if (item := job.result()) is not None:
                 yield position, {**item, "skipped": skipped}
-                skipped, last_pass = 0, position[0]
-            else:
-                skipped, last_pass = skipped + 1, position[0] if last_pass is None else last_pass
-                if position[0] > last_pass + 1:
-                    raise BadImageError(f"None of {skipped} images in succession can be decoded.")
+                skipped, good_pass = 0, position[0]
+                continue
+            skipped += 1
+            if good_pass is None:
+                good_pass = position[0]
+            if position[0] > good_pass + 1:
+                raise BadImageError(f"None of {skipped} images in succession can be decoded.")
 
     def read_blocks(self, reader: int, epoch: int, number: int, taken: int) -> Iterator[list[tuple]]:
-        """Shuffled blocks of (position after the example, index, example), endlessly from a position."""
+        """Yield shuffled blocks of (position after the example, index, example), endlessly, from a position."""
         source, seed = self.loader.source, self.loader.seed
         size, empty = max(1, source.shuffle_buffer_size // source.num_readers), 0
         while empty <= 2 * len(source.shard_names):
             # The shards are reassigned in every pass, so that uneven ones do not bias the sampling.
-            shards = epoch_order(seed, epoch, len(source.shard_names)).tolist()
+            shards = random_order(len(source.shard_names), seed, epoch).tolist()
             shards = shards[(reader + epoch) % source.num_readers :: source.num_readers]
             while number < len(shards):
                 offset = shards[number] * SHARD_STRIDE
                 # Every pass has other boundaries between the blocks.
-                first = 1 + int(draws(seed, epoch, offset, purpose=2)[0] % size)
+                first = 1 + int(random_words(seed, epoch, offset, purpose=2)[0] % size)
                 start = 0 if taken < first else first + (taken - first) // size * size
                 examples = source.read_shard(shards[number], start)
                 while block := list(itertools.islice(examples, size if start else first)):
-                    order = np.argsort(draws(seed, epoch, offset + start, purpose=3, count=len(block)), kind="stable")
+                    order = random_order(len(block), seed, epoch, offset + start, purpose=3)
                     rows = [
                         ([epoch, number, start + done], offset + start + place, block[place])
                         for done, place in enumerate(order.tolist(), start=1)
@@ -452,21 +466,25 @@ class ImageLoader:
     """
     Endless batches of training images for one process, starting at `position`.
 
-    **Every draw is a function of (seed, epoch, index).** The order of an epoch, each crop and each flip come from a
-    counter-based generator keyed by that triple, so the number of workers and processes, gradient accumulation and a
-    restart in mid-epoch change nothing. An epoch is a permutation cut into global batches (the batches of optimizer steps,
-    over all processes and accumulation steps); the last incomplete one is dropped. Each process takes its part of a global
-    batch. Do not pass the loader through `accelerator.prepare`, which would divide it again.
+    **Every random choice is a function of (seed, epoch, index)**: the order of an epoch, crops and flips. The number of
+    workers and processes, gradient accumulation and a restart in mid-epoch change nothing. An epoch is a permutation cut
+    into global batches (one per optimizer step, over all processes and accumulation steps); the last incomplete one is
+    dropped. Each process takes its part of a global batch: do not pass the loader through `accelerator.prepare`, which would
+    divide it again.
 
-    **Streams** are read by a fixed number of readers, each through its own shards, permuted in every pass by (seed, pass);
-    image p of the run is the next one of reader p mod `num_readers`. Process r of n serves the readers r, r + n, …, so every
-    image is read by one process, and any number of processes that divides the readers gives the same run. A reader starts its
-    next pass by itself, so that no process waits for another. A resume reads the open shards again, and nothing else.
+    **Streams** are read by a fixed number of readers. Each pass over the data permutes the shards by (seed, pass) and divides
+    them among the readers; image p of the run is the next one of reader p mod `num_readers`. Process r of n serves the
+    readers r, r + n, …, so each image is read by one process, and any number of processes that divides the readers gives the
+    same run. Readers start their next pass independently, so no process waits for another. A resume reads only the open
+    shards again.
 
-    Batches are dictionaries of CPU tensors, in pinned memory if there is a CUDA device: `pixel_values` `uint8` (batch_size,
-    3, resolution, resolution), see [`to_float`], and of shape (batch_size,) `class_labels` `int64`, `index` `int64`, the
-    image's position in the source (in a stream: shard · 10⁶ + position in the shard), `flipped` `bool`, and `skipped`
-    `int64`, the number of bad images that the item replaces.
+    A batch is a dictionary of CPU tensors, in pinned memory if there is a CUDA device:
+
+    - `pixel_values`: `uint8` (batch_size, 3, resolution, resolution), see [`to_float`];
+    - `class_labels`: `int64` (batch_size,);
+    - `index`: `int64` (batch_size,), position in the source (in a stream: shard · 10⁶ + position in the shard);
+    - `flipped`: `bool` (batch_size,);
+    - `skipped`: `int64` (batch_size,), number of bad images that the image replaces.
 
     Args:
         source (`ImageSource` or `StreamSource`): From [`open_source`].
@@ -476,7 +494,7 @@ class ImageLoader:
         center_crop (`bool`, defaults to `True`): ADM's centre crop; otherwise a random square of the full short side.
         random_flip (`bool`, defaults to `True`): Flip half of the images horizontally.
         on_bad_image (`str`, defaults to `"error"`): `"error"` stops the run at an image that cannot be decoded; `"skip"`
-            replaces it by the next good one (in a stream: of the same reader). Both name the image. An unreadable rest of a
+            replaces it by the next good one (in a stream: of the same reader). Both name the image. The unreadable rest of a
             shard counts as one bad image.
         accumulation_steps (`int`, defaults to 1): Batches per optimizer step.
         rank (`int`, defaults to 0): This process.
@@ -484,16 +502,16 @@ class ImageLoader:
         num_workers (`int`, defaults to 0): Worker processes; for a stream, decoding threads in one worker.
 
     Attributes:
-        position (`dict`): The next global batch: `{"epoch": e, "batch": b}`, or for a stream the number of batches and the
-            positions of the readers, of which this process moves its own, see [`merge_states`]. It advances with the last
+        position (`dict`): The next global batch: `{"epoch": e, "batch": b}`; for a stream the number of batches and the
+            positions of all readers, of which each process advances its own, see [`merge_states`]. It advances with the last
             accumulation step, so it is valid for any division of the same global batch.
         batches_per_epoch (`int`, *optional*): Global batches (optimizer steps) per epoch; None for a stream.
-        batch_transform (`Callable`, *optional*): Applied to every batch in the worker that made it; not used for streams. Set
-            it before iterating.
+        batch_transform (`Callable`, *optional*): Applied to every batch in the worker that made it, not to streams; set it
+            before iterating.
 
     Raises:
-        ValueError: If prepared images have another resolution or need random crops, or do not fill one global batch, or the
-            processes do not divide the readers of a stream.
+        ValueError: If prepared images have another resolution or would need random crops, the images do not fill one global
+            batch, or the processes do not divide the readers of a stream.
     """
 
     def __init__(
@@ -517,16 +535,15 @@ class ImageLoader:
             )
         self.source, self.resolution, self.seed = source, resolution, seed
         self.center_crop, self.random_flip, self.on_bad_image = center_crop, random_flip, on_bad_image
-        self.accumulation_steps, self.num_workers = accumulation_steps, num_workers
-        self.global_batch_size = batch_size * accumulation_steps * world_size
-        self.order = {"seed": seed, "global_batch_size": self.global_batch_size, "num_images": None}
-        self.batch_size, self.batches_per_epoch = batch_size, None
+        self.batch_size, self.accumulation_steps, self.num_workers = batch_size, accumulation_steps, num_workers
+        self.rank, self.world_size = rank, world_size
         self.batch_transform: Callable[[dict], dict] | None = None
+        self.global_batch_size = batch_size * accumulation_steps * world_size
+        self.batches_per_epoch = None
+        self.order = {"seed": seed, "global_batch_size": self.global_batch_size, "num_images": None}
         if isinstance(source, ImageSource):
             check_global_batch(len(source), batch_size, accumulation_steps, world_size)
             self.order["num_images"], self.batches_per_epoch = len(source), len(source) // self.global_batch_size
-            starts = ((step * world_size + rank) * batch_size for step in range(accumulation_steps))
-            self.parts = [range(start, start + batch_size) for start in starts]
             self.position = {"epoch": 0, "batch": 0}
             return
         num_shards, num_readers = len(source.shard_names), source.num_readers
@@ -537,16 +554,15 @@ class ImageLoader:
             )
         self.order |= {"num_shards": num_shards, "stream_readers": num_readers}
         self.order["shuffle_buffer_size"] = source.shuffle_buffer_size
-        self.readers = range(rank, num_readers, world_size)
         self.position = {"batch": 0, "readers": [[0, 0, 0]] * num_readers}
 
     def state_dict(self) -> dict[str, Any]:
-        """The position and the settings that determine the order of the data."""
+        """Return the position and the settings that determine the order of the data."""
         return {**self.position, **self.order}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """
-        Continue at a saved position. Call before iterating.
+        Continue at a saved position; call it before iterating.
 
         Raises:
             ValueError: If the seed, the global batch or the number of images has changed, and with it the order.
@@ -561,8 +577,8 @@ class ImageLoader:
         self.position = {key: state[key] for key in self.position}
 
     def make_item(self, epoch: int, index: int, example: Example) -> dict[str, Any] | None:
-        """Decode, crop and flip an image with the draws of (seed, epoch, index); None for a bad one that is skipped."""
-        flip, offset = draws(self.seed, epoch, index, count=2) / 2.0**64
+        """Decode, crop and flip an image with the random words of (seed, epoch, index); None for a bad one to skip."""
+        flip, offset = random_words(self.seed, epoch, index, count=2) / 2.0**64
         try:
             pixels = read_pixels(example, self.resolution, None if self.center_crop else offset)
         except BadImageError as error:
@@ -575,7 +591,7 @@ class ImageLoader:
         return {"pixel_values": pixels, "class_labels": example.label, "index": index, "flipped": flipped}
 
     def find_item(self, epoch: int, index: int) -> dict[str, Any]:
-        """Item of the first good image from `index` on."""
+        """Return the item of the first good image from `index` on."""
         size = len(self.source)
         for skipped in range(size):
             found = (index + skipped) % size
@@ -599,18 +615,18 @@ class ImageLoader:
 
     def _shuffled_keys(self, epoch: int, batch: int) -> Iterator[tuple[dict, int, list[int]]]:
         while True:
-            order = epoch_order(self.seed, epoch, len(self.source))
+            order = random_order(len(self.source), self.seed, epoch)
             for number in range(batch, self.batches_per_epoch):
-                for step, part in enumerate(self.parts, start=1):
+                for step in range(self.accumulation_steps):
                     # One past the last batch of an epoch means the start of the next.
-                    position = {"epoch": epoch, "batch": number + (step == self.accumulation_steps)}
-                    indices = [int(order[number * self.global_batch_size + offset]) for offset in part]
-                    yield position, epoch, indices
+                    position = {"epoch": epoch, "batch": number + (step + 1 == self.accumulation_steps)}
+                    start = ((number * self.accumulation_steps + step) * self.world_size + self.rank) * self.batch_size
+                    yield position, epoch, order[start : start + self.batch_size].tolist()
             epoch, batch = epoch + 1, 0
 
 
 def merge_states(states: list[dict[str, Any]]) -> dict[str, Any]:
-    """State of a run from the states of its processes: the position of every reader from the process that serves it."""
+    """Merge the states of all processes: the position of a reader comes from the process that serves it."""
     if "readers" not in states[0]:
         return states[0]
     readers = [states[reader % len(states)]["readers"][reader] for reader in range(len(states[0]["readers"]))]
@@ -629,13 +645,3 @@ def check_global_batch(num_images: int, batch_size: int, accumulation_steps: int
         raise ValueError(
             f"{num_images} images do not fill one global batch of {size} = {factors} (batch × accumulation × processes)."
         )
-
-
-def measure_throughput(source: ImageSource, resolution: int, num_images: int = 512, seed: int = 0) -> float:
-    """Images per second that this process alone decodes and crops, in training order and without collation."""
-    loader = ImageLoader(source, resolution, batch_size=1, seed=seed)
-    order = epoch_order(seed, 0, len(source))[:num_images].tolist()
-    start = time.perf_counter()
-    for index in order:
-        loader.make_item(0, index, source[index])
-    return len(order) / (time.perf_counter() - start)

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..objective import keep_tokens, logit_normal, replace_labels
 
-
-_LOW = 0xFFFFFFFF  # mask of a 32-bit word
+_WORD = 0xFFFFFFFF  # bits of a 32-bit word
 
 _CPU_CHUNK = 2**17  # noise elements that a CPU draws at once, so that their words stay in its cache
 
@@ -32,10 +30,11 @@ def philox(
     k0, k1 = key
     for _ in range(10):
         # 64-bit products; int64 wraps around to the same bits. The high words of c1 and c3 are cut off a round later.
-        low, high = 0xD2511F53 * c0, 0xCD9E8D57 * c2
-        c0, c1, c2, c3 = ((high >> 32) ^ c1 ^ k0) & _LOW, high, ((low >> 32) ^ c3 ^ k1) & _LOW, low
-        k0, k1 = (k0 + 0x9E3779B9) & _LOW, (k1 + 0xBB67AE85) & _LOW
-    return c0, c1 & _LOW, c2, c3 & _LOW
+        product0, product2 = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        c0, c1 = ((product2 >> 32) ^ c1 ^ k0) & _WORD, product2
+        c2, c3 = ((product0 >> 32) ^ c3 ^ k1) & _WORD, product0
+        k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
+    return c0, c1 & _WORD, c2, c3 & _WORD
 
 
 def to_uniform(words: torch.Tensor) -> torch.Tensor:
@@ -56,14 +55,14 @@ class BatchDraws:
     Draws timesteps, dropped labels, keep masks and noise of a batch on its device.
 
     A draw depends on (seed, step, image) alone: not on the other images of the batch, the number of processes, workers and
-    accumulation steps, or a restart. Labels and masks are equal on every kind of device, timesteps and noise up to the
-    rounding of its logarithm, sine and cosine.
+    accumulation steps, or a restart. Labels and masks are equal on every kind of device; timesteps and noise differ by the
+    rounding of the device's logarithm, sine and cosine.
 
     Args:
-        seed (`int`): Less than 2⁶⁴.
+        seed (`int`): Seed in [0, 2⁶⁴).
         num_classes (`int`): Label of the null class, which replaces dropped labels.
         num_tokens (`int`): Patch tokens of an image.
-        P_mean, P_std (`float`): Of the logit-normal timesteps.
+        P_mean, P_std (`float`): Mean and standard deviation of the logits of the timesteps.
         label_drop_prob (`float`): Probability that a label is dropped.
         mask_ratio (`float`, *optional*): Probability that a token is masked; None draws no masks.
     """
@@ -88,7 +87,14 @@ class BatchDraws:
     def __call__(
         self, step: int, index: torch.Tensor, class_labels: torch.Tensor, shape: torch.Size
     ) -> dict[str, torch.Tensor | None]:
-        """Draw for the images `index` (B,) of `shape` (C, H, W), less than 2³² of them, in the step after `step` ones."""
+        """
+        Draw the random inputs of [`PixelREPAObjective`] for one batch.
+
+        Args:
+            step (`int`): Number of completed optimizer steps.
+            index, class_labels (`torch.Tensor` of shape `(B,)`): Numbers of the images, in [0, 2³²), and their labels.
+            shape (`torch.Size`): (C, H, W) of an image.
+        """
         # A tensor, because a number would be compiled into the kernel.
         step = torch.full((1,), step, device=index.device)
         chunk = max(1, _CPU_CHUNK // shape.numel()) if index.device.type == "cpu" else len(index)
@@ -107,20 +113,20 @@ class BatchDraws:
     def draw(
         self, step: torch.Tensor, index: torch.Tensor, class_labels: torch.Tensor, shape: torch.Size
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """(timesteps, labels, noise, keep mask) of some images."""
-        # One call of the generator for everything: counters of what an image, its pixels and its tokens need.
+        """Return (timesteps, labels, noise, keep mask) of some images."""
+        # One call of the generator: the counters of an image's timestep and label, of its pixels, and of its tokens.
         sizes = [1, math.ceil(shape.numel() / 4), 0 if self.mask_ratio is None else math.ceil(self.num_tokens / 4)]
         ranges = [torch.arange(size, device=index.device) + (use << 30) for use, size in enumerate(sizes)]
         counter = (torch.cat(ranges), index[:, None], step, torch.zeros_like(step))
-        words = philox(counter, (self.seed & _LOW, self.seed >> 32))  # (B, blocks) each
+        words = philox(counter, (self.seed & _WORD, self.seed >> 32))  # (B, blocks) each
         image, pixels, tokens = zip(*(word.split(sizes, dim=1) for word in words), strict=True)
 
         normal, _ = to_normal(*image[:2])  # (B, 1)
-        timestep = logit_normal(normal[:, 0], self.P_mean, self.P_std)
-        labels = replace_labels(class_labels, to_uniform(image[2])[:, 0], self.num_classes, self.label_drop_prob)
+        timestep = torch.sigmoid(self.P_mean + self.P_std * normal[:, 0])
+        labels = class_labels.masked_fill(to_uniform(image[2])[:, 0] < self.label_drop_prob, self.num_classes)
         noise = torch.stack([*to_normal(*pixels[:2]), *to_normal(*pixels[2:])], dim=-1)
         noise = noise.flatten(1)[:, : shape.numel()].reshape(-1, *shape)
         if self.mask_ratio is None:
             return timestep, labels, noise, None
         uniform = to_uniform(torch.stack(tokens, dim=-1)).flatten(1)[:, : self.num_tokens]
-        return timestep, labels, noise, keep_tokens(uniform, self.mask_ratio)
+        return timestep, labels, noise, uniform >= self.mask_ratio

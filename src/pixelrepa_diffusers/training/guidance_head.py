@@ -26,13 +26,13 @@ from ..sampling import seeded
 from ..transformer_jit import JiTTransformer2DModel, JiTTransformer2DModelOutput
 from .arguments import OptimizationArguments, TrainingArguments
 from .checkpoints import delete_oldest
-from .data import draws
+from .data import random_words
 from .export import training_facts
 
 
 logger = get_logger(__name__)
 
-GENERATION_DRAWS = 104  # a purpose of `draws`, beside those of step.py
+GENERATION_DRAWS = 104  # a purpose of `random_words`, beside those of step.py
 
 
 @dataclass(kw_only=True)
@@ -162,7 +162,7 @@ def generate_images(args: GuidanceHeadArguments, accelerator: Accelerator, pipe:
         if all(paths[index].is_file() for index in batch):
             continue
         # Keyed draws, not seeds 0, 1, …, from which evaluations sample.
-        seeds = (int(draws(args.seed, 0, index, purpose=GENERATION_DRAWS)[0]) for index in batch)
+        seeds = (int(random_words(args.seed, 0, index, purpose=GENERATION_DRAWS)[0]) for index in batch)
         images = pipe([index % num_classes for index in batch], generator=seeded(seeds), **sampling).images
         for index, image in zip(batch, images, strict=True):
             write_atomically(paths[index], lambda path, image=image: image.save(path, "PNG"))

@@ -12,11 +12,11 @@ from torch.distributed.tensor import DTensor
 
 from ..ema import ConstantDecayEMA
 from .arguments import TrainingArguments
-from .data import ImageLoader, draws, to_float
+from .data import ImageLoader, random_words, to_float
 from .draws import BatchDraws
 
 
-# Purposes of `draws` here and in the trainer; data.py has those of order, crops and flips.
+# Purposes of `random_words` here and in the trainer; data.py has those of order, crops and flips.
 DROPOUT_DRAWS, WEIGHT_DRAWS = 102, 103
 
 
@@ -137,7 +137,9 @@ def take_step(
     module = getattr(objective, "module", objective)  # accelerate's unwrap_model walks all modules
     dropout_seeds = [None] * args.gradient_accumulation_steps
     if module.transformer.config.dropout:
-        dropout_seeds = draws(args.seed, step, accelerator.process_index, DROPOUT_DRAWS, len(dropout_seeds)).tolist()
+        dropout_seeds = random_words(
+            args.seed, step, accelerator.process_index, DROPOUT_DRAWS, len(dropout_seeds)
+        ).tolist()
     losses, images, skipped_images, forward = [], [], 0, None
     for dropout_seed in dropout_seeds:
         inputs, metadata = next(batches)

@@ -1,7 +1,7 @@
-"""Cache of teacher features on disk: the frozen teacher sees each view of an image once, not once per epoch.
+"""Cache of teacher features on disk: the frozen teacher encodes each view of an image once, not once per epoch.
 
-Two records per image (flipped or not) fill in during the first epochs. A record of DINOv2-base at 256 pixels in bfloat16 has
-0.4 MB, so the cache suits up to some hundred thousand images. Any number of processes and runs may share it.
+The cache has two records per image (plain and flipped) and fills during the first epochs. A record of DINOv2-base at 256
+pixels in bfloat16 has 0.4 MB, so the cache suits up to some hundred thousand images. Processes and runs may share it.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ _CHECKSUM = struct.Struct("<Q")
 @dataclass(frozen=True)
 class FeatureFile:
     """
-    Records of one view's features in a file; used by the loader's workers, which read, and the training process, which writes.
+    File of feature records, read by the loader's workers and written by the training process.
 
-    A record holds a checksum of the view's pixels and features, and the features. A record that is missing, truncated,
-    damaged or of other pixels fails its checksum and is computed again, so a stale file costs time but never changes a
+    A record holds the features of a view and a checksum of its pixels and features. A record that is missing, truncated,
+    damaged or belongs to other pixels fails its checksum and is computed again: a stale file costs time and never changes a
     result.
     """
 
@@ -43,10 +43,11 @@ class FeatureFile:
 
     def read_into(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """
-        Add the stored features to a batch of `ImageLoader`.
+        Add the stored features to a batch of [`ImageLoader`].
 
-        Adds `records` uint8 (B, record_bytes) if all images have one, and `missing` int64 (B,): -1, or the checksum of the
-        pixels of an image without a record.
+        Returns:
+            The batch with `records`, uint8 (B, record_bytes), if all images have one, and `missing`, int64 (B,): the
+            checksum of the pixels of an image without a record, otherwise -1.
         """
         records = torch.empty(len(batch["index"]), self.record_bytes, dtype=torch.uint8)
         missing = torch.full((len(records),), -1)
@@ -76,10 +77,10 @@ class FeatureFile:
 
 class CachedTeacher:
     """
-    A teacher that takes its features from a file, whose name depends on everything that determines them.
+    Teacher with a file of its features, whose name is a hash of everything that determines them.
 
-    The loader's workers read (`loader.batch_transform = cached_teacher.file.read_into`) and a thread writes, so the training
-    process only copies a batch of records to the device.
+    The loader's workers read the file (`loader.batch_transform = cached_teacher.file.read_into`) and a thread writes it, so
+    the training process only copies a batch of records to the device.
 
     Args:
         teacher (`SemanticTeacher`): The frozen teacher.
@@ -110,9 +111,11 @@ class CachedTeacher:
 
     def __call__(self, pixel_values: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """
+        Return the stored features of a batch, or compute and store them.
+
         Args:
             pixel_values (`torch.Tensor`): Teacher input, (B, 3, H, H) in [-1, 1] on the teacher's device.
-            batch (`dict[str, torch.Tensor]`): What [`FeatureFile.read_into`] returned, on the CPU.
+            batch (`dict[str, torch.Tensor]`): Result of [`FeatureFile.read_into`], on the CPU.
 
         Returns:
             `torch.Tensor`: Features (B, N, F) in the teacher's dtype on the device of `pixel_values`.
@@ -152,9 +155,9 @@ class CachedTeacher:
 
 
 def positions(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Number of each image's record: two per image, plain and flipped."""
+    """Return the number of each image's record: two per image, plain and flipped."""
     return 2 * batch["index"] + batch["flipped"]
 
 
 def _checksum(features: np.ndarray, pixels: int) -> int:
-    return 1 << 32 | zlib.crc32(features, pixels)  # never 0, which is what a hole in the file reads as
+    return 1 << 32 | zlib.crc32(features, pixels)  # never 0, because holes in the file read as 0

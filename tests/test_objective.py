@@ -7,8 +7,7 @@ from tiny import perturbed
 
 from pixelrepa_diffusers.adapter import ConvProjector, MaskedTransformerAdapter, MLPProjector
 from pixelrepa_diffusers.objective import PixelREPAObjective, draw_keep_mask, draw_timesteps, drop_labels
-from pixelrepa_diffusers.training.builders import compile_blocks
-from pixelrepa_diffusers.transformer_jit import JiTBlock
+from pixelrepa_diffusers.training.builders import compile_blocks, compile_whole
 
 
 B, SIZE, GRID, D, TEACHER_DIM, CLASSES, NOISE_SCALE = 3, 16, 4, 16, 24, 10, 2.0  # of conftest's transformer
@@ -152,20 +151,23 @@ def test_accelerate_carries_the_output_through_mixed_precision(transformer, adap
     assert objective(**batch).alignment_loss is None
 
 
-def test_compiled_blocks_have_the_same_gradients(make_transformer, batch, features, monkeypatch):
-    compile_block = JiTBlock.compile  # traced like any other, without machine code
-    monkeypatch.setattr(JiTBlock, "compile", lambda block, **o: compile_block(block, **o, backend="aot_eager"))
+@pytest.mark.parametrize("compile_parts", [compile_blocks, compile_whole])
+def test_compiled_objective_has_the_same_gradients(make_transformer, batch, features, monkeypatch, compile_parts):
+    compile_module = torch.nn.Module.compile  # traced like any other, without machine code
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda part, mode=None, **o: compile_module(part, **o, backend="eager")
+    )
 
-    def gradients(compile: bool) -> dict:
+    def gradients(compiled: bool) -> dict:
         torch.manual_seed(0)
         adapter = MaskedTransformerAdapter(D, 2, TEACHER_DIM, 1, GRID, in_context_len=2, num_classes=CLASSES)
         objective = PixelREPAObjective(make_transformer(num_layers=2, in_context_start=1), perturbed(adapter))
-        if compile:
-            compile_blocks(objective)
+        if compiled:
+            compile_parts(objective)
         objective(**batch, teacher_features=features).loss.backward()
         return {name: parameter.grad for name, parameter in objective.named_parameters()}
 
-    torch.testing.assert_close(gradients(compile=True), gradients(compile=False), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(gradients(compiled=True), gradients(compiled=False), rtol=1e-4, atol=1e-6)
 
 
 def test_parts_that_do_not_fit_are_refused(transformer, adapter, batch, features):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import REFERENCE
+from training_runs import assert_equal
 
 from pixelrepa_diffusers import JiTTransformer2DModel, PixelREPAPipeline, presets
 from pixelrepa_diffusers.adapter import MaskedTransformerAdapter
@@ -29,10 +30,6 @@ def arguments(*options):
 def convert(folder, *options, checkpoint=PUBLISHED):
     main(arguments("--checkpoint_path", checkpoint, "--output_dir", folder, "--in_context_start", 2, *options))
     return PixelREPAPipeline.from_pretrained(folder)
-
-
-def equal(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +53,8 @@ def test_converting_there_and_back_keeps_the_weights(tmp_path, monkeypatch, caps
     expected, adapter = load_original_checkpoint(PUBLISHED, "ema2", in_context_start=2)
     for weights in ("model", "ema1", "ema2"):
         transformer, same_adapter = load_original_checkpoint(tmp_path / "back.pth", weights)
-        assert equal(transformer.state_dict(), expected.state_dict())
-        assert equal(same_adapter.state_dict(), adapter.state_dict())
+        assert_equal(transformer.state_dict(), expected.state_dict())
+        assert_equal(same_adapter.state_dict(), adapter.state_dict())
     recorded = read_original_checkpoint(tmp_path / "back.pth")["args"]
     assert (recorded.cfg, recorded.interval_min, recorded.sampling_method) == (3.1, 0.1, "heun")
 
@@ -65,8 +62,8 @@ def test_converting_there_and_back_keeps_the_weights(tmp_path, monkeypatch, caps
 def test_folder_holds_pipeline_and_adapter_bit_exactly(tmp_path, published):
     pipe = convert(tmp_path / "pipe")
     adapter = MaskedTransformerAdapter.from_pretrained(tmp_path / "pipe" / "adapter")
-    assert equal(pipe.transformer.state_dict(), published[0].state_dict())
-    assert equal(adapter.state_dict(), published[1].state_dict())
+    assert_equal(pipe.transformer.state_dict(), published[0].state_dict())
+    assert_equal(adapter.state_dict(), published[1].state_dict())
     components = {name for name, component in pipe.components.items() if component is not None}
     assert components == {"transformer", "scheduler"}
 

@@ -3,7 +3,6 @@
 import os
 import sys
 import warnings
-from dataclasses import replace
 from pathlib import Path
 
 import evaluate
@@ -106,19 +105,15 @@ def test_frechet_distance_is_exact_for_singular_covariances(rng):
 # ----------------------------------------------------------------------------------------------------------- streaming
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_streamed_moments_equal_numpy(rng, dtype):
     features = torch.from_numpy(rng.normal(size=(101, 7)) * rng.uniform(0.01, 10, 7)).to(dtype)
     moments, exact = moments_of(*features.tensor_split([1, 2, 40, 40, 90])), features.double().numpy()
     assert moments.count == 101
     np.testing.assert_allclose(moments.mean, exact.mean(0), rtol=1e-13, atol=1e-15)
     np.testing.assert_allclose(moments.covariance, np.cov(exact, rowvar=False), rtol=1e-11, atol=1e-14)
-
-
-def test_a_large_mean_does_not_cancel_the_covariance(rng):
-    noise = rng.normal(size=(500, 4))
-    moments = moments_of(*np.split(noise + 1e7, 10))
-    np.testing.assert_allclose(moments.covariance, np.cov(noise, rowvar=False), atol=1e-8)
+    far = moments_of(*np.split(exact[:100] + 1e7, 10))  # a large mean does not cancel the covariance
+    np.testing.assert_allclose(far.covariance, np.cov(exact[:100], rowvar=False), atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -172,7 +167,7 @@ def share_inside(queries, centres, k):
     return np.mean([any(distance(q, c) <= r for c, r in zip(centres, radii, strict=True)) for q in queries])
 
 
-@pytest.mark.parametrize("k, offset", [(1, 0), (3, 0), (5, 0), (3, 1e6)])
+@pytest.mark.parametrize("k, offset", [(1, 0), (3, 1e6)])
 def test_precision_and_recall_equal_brute_force(rng, k, offset):
     generated, real = rng.normal(size=(40, 4)) * 1.2 + 0.5 + offset, rng.normal(size=(30, 4)) + offset
     result = precision_recall(generated, torch.from_numpy(real), k=k, batch_size=7)
@@ -272,20 +267,20 @@ def test_unfit_reference_files_are_refused_by_name(tmp_path, arrays, message):
 
 
 def test_statistics_of_different_networks_are_not_compared():
-    one, other = (FeatureStatistics(np.zeros(2), np.eye(2), 10, name, name) for name in ("dinov2", "inception"))
+    one = FeatureStatistics(np.zeros(2), np.eye(2), 10, "dinov2", "00")
     with pytest.raises(ValueError, match=r"dinov2 .* and inception"):
-        one.distance(other)
+        one.distance(FeatureStatistics(np.zeros(2), np.eye(2), 10, "inception", "11"))
     with pytest.raises(ValueError, match=r"width 2\) and unknown \(width 3"):
         one.distance(FeatureStatistics(np.zeros(3), np.eye(3)))
 
 
 def test_fewer_images_than_dimensions_warn(rng):
-    reference = FeatureStatistics(np.zeros(20), np.eye(20))
-    with pytest.warns(UserWarning, match="10 images for features of width 20"):
-        assert statistics_of(rng.normal(size=(10, 20))).distance(reference) > 0
+    reference, features = FeatureStatistics(np.zeros(20), np.eye(20)), rng.normal(size=(21, 20))
+    with pytest.warns(UserWarning, match="20 images for features of width 20"):
+        assert statistics_of(features[:20]).distance(reference) > 0
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        statistics_of(rng.normal(size=(21, 20))).distance(reference)
+        statistics_of(features).distance(reference)
 
 
 # ---------------------------------------------------------------------------------------------------- feature networks
@@ -302,7 +297,7 @@ def test_vision_encoder_features_are_tokens_of_its_model(pooling):
     torch.testing.assert_close(extract(network, images)["features"], expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("size", [20, 33, 100])
+@pytest.mark.parametrize("size", [20, 100])
 def test_vision_encoder_resizes_as_pil_does(rng, size):
     network, seen = encoder(), []
     network.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
@@ -394,14 +389,12 @@ def test_modules_take_features_of_any_origin(rng, load):
 
 def test_modules_refuse_what_they_cannot_score(load):
     network, images = TinyClassifier(), random_images(20)
-    other = FeatureStatistics(np.zeros(12), np.eye(12), network="another", network_sha256="00")
+    reference = FeatureStatistics(np.zeros(12), np.eye(12), 20, "another", "00", features=np.zeros((20, 12)))
     with pytest.raises(ValueError, match="choose from fid, inception_score, precision_recall, fd_dinov2"):
         load("FID")
-    for name, reference in (("fid", other), ("precision_recall", replace(other, features=np.zeros((20, 12))))):
+    for name in ("fid", "precision_recall"):
         with pytest.raises(ValueError, match="different networks"):
             load(name, network=network).compute(images=images, reference=reference)
-    with pytest.raises(ValueError, match="--keep_features"):
-        load("precision_recall").compute(features=np.zeros((9, 12)), reference=other)
 
 
 # ------------------------------------------------------------------------------------------------------------- the loop
@@ -458,24 +451,20 @@ def test_resumed_evaluation_is_bit_exact_and_repeats_no_image(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "metrics, num_images, change, message",
+    "metric, num_images, network, message",
     [
-        (["fid"], 1, {}, "at least 2 images"),
-        (["inception_score"], 9, {}, "at least 10 images"),
-        (["precision_recall"], 3, {}, "at least 4 images"),
-        (["fid"], 40, {"reference": None}, "--inception_reference"),
-        (["precision_recall"], 40, {"features": None}, "--keep_features"),
-        (["fid"], 40, {"network": lambda: TinyClassifier(seed=1)}, "different networks"),
-        (["fid"], 40, {"network": encoder}, "width 12.*width 24"),
+        ("fid", 1, TinyClassifier, "at least 2 images"),
+        ("inception_score", 9, TinyClassifier, "at least 10 images"),
+        ("precision_recall", 40, TinyClassifier, "--keep_features"),
+        ("fid", 40, lambda: TinyClassifier(seed=1), "different networks"),
+        ("fid", 40, encoder, "width 12.*width 24"),
     ],
 )
-def test_unsuitable_references_are_refused_before_an_image_is_made(metrics, num_images, change, message):
+def test_unsuitable_references_are_refused_before_an_image_is_made(metric, num_images, network, message):
     reference = reference_of(TinyClassifier(), random_images(40))
-    if "features" in change:
-        reference.features = None
-    networks = {"inception": change.get("network", TinyClassifier)}
+    reference.features = None
     with pytest.raises(ValueError, match=message):
-        open_spaces(metrics, num_images, networks, {"inception": change.get("reference", reference)})
+        open_spaces([metric], num_images, {"inception": network}, {"inception": reference})
 
 
 def test_image_files_have_one_size(tmp_path):

@@ -29,6 +29,8 @@ from pixelrepa_diffusers.conversion import transformer_state_from_original
 
 # A forked child would wait forever for its parent's threads.
 torch.set_num_threads(1)
+# Workers of a DataLoader that ends in an error do not hear that they should stop, and are waited for: 5 s by default.
+torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.5
 
 
 def reset_accelerate_state() -> None:

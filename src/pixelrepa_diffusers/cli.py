@@ -57,8 +57,9 @@ def check_ranges(args: Any) -> None:
     for field in dataclasses.fields(args):
         bounds = getattr(field.metadata.get("help"), "bounds", {})
         value = getattr(args, field.name)
-        for number in value if isinstance(value, list | tuple) else [] if value is None else [value]:
-            if not all(getattr(operator, name)(number, bound) for name, bound in bounds.items()):
+        numbers = value if isinstance(value, list | tuple) else [value]
+        for number in numbers:
+            if number is not None and not all(getattr(operator, name)(number, bound) for name, bound in bounds.items()):
                 allowed = " and ".join(f"{_BOUNDS[name]} {bound:g}" for name, bound in bounds.items())
                 raise ValueError(f"--{field.name} must be {allowed}, got {number}.")
 

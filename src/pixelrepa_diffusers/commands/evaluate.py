@@ -85,7 +85,7 @@ class EvaluateArguments:
     guidance_scales: list[float] | None = flag(None, "Default: the saved scale.")
     guidance_intervals: list[str] | None = flag(None, "LOW:HIGH, guide where LOW < t < HIGH. Default: as saved.")
     self_guidance_scales: list[float] | None = flag(None, "Scales of the guidance head. Default: the saved scale.")
-    self_guidance_intervals: list[str] | None = flag(None, "LOW:HIGH, likewise. Default: as saved.")
+    self_guidance_intervals: list[str] | None = flag(None, "LOW:HIGH, the same for self-guidance. Default: as saved.")
     autoguidance_scales: list[float] | None = flag(None, "Scales of the second transformer. Default: the saved scale.")
     guidance_transformer: str | None = flag(None, "Folder of a second transformer, for autoguidance.")
 

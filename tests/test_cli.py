@@ -64,7 +64,9 @@ def test_process_count_of_the_launcher_is_checked(monkeypatch):
 
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_cpu_launch_that_drops_processes_is_detected(monkeypatch, num_processes):
-    words = f"--cpu --num_processes {num_processes} --num_machines 1 --mixed_precision no --dynamo_backend no script.py"
+    words = (
+        f"--cpu --num_processes {num_processes} --num_machines 1 --mixed_precision no --dynamo_backend no script.py"
+    )
     _, environment = prepare_simple_launcher_cmd_env(launch_command_parser().parse_args(words.split()))
     for name, value in environment.items():
         monkeypatch.setenv(name, value)

@@ -52,7 +52,7 @@ setup(
         "eval": ["evaluate>=0.4.6", "matplotlib>=3.9", "scipy>=1.13", "torch-fidelity>=0.4.0"],
         "quantization": ["torchao>=0.18"],
         "app": ["gradio>=6.0"],  # pixelrepa-app
-        "dev": ["hypothesis>=6.100", "peft>=0.18", "psutil>=5.9", "pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.14"],
+        "dev": ["peft>=0.18", "psutil>=5.9", "pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.14"],
     },
     classifiers=[
         "License :: OSI Approved :: Apache Software License",

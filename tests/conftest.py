@@ -1,5 +1,7 @@
-# ruff: noqa: E402
-"""Tiny real components, training runs, and the numbers recorded from the published implementation."""
+"""Tiny real components, training runs, and the numbers recorded from the published implementation.
+
+torch and the package are imported in the fixtures: the process that hands the tests to pytest-xdist's workers needs neither.
+"""
 
 import atexit
 import os
@@ -8,30 +10,31 @@ import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
+from training_runs import TRAINER, arguments, load_script, write_images
 
-# Before the imports that read them: no test reads or writes the user's caches.
+
+# Set before the imports that read them: no test reads or writes the user's caches.
 CACHE = tempfile.mkdtemp(prefix="pixelrepa-tests-")
 for variable in ("HF_HOME", "XDG_CACHE_HOME", "TORCH_HOME", "TORCHINDUCTOR_CACHE_DIR"):
     os.environ[variable] = os.path.join(CACHE, variable.lower())
 os.environ["HF_MODULES_CACHE"] = os.path.join(os.environ["HF_HOME"], "modules")
 atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 
-import pytest
-import torch
-from accelerate.state import AcceleratorState, GradientState
-from safetensors.torch import load_file
-from tiny import REFERENCE, perturbed, recorded_architecture, recorded_config
-from training_runs import TRAINER, arguments, load_script, write_images
 
-from pixelrepa_diffusers import JiTFlowMatchScheduler, JiTTransformer2DModel, PixelREPAPipeline
-from pixelrepa_diffusers.conversion import transformer_state_from_original
+@pytest.fixture(scope="session", autouse=True)
+def torch_settings():
+    import torch
 
-
-# A forked child would wait forever for its parent's threads.
-torch.set_num_threads(1)
+    # A forked child would wait forever for its parent's threads.
+    torch.set_num_threads(1)
+    # Workers of a DataLoader that ends in an error do not hear that they should stop, and are waited for: 5 s by default.
+    torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.5
 
 
 def reset_accelerate_state() -> None:
+    from accelerate.state import AcceleratorState, GradientState
+
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
 
@@ -73,7 +76,10 @@ def finished_run(train, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def make_transformer():
-    """A transformer of 16 tokens with perturbed weights, in eval mode."""
+    """A transformer of 16 tokens, in eval mode; its zero-initialized layers are not zero, which would hide mistakes."""
+    import torch
+
+    from pixelrepa_diffusers import JiTTransformer2DModel
 
     def make(seed: int = 0, **changes) -> JiTTransformer2DModel:
         config = {
@@ -89,7 +95,11 @@ def make_transformer():
         }
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return perturbed(JiTTransformer2DModel(**{**config, **changes})).eval()
+            transformer = JiTTransformer2DModel(**{**config, **changes})
+            with torch.no_grad():
+                for parameter in transformer.parameters():
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+        return transformer.eval()
 
     return make
 
@@ -97,9 +107,10 @@ def make_transformer():
 @pytest.fixture(scope="session")
 def make_pipeline(make_transformer):
     """A quiet pipeline: `transformer` settings, or a transformer, and the pipeline's own arguments."""
+    from pixelrepa_diffusers import JiTFlowMatchScheduler, PixelREPAPipeline
 
     def make(transformer=None, scheduler=None, **arguments) -> PixelREPAPipeline:
-        if not isinstance(transformer, torch.nn.Module):
+        if transformer is None or isinstance(transformer, dict):
             transformer = make_transformer(**(transformer or {}))
         pipeline = PixelREPAPipeline(transformer, scheduler or JiTFlowMatchScheduler(), **arguments)
         pipeline.set_progress_bar_config(disable=True)
@@ -111,10 +122,13 @@ def make_pipeline(make_transformer):
 @pytest.fixture(scope="session")
 def reference():
     """`config`, `tensors` and the `transformer` of the recorded run; read-only."""
+    from safetensors.torch import load_file
+    from tiny import REFERENCE, recorded_architecture, recorded_config
+
+    from pixelrepa_diffusers.conversion import transformer_state_from_original
+
     config, transformer = recorded_config(), recorded_architecture()
-    transformer.load_state_dict(
-        transformer_state_from_original(load_file(REFERENCE / "jit.safetensors"), config["ctx_start"])
-    )
-    return SimpleNamespace(
-        config=config, tensors=load_file(REFERENCE / "tensors.safetensors"), transformer=transformer.eval()
-    )
+    state = load_file(REFERENCE / "jit.safetensors")
+    transformer.load_state_dict(transformer_state_from_original(state, config["ctx_start"]))
+    tensors = load_file(REFERENCE / "tensors.safetensors")
+    return SimpleNamespace(config=config, tensors=tensors, transformer=transformer.eval())

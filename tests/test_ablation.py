@@ -4,12 +4,14 @@ import json
 import statistics
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import yaml
+from conftest import reset_accelerate_state
 from PIL import Image
-from training_runs import ROOT, SETTINGS, TEACHER, load_script
+from training_runs import ROOT, SETTINGS, TEACHER, load_script, train
 
 from pixelrepa_diffusers.evaluation import FeatureStatistics, VisionEncoderNetwork, extract
 
@@ -56,12 +58,22 @@ def start(values, tmp_path_factory):
     return run
 
 
+def train_here(words: list[str], **_) -> SimpleNamespace:
+    """In place of `subprocess.run`: interpreters of their own would spend a minute on imports."""
+    assert words[:2] == [sys.executable, str(ablation.TRAINER)]
+    reset_accelerate_state()
+    train(words[2:])
+    return SimpleNamespace(returncode=0)
+
+
 @pytest.fixture(scope="module")
 def report(start, values) -> dict:
     """The report of an ablation that was started with one seed and continued with two."""
-    start(seeds=[0])
-    written = {path: path.stat().st_mtime_ns for path in Path(values["output_dir"]).glob("*/seed-0/result.json")}
-    report = start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ablation, "subprocess", SimpleNamespace(run=train_here, STDOUT=None))
+        start(seeds=[0])
+        written = {path: path.stat().st_mtime_ns for path in Path(values["output_dir"]).glob("*/seed-0/result.json")}
+        report = start()
     assert len(written) == 2 and all(path.stat().st_mtime_ns == time for path, time in written.items())
     return report
 

@@ -64,9 +64,10 @@ def test_process_count_of_the_launcher_is_checked(monkeypatch):
 
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_cpu_launch_that_drops_processes_is_detected(monkeypatch, num_processes):
-    words = ["--cpu", "--num_processes", str(num_processes), "--num_machines", "1", "--mixed_precision", "no"]
-    words += ["--dynamo_backend", "no", "script.py"]
-    _, environment = prepare_simple_launcher_cmd_env(launch_command_parser().parse_args(words))
+    words = (
+        f"--cpu --num_processes {num_processes} --num_machines 1 --mixed_precision no --dynamo_backend no script.py"
+    )
+    _, environment = prepare_simple_launcher_cmd_env(launch_command_parser().parse_args(words.split()))
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match="asked for several") if num_processes > 1 else contextlib.nullcontext():

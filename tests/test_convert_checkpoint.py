@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import REFERENCE
+from training_runs import assert_equal
 
 from pixelrepa_diffusers import JiTTransformer2DModel, PixelREPAPipeline, presets
 from pixelrepa_diffusers.adapter import MaskedTransformerAdapter
@@ -31,15 +32,6 @@ def convert(folder, *options, checkpoint=PUBLISHED):
     return PixelREPAPipeline.from_pretrained(folder)
 
 
-def equal(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
-
-
-@pytest.fixture(scope="module")
-def published():
-    return load_original_checkpoint(PUBLISHED, in_context_start=2)
-
-
 def test_converting_there_and_back_keeps_the_weights(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("names.json").write_text(json.dumps(NAMES))
@@ -56,19 +48,10 @@ def test_converting_there_and_back_keeps_the_weights(tmp_path, monkeypatch, caps
     expected, adapter = load_original_checkpoint(PUBLISHED, "ema2", in_context_start=2)
     for weights in ("model", "ema1", "ema2"):
         transformer, same_adapter = load_original_checkpoint(tmp_path / "back.pth", weights)
-        assert equal(transformer.state_dict(), expected.state_dict())
-        assert equal(same_adapter.state_dict(), adapter.state_dict())
+        assert_equal(transformer.state_dict(), expected.state_dict())
+        assert_equal(same_adapter.state_dict(), adapter.state_dict())
     recorded = read_original_checkpoint(tmp_path / "back.pth")["args"]
     assert (recorded.cfg, recorded.interval_min, recorded.sampling_method) == (3.1, 0.1, "heun")
-
-
-def test_folder_holds_pipeline_and_adapter_bit_exactly(tmp_path, published):
-    pipe = convert(tmp_path / "pipe")
-    adapter = MaskedTransformerAdapter.from_pretrained(tmp_path / "pipe" / "adapter")
-    assert equal(pipe.transformer.state_dict(), published[0].state_dict())
-    assert equal(adapter.state_dict(), published[1].state_dict())
-    components = {name for name, component in pipe.components.items() if component is not None}
-    assert components == {"transformer", "scheduler"}
 
 
 def test_args_give_scheduler_and_guidance_and_flags_override_them(tmp_path):
@@ -98,9 +81,9 @@ def test_presets_give_the_guidance_of_their_kind(is_pixelrepa, scale, tmp_path, 
     assert (tmp_path / "pipe" / "adapter").exists() == is_pixelrepa
 
 
-def test_half_precision_keeps_the_timestep_embedding_in_float32(tmp_path, published):
+def test_half_precision_keeps_the_timestep_embedding_in_float32(tmp_path):
     convert(tmp_path / "pipe", "--dtype", "bfloat16")
-    full = published[0].state_dict()
+    full = load_original_checkpoint(PUBLISHED, in_context_start=2)[0].state_dict()
     saved = load_file(tmp_path / "pipe" / "transformer" / "diffusion_pytorch_model.safetensors")
     for name, value in saved.items():
         assert value.dtype == (torch.float32 if "time_embedding" in name else torch.bfloat16)

@@ -57,8 +57,8 @@ def run(monkeypatch, capsys, main) -> str:
 
 GENERATE = "generate --pipeline {pipeline} --output_dir {out} --num_inference_steps 1 "
 EVALUATE = "evaluate --pipeline {pipeline} --output_dir {out} --num_inference_steps 1 --num_samples 40 "
-TEACHER_METRIC = EVALUATE + "--metrics fd_teacher --teacher {teacher} --teacher_image_size 28 "
-SCORED = TEACHER_METRIC + "--teacher_reference {real} "
+TEACHER_METRIC = EVALUATE + "--metrics fd_teacher --teacher {teacher} --teacher_image_size 28 --teacher_reference "
+SCORED = TEACHER_METRIC + "{real} "
 REFERENCE = "prepare_reference --network {teacher} --output_file {out}.npz --resolution 8 "
 PREPARE = "prepare_dataset --output_dir {out} --resolution 8 "
 CONVERT = "convert_checkpoint --output_dir {out} --checkpoint_path "
@@ -66,16 +66,12 @@ COMMANDS = [
     ("generate --pipeline {root}/missing --class_labels 0", "There is no folder"),
     ("generate --pipeline {run} --class_labels 0", "pipeline"),
     (GENERATE, "--list_classes"),
-    (GENERATE + "--class_label 1", "unrecognized arguments"),
     (GENERATE + "--class_labels taby", "'tabby'"),
     (GENERATE + "--class_labels 10", "out of range"),
     (GENERATE + "--class_labels 3-1", "--class_labels: '3-1'"),
     (GENERATE + "--class_labels 0 --seeds x", "--seeds: 'x'"),
-    (GENERATE + "--class_labels 0 --num_inference_steps 0", "--num_inference_steps must be at least 1"),
     (GENERATE + "--class_labels 0 --guidance_interval 0.9 0.1", "guidance_interval"),
-    (GENERATE + "--class_labels 0 --guidance_interval 0.9", "guidance_interval"),
     (GENERATE + "--class_labels 0 --guidance_scale nan", "guidance_scale"),
-    (GENERATE + "--class_labels 0 --scheduler ddim", "invalid choice"),
     (GENERATE + "--class_labels 0 --cuda_graphs", "--cuda_graphs needs a GPU"),
     ("evaluate --metrics fid --output_dir {out}", "--pipeline or --images"),
     ("evaluate --metrics inception_score --images {empty} --output_dir {out}", "No images"),
@@ -83,9 +79,7 @@ COMMANDS = [
     (EVALUATE + "--metrics fid", "--inception_reference"),
     (EVALUATE + "--metrics fd_teacher", "--teacher"),
     (EVALUATE + "--metrics inception_score --num_samples 11", "multiple of the model's 10 classes"),
-    (TEACHER_METRIC, "--teacher_reference"),
-    (TEACHER_METRIC + "--teacher_reference {root}/missing.npz", "missing.npz"),
-    (SCORED + "--teacher_pooling patches", "network"),
+    (TEACHER_METRIC + "{root}/missing.npz", "missing.npz"),
     (SCORED + "--guidance_intervals 0.5", "LOW:HIGH"),
     (SCORED + "--guidance_intervals 0.9:0.1", "guidance_interval"),
     (SCORED + "--guidance_scales 2 2.0", "same name"),
@@ -94,15 +88,11 @@ COMMANDS = [
     (REFERENCE + "--train_data_dir {empty}", "{empty}"),
     (REFERENCE + "--train_data_dir {images} --output_file {out}.pt", "ends in .npz"),
     (REFERENCE + "--train_data_dir {images} --num_samples 25", "only 24 images"),
-    (REFERENCE + "--train_data_dir {images} --image_size 30", "multiple of the model's patch of 14"),
-    (REFERENCE + "--train_data_dir {damaged} --image_size 28 --dataloader_num_workers 0", "3.png"),
     (REFERENCE + "--train_data_dir {damaged} --image_size 28 --dataloader_num_workers 1", "error: Bad image {damaged}"),
     (PREPARE + "--train_data_dir {images} --output_dir {images}", "exists already"),
     (PREPARE + "--train_data_dir {loose}", "--unconditional"),
     (PREPARE + "--train_data_dir {damaged}", "Bad image"),
     (CONVERT + "{garbage}", "cannot be read as a PyTorch checkpoint"),
-    (CONVERT + "{published} --output_dir {images}", "not empty"),
-    (CONVERT + "{published}", "in_context_start"),
     (CONVERT + "{published} --in_context_start 4", "in_context_start"),
     (CONVERT + "{published} --in_context_start 2 --guidance_interval 0.9 0.1", "guidance_interval"),
     (CONVERT + "{published} --in_context_start 2 --id2label {garbage}", "not a JSON object"),

@@ -3,7 +3,6 @@
 import os
 import sys
 import warnings
-from dataclasses import replace
 from pathlib import Path
 
 import evaluate
@@ -97,28 +96,22 @@ def test_frechet_distance_is_exact_for_singular_covariances(rng):
     expected = a @ a + b @ b - 2 * abs(a @ b)
     distance = frechet_distance(np.zeros(200), np.outer(a, a), np.zeros(200), np.outer(b, b))
     assert distance == pytest.approx(expected, rel=1e-13)
-    assert abs(frechet_distance(a + 100, np.outer(a, a), a + 100, np.outer(a, a))) < 1e-12 * (a @ a)
     constant = statistics_of(np.full((30, 4), 2.0))  # no variance
-    assert constant.distance(constant) == 0
     assert constant.distance(FeatureStatistics(np.zeros(4), np.eye(4))) == pytest.approx(4 * 2.0**2 + 4)
 
 
 # ----------------------------------------------------------------------------------------------------------- streaming
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_streamed_moments_equal_numpy(rng, dtype):
     features = torch.from_numpy(rng.normal(size=(101, 7)) * rng.uniform(0.01, 10, 7)).to(dtype)
     moments, exact = moments_of(*features.tensor_split([1, 2, 40, 40, 90])), features.double().numpy()
     assert moments.count == 101
     np.testing.assert_allclose(moments.mean, exact.mean(0), rtol=1e-13, atol=1e-15)
     np.testing.assert_allclose(moments.covariance, np.cov(exact, rowvar=False), rtol=1e-11, atol=1e-14)
-
-
-def test_a_large_mean_does_not_cancel_the_covariance(rng):
-    noise = rng.normal(size=(500, 4))
-    moments = moments_of(*np.split(noise + 1e7, 10))
-    np.testing.assert_allclose(moments.covariance, np.cov(noise, rowvar=False), atol=1e-8)
+    far = moments_of(*np.split(exact[:100] + 1e7, 10))  # a large mean does not cancel the covariance
+    np.testing.assert_allclose(far.covariance, np.cov(exact[:100], rowvar=False), atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -172,7 +165,7 @@ def share_inside(queries, centres, k):
     return np.mean([any(distance(q, c) <= r for c, r in zip(centres, radii, strict=True)) for q in queries])
 
 
-@pytest.mark.parametrize("k, offset", [(1, 0), (3, 0), (5, 0), (3, 1e6)])
+@pytest.mark.parametrize("k, offset", [(1, 0), (3, 1e6)])
 def test_precision_and_recall_equal_brute_force(rng, k, offset):
     generated, real = rng.normal(size=(40, 4)) * 1.2 + 0.5 + offset, rng.normal(size=(30, 4)) + offset
     result = precision_recall(generated, torch.from_numpy(real), k=k, batch_size=7)
@@ -246,73 +239,59 @@ def test_statistics_survive_saving(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["reference.npz"]
 
 
-def test_files_of_other_programs_are_references(tmp_path):
+def test_files_of_other_programs_are_references_unless_damaged(tmp_path):
     # The layout of jit_in256_stats.npz and clean-fid; ADM's files hold more arrays.
-    np.savez(tmp_path / "stats.npz", mu=np.arange(5, dtype=np.float32), sigma=np.eye(5, dtype=np.float32), mu_s=[0])
-    loaded = FeatureStatistics.load(tmp_path / "stats.npz")
+    path = tmp_path / "stats.npz"
+    np.savez(path, mu=np.arange(5, dtype=np.float32), sigma=np.eye(5, dtype=np.float32), mu_s=[0])
+    loaded = FeatureStatistics.load(path)
     assert loaded.count is None and loaded.mu.dtype == loaded.sigma.dtype == np.float64
     assert np.array_equal(loaded.sigma, np.eye(5))
+    os.truncate(path, 100)
+    with pytest.raises(ValueError, match=r"stats\.npz cannot be read"):
+        FeatureStatistics.load(path)
 
 
 @pytest.mark.parametrize(
-    "arrays, message",
-    [
-        ({"mu": np.zeros(3)}, "sigma"),
-        ({"mu": np.zeros(3), "sigma": np.eye(2)}, "shape"),
-        ({"mu": np.zeros(3), "sigma": np.full((3, 3), np.nan)}, "finite"),
-        (None, ""),
-    ],
+    "arrays, message", [({}, "sigma"), ({"sigma": np.eye(2)}, "shape"), ({"sigma": np.full((3, 3), np.nan)}, "finite")]
 )
 def test_unfit_reference_files_are_refused_by_name(tmp_path, arrays, message):
-    np.savez(tmp_path / "bad.npz", **arrays or {"mu": np.zeros(3), "sigma": np.eye(3)})
-    if arrays is None:
-        os.truncate(tmp_path / "bad.npz", 100)
+    np.savez(tmp_path / "bad.npz", mu=np.zeros(3), **arrays)
     with pytest.raises(ValueError, match=r"bad\.npz cannot be read.*" + message):
         FeatureStatistics.load(tmp_path / "bad.npz")
 
 
 def test_statistics_of_different_networks_are_not_compared():
-    one, other = (FeatureStatistics(np.zeros(2), np.eye(2), 10, name, name) for name in ("dinov2", "inception"))
+    one = FeatureStatistics(np.zeros(2), np.eye(2), 10, "dinov2", "00")
     with pytest.raises(ValueError, match=r"dinov2 .* and inception"):
-        one.distance(other)
+        one.distance(FeatureStatistics(np.zeros(2), np.eye(2), 10, "inception", "11"))
     with pytest.raises(ValueError, match=r"width 2\) and unknown \(width 3"):
         one.distance(FeatureStatistics(np.zeros(3), np.eye(3)))
 
 
 def test_fewer_images_than_dimensions_warn(rng):
-    reference = FeatureStatistics(np.zeros(20), np.eye(20))
-    with pytest.warns(UserWarning, match="10 images for features of width 20"):
-        assert statistics_of(rng.normal(size=(10, 20))).distance(reference) > 0
+    reference, features = FeatureStatistics(np.zeros(20), np.eye(20)), rng.normal(size=(21, 20))
+    with pytest.warns(UserWarning, match="20 images for features of width 20"):
+        assert statistics_of(features[:20]).distance(reference) > 0
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        statistics_of(rng.normal(size=(21, 20))).distance(reference)
+        statistics_of(features).distance(reference)
 
 
 # ---------------------------------------------------------------------------------------------------- feature networks
 
 
 @pytest.mark.parametrize("pooling", ["class", "patches"])
-def test_vision_encoder_features_are_tokens_of_its_model(pooling):
+@pytest.mark.parametrize("size", [20, 28, 100])
+def test_vision_encoder_features_are_tokens_of_images_resized_as_by_pil(rng, size, pooling):
     network = VisionEncoderNetwork.from_pretrained(TEACHER, image_size=28, pooling=pooling)
-    images = torch.randint(0, 256, (3, 3, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    pixels = (images / 255 - mean[:, None, None]) / std[:, None, None]
-    tokens = network.model(pixels).last_hidden_state
-    expected = tokens[:, 0] if pooling == "class" else tokens[:, 1:].mean(1)
-    torch.testing.assert_close(extract(network, images)["features"], expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("size", [20, 33, 100])
-def test_vision_encoder_resizes_as_pil_does(rng, size):
-    network, seen = encoder(), []
-    network.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     images = rng.integers(0, 256, (2, size, size, 3), dtype=np.uint8)
-    assert extract(network, images)["features"].shape == (2, 24)
     bands = [[Image.fromarray(image[..., band].astype(np.float32)) for band in range(3)] for image in images]
     resized = [[np.asarray(band.resize((28, 28), Image.Resampling.BICUBIC)) for band in image] for image in bands]
     mean, std = (np.array(value)[:, None, None] for value in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-    expected = (np.clip(np.stack(resized) / 255, 0, 1) - mean) / std
-    np.testing.assert_allclose(seen[0].numpy(), expected, atol=1e-4)
+    pixels = (np.clip(np.stack(resized) / 255, 0, 1) - mean) / std
+    tokens = network.model(torch.from_numpy(pixels).float()).last_hidden_state
+    expected = tokens[:, 0] if pooling == "class" else tokens[:, 1:].mean(1)
+    torch.testing.assert_close(extract(network, images)["features"], expected, rtol=1e-3, atol=1e-4)
 
 
 def test_encoders_with_and_without_a_class_token():
@@ -392,16 +371,13 @@ def test_modules_take_features_of_any_origin(rng, load):
     assert load("inception_score").compute(features=np.zeros((10, 4)))["inception_score"] == 1
 
 
-def test_modules_refuse_what_they_cannot_score(load):
-    network, images = TinyClassifier(), random_images(20)
-    other = FeatureStatistics(np.zeros(12), np.eye(12), network="another", network_sha256="00")
+def test_modules_refuse_features_of_another_network(load):
+    reference = FeatureStatistics(np.zeros(12), np.eye(12), 20, "another", "00", features=np.zeros((20, 12)))
+    for name in ("fid", "precision_recall"):
+        with pytest.raises(ValueError, match="different networks"):
+            load(name, network=TinyClassifier()).compute(images=random_images(20), reference=reference)
     with pytest.raises(ValueError, match="choose from fid, inception_score, precision_recall, fd_dinov2"):
         load("FID")
-    for name, reference in (("fid", other), ("precision_recall", replace(other, features=np.zeros((20, 12))))):
-        with pytest.raises(ValueError, match="different networks"):
-            load(name, network=network).compute(images=images, reference=reference)
-    with pytest.raises(ValueError, match="--keep_features"):
-        load("precision_recall").compute(features=np.zeros((9, 12)), reference=other)
 
 
 # ------------------------------------------------------------------------------------------------------------- the loop
@@ -458,24 +434,20 @@ def test_resumed_evaluation_is_bit_exact_and_repeats_no_image(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "metrics, num_images, change, message",
+    "metric, num_images, network, message",
     [
-        (["fid"], 1, {}, "at least 2 images"),
-        (["inception_score"], 9, {}, "at least 10 images"),
-        (["precision_recall"], 3, {}, "at least 4 images"),
-        (["fid"], 40, {"reference": None}, "--inception_reference"),
-        (["precision_recall"], 40, {"features": None}, "--keep_features"),
-        (["fid"], 40, {"network": lambda: TinyClassifier(seed=1)}, "different networks"),
-        (["fid"], 40, {"network": encoder}, "width 12.*width 24"),
+        ("fid", 1, TinyClassifier, "at least 2 images"),
+        ("inception_score", 9, TinyClassifier, "at least 10 images"),
+        ("precision_recall", 40, TinyClassifier, "--keep_features"),
+        ("fid", 40, lambda: TinyClassifier(seed=1), "different networks"),
+        ("fid", 40, encoder, "width 12.*width 24"),
     ],
 )
-def test_unsuitable_references_are_refused_before_an_image_is_made(metrics, num_images, change, message):
+def test_unsuitable_references_are_refused_before_an_image_is_made(metric, num_images, network, message):
     reference = reference_of(TinyClassifier(), random_images(40))
-    if "features" in change:
-        reference.features = None
-    networks = {"inception": change.get("network", TinyClassifier)}
+    reference.features = None
     with pytest.raises(ValueError, match=message):
-        open_spaces(metrics, num_images, networks, {"inception": change.get("reference", reference)})
+        open_spaces([metric], num_images, {"inception": network}, {"inception": reference})
 
 
 def test_image_files_have_one_size(tmp_path):

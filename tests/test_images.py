@@ -181,14 +181,9 @@ def test_random_damage_gives_an_image_or_a_bad_image_error():
 # ----------------------------------------------------------------------------------------------------------- cropping
 
 
-@pytest.mark.parametrize("width, height", [(65, 64), (200, 131), (40, 300), (31, 17), (127, 128)])
+@pytest.mark.parametrize("width, height", [(65, 64), (40, 300), (31, 17)])
 def test_adm_crop_of_any_image_is_a_square_of_the_given_size(width, height):
     assert center_crop_adm(random_image(width, height), 32).size == (32, 32)
-
-
-def test_adm_crop_only_crops_when_the_short_side_fits():
-    image = random_image(51, 32)
-    assert np.array_equal(center_crop_adm(image, 32), np.asarray(image)[:, 9:41])
 
 
 def test_adm_crop_halves_with_a_box_filter_before_the_bicubic_resize():
@@ -199,7 +194,9 @@ def test_adm_crop_halves_with_a_box_filter_before_the_bicubic_resize():
     assert np.abs(np.asarray(center_crop_adm(image, 16)) - expected).max() <= 2
 
 
-def test_adm_crop_enlarges_small_images():
+def test_adm_crop_resizes_to_the_short_side_and_cuts_the_centre():
+    image = random_image(51, 32)
+    assert np.array_equal(center_crop_adm(image, 32), np.asarray(image)[:, 9:41])
     expected = make_image(0, 5, 3).resize((13, 8), Image.Resampling.BICUBIC).crop((2, 0, 10, 8))
     assert np.array_equal(center_crop_adm(make_image(0, 5, 3), 8), expected)
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from conftest import REFERENCE
 from safetensors import safe_open
+from tiny import REFERENCE
 
 from pixelrepa_diffusers import JiTFlowMatchScheduler
 

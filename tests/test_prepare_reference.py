@@ -58,8 +58,11 @@ def assert_statistics_of(statistics, crops):
     np.testing.assert_allclose(statistics.sigma, moments.covariance, rtol=1e-3, atol=1e-5)
 
 
-def test_statistics_of_a_folder_are_those_of_its_adm_crops(args, crops):
+def test_statistics_of_a_folder_are_those_of_its_adm_crops(args, crops, monkeypatch):
+    iterate, loaders = torch.utils.data.DataLoader.__iter__, []
+    monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", lambda self: loaders.append(self) or iterate(self))
     main(replace(args, keep_features=True, dataloader_num_workers=1))
+    assert len(loaders) == 1  # workers are started once
     statistics = FeatureStatistics.load(args.output_file)
     assert_statistics_of(statistics, crops)
     assert statistics.features.shape == (15, 24)

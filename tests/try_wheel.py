@@ -31,18 +31,8 @@ with tempfile.TemporaryDirectory() as folder:
         JiTTransformer2DModel(**sizes), JiTFlowMatchScheduler(), id2label={0: "a", 1: "b", 2: "c"}
     )
     pipeline.save_pretrained(Path(folder, "pipeline"))
-    words = [
-        "--pipeline",
-        f"{folder}/pipeline",
-        "--class_labels",
-        "a",
-        "2",
-        "--seeds",
-        "0-1",
-        "--num_inference_steps",
-        "2",
-    ]
-    call("pixelrepa-generate", *words, "--output_dir", f"{folder}/images")
+    words = f"--pipeline {folder}/pipeline --class_labels a 2 --seeds 0-1 --num_inference_steps 2"
+    call("pixelrepa-generate", *words.split(), "--output_dir", f"{folder}/images")
     images = sorted(path.name for path in Path(folder, "images").glob("0*.png"))
     assert len(images) == 4, images
 print(f"{len(commands)} commands show their help; pixelrepa-generate wrote {', '.join(images)}.")

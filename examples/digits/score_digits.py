@@ -22,10 +22,10 @@ from sklearn.svm import SVC
 from tqdm.auto import trange
 
 from pixelrepa_diffusers.cli import flag, parse, run
-from pixelrepa_diffusers.evaluation import precision_recall
+from pixelrepa_diffusers.evaluation import pipeline_images, precision_recall
 from pixelrepa_diffusers.files import write_json
 from pixelrepa_diffusers.images import list_images, make_grid
-from pixelrepa_diffusers.sampling import DTYPES, seeded
+from pixelrepa_diffusers.sampling import DTYPES
 
 
 @dataclass
@@ -51,15 +51,11 @@ def read_digits(folder: Path) -> tuple[np.ndarray, np.ndarray]:
 
 def generate(pipeline: DiffusionPipeline, args: ScoreArguments, guidance_scale: float) -> list[Image.Image]:
     """Image i is of class i mod 10 and starts from the noise of seed i."""
+    make_images = pipeline_images(pipeline, args.num_images, 0, args.num_inference_steps, guidance_scale)
     images = []
     for start in trange(0, args.num_images, args.batch_size, desc=f"guidance {guidance_scale:g}", disable=None):
-        indices = range(start, min(start + args.batch_size, args.num_images))
-        images += pipeline(
-            [index % 10 for index in indices],
-            guidance_scale=guidance_scale,
-            generator=seeded(indices),
-            num_inference_steps=args.num_inference_steps,
-        ).images
+        batch = make_images(range(start, min(start + args.batch_size, args.num_images)))
+        images += [Image.fromarray(image) for image in batch.permute(0, 2, 3, 1).numpy()]
     return images
 
 

@@ -57,8 +57,9 @@ def check_ranges(args: Any) -> None:
     for field in dataclasses.fields(args):
         bounds = getattr(field.metadata.get("help"), "bounds", {})
         value = getattr(args, field.name)
-        for number in value if isinstance(value, list | tuple) else [] if value is None else [value]:
-            if not all(getattr(operator, name)(number, bound) for name, bound in bounds.items()):
+        for number in value if isinstance(value, list | tuple) else [value]:
+            inside = number is None or all(getattr(operator, name)(number, bound) for name, bound in bounds.items())
+            if not inside:
                 allowed = " and ".join(f"{_BOUNDS[name]} {bound:g}" for name, bound in bounds.items())
                 raise ValueError(f"--{field.name} must be {allowed}, got {number}.")
 
@@ -124,7 +125,7 @@ def run(main: Callable[[], object]) -> None:
         if os.environ.get("PIXELREPA_TRACEBACK"):
             raise
         message = str(error)
-        if "Original Traceback" in message:  # of a DataLoader worker; it ends with the error's own message
+        if "Original Traceback" in message:  # a DataLoader worker's; the error's own message is at its end
             message = message.rpartition(f"{type(error).__name__}: ")[2].strip()
         print(f"error: {message}", file=sys.stderr)
         raise SystemExit(2) from None

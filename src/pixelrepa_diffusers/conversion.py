@@ -195,8 +195,8 @@ def load_original_checkpoint(
     Args:
         path (`str` or `os.PathLike`): The `.pth` file.
         weights (`str`, *optional*, defaults to `"ema1"`): The weights of the net, mask token included: `"ema1"` (decay
-            0.9999, used for evaluation), `"ema2"` (0.9996) or `"model"` (not averaged). The rest of the adapter always
-            comes from `model`, as the published code does not average it.
+            0.9999, used for evaluation), `"ema2"` (0.9996) or `"model"` (no EMA). The rest of the adapter always
+            comes from `model`, as the published code keeps no EMA of it.
         in_context_start (`int`, *optional*): Block (0-based) before which the class tokens are prepended.
         noise_scale (`float`, *optional*): Standard deviation of the training noise.
 
@@ -355,11 +355,12 @@ def save_original_checkpoint(
         return _to_float32(transformer_state_to_original(state, config.sample_size // config.patch_size, mask_token))
 
     net = to_original(transformer.state_dict())
-    # EMA weights that are not given are the same tensors as the net's, which torch.save stores once.
-    averages = {"model_ema1": net, "model_ema2": net}
+    # EMA weights that are not given are the net's tensors, which torch.save stores once.
+    ema_weights = {"model_ema1": net, "model_ema2": net}
+    shapes = {key: value.shape for key, value in net.items()}
     for name, state in (ema or {}).items():
-        average = averages[_ENTRIES[name]] = to_original(state)
-        if {key: value.shape for key, value in average.items()} != {key: value.shape for key, value in net.items()}:
+        weights = ema_weights[_ENTRIES[name]] = to_original(state)
+        if {key: value.shape for key, value in weights.items()} != shapes:
             raise ValueError(f"`ema[{name!r}]` does not have the transformer's tensors and shapes.")
     model = {_NET + key: value for key, value in net.items()}
     if adapter is not None:
@@ -372,7 +373,7 @@ def save_original_checkpoint(
     recorded |= {"img_size": config.sample_size, "class_num": config.num_classes}
     recorded |= {"attn_dropout": 0.0, "proj_dropout": config.dropout}
     recorded |= {name: config[name] for name in ("t_eps", "noise_scale", "in_context_start")} | dict(args or {})
-    checkpoint = {"model": model, "args": argparse.Namespace(**recorded), **averages}
+    checkpoint = {"model": model, "args": argparse.Namespace(**recorded), **ema_weights}
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         write_atomically(path, lambda temporary: torch.save(checkpoint, temporary))

@@ -56,9 +56,10 @@ def write_folder(
     """
     Write a folder atomically: call `write` with a temporary folder, sync it to disk and rename it into place.
 
-    A kill or a power cut leaves the older folder of that name, if any, or the new one, both complete. Only between two
-    renames is the name absent. An error leaves no temporary folder. With several processes every one calls `write`, the main one creates and renames the folder,
-    and `barrier` waits for all. `manifest` adds manifest.json, the checksums that [`verify_folder`] compares.
+    A kill or a power cut leaves the older folder of that name, if any, or the new one, both complete; the name is absent
+    only between two renames. An error leaves no temporary folder. With several processes every one calls `write`, the main
+    one creates and renames the folder, and `barrier` waits for all. `manifest` adds manifest.json, the checksums that
+    [`verify_folder`] compares.
 
     Raises:
         OSError: If the disk is full; names the folder and the free space.

@@ -122,7 +122,7 @@ def read_image(
     else:
         name = name or str(image)
         with fsspec.open(image, "rb") if "://" in str(image) else open(image, "rb") as file:
-            image = file.read()  # so that an error of the file system is not mistaken for a damaged image
+            image = file.read()  # errors of the file system do not mean a damaged image
     with open_image(io.BytesIO(image), name) as picture:
         picture = to_rgb(picture)
         if offset is not None:

@@ -33,7 +33,7 @@ class ConvertArguments:
     output_dir: Path | None = flag(None, "The folder of the pipeline; new or empty.")
     weights: str = flag(
         "ema1",
-        "The weights to convert: ema1 (decay 0.9999, used for evaluation), ema2 (0.9996), or model (not averaged).",
+        "The weights to convert: ema1 (decay 0.9999, used for evaluation), ema2 (0.9996), or model (no EMA).",
         choices=["ema1", "ema2", "model"],
     )
     id2label: Path | None = flag(

@@ -10,7 +10,6 @@ again after an interruption: finished cells are kept, a started one resumes afte
 import contextlib
 import csv
 import hashlib
-import io
 import itertools
 import json
 import shlex
@@ -86,7 +85,7 @@ class EvaluateArguments:
     guidance_scales: list[float] | None = flag(None, "Default: the saved scale.")
     guidance_intervals: list[str] | None = flag(None, "LOW:HIGH, guide where LOW < t < HIGH. Default: as saved.")
     self_guidance_scales: list[float] | None = flag(None, "Scales of the guidance head. Default: the saved scale.")
-    self_guidance_intervals: list[str] | None = flag(None, "LOW:HIGH, likewise. Default: as saved.")
+    self_guidance_intervals: list[str] | None = flag(None, "LOW:HIGH, the same for self-guidance. Default: as saved.")
     autoguidance_scales: list[float] | None = flag(None, "Scales of the second transformer. Default: the saved scale.")
     guidance_transformer: str | None = flag(None, "Folder of a second transformer, for autoguidance.")
 
@@ -147,29 +146,25 @@ def main(args: EvaluateArguments) -> list[dict[str, Any]]:
     check_launch(accelerator.num_processes)
     if (args.pipeline is None) == (args.images is None):
         raise ValueError("Give either --pipeline or --images.")
-    if args.pipeline is not None:
-        num_samples = args.num_samples or 50_000
-        plan = describe_pipeline(args.pipeline, args.revision, args.guidance_transformer)
-        cells = plan_cells(args, plan, num_samples)
-    else:
-        if given := [name for name in SAMPLING if getattr(args, name) is not None]:
-            raise ValueError(f"--{given[0]} concerns sampling and has no effect on --images.")
-        paths = [path for path in list_images(args.images) if path.name != "grid.png"]
-        num_samples = args.num_samples or len(paths)
-        if num_samples > len(paths):
-            raise ValueError(f"--num_samples {num_samples}: there are {len(paths)} images at {args.images}.")
-        paths = paths[:num_samples]
-        make_images = file_images(paths)
+    return measure_images(args, accelerator) if args.pipeline is None else measure_sweep(args, accelerator)
 
+
+def measure_images(args: EvaluateArguments, accelerator: Accelerator) -> list[dict[str, Any]]:
+    if given := [name for name in SAMPLING if getattr(args, name) is not None]:
+        raise ValueError(f"--{given[0]} concerns sampling and has no effect on --images.")
+    paths = [path for path in list_images(args.images) if path.name != "grid.png"]
+    num_samples = args.num_samples or len(paths)
+    if num_samples > len(paths):
+        raise ValueError(f"--num_samples {num_samples}: there are {len(paths)} images at {args.images}.")
+    paths = paths[:num_samples]
+    make_images = file_images(paths)
+    listing = [(path.name, path.stat().st_size) for path in paths]
+    source = {
+        "images": Path(args.images).name,
+        "listing_sha256": hashlib.sha256(json.dumps(listing).encode()).hexdigest(),  # names and sizes
+    }
     evaluator = Evaluator(args, accelerator, num_samples)
-    with only_writer(args.output_dir) if accelerator.is_main_process else contextlib.nullcontext():
-        if args.pipeline is not None:
-            return measure_cells(args, evaluator, plan, cells)
-        listing = [(path.name, path.stat().st_size) for path in paths]
-        source = {
-            "images": Path(args.images).name,
-            "listing_sha256": hashlib.sha256(json.dumps(listing).encode()).hexdigest(),  # names and sizes
-        }
+    with evaluator.only_writer():
         return [evaluator.measure(args.output_dir, make_images, source)]
 
 
@@ -199,8 +194,8 @@ def plan_cells(args: EvaluateArguments, plan: PixelREPAPipeline, num_samples: in
 
 def parse_intervals(args: EvaluateArguments, name: str) -> list[list[float]]:
     try:
-        intervals = [[float(bound) for bound in text.split(":")] for text in getattr(args, name) or []]
-        return [[low, high] for low, high in intervals]
+        bounds = [text.partition(":") for text in getattr(args, name) or []]
+        return [[float(low), float(high)] for low, _, high in bounds]
     except ValueError:
         raise ValueError(f"--{name}: give LOW:HIGH, such as 0.1:1.0.") from None
 
@@ -242,6 +237,10 @@ class Evaluator:
             "command": shlex.join(["pixelrepa-evaluate", *sys.argv[1:]]),
             "num_processes": accelerator.num_processes,
         }
+
+    def only_writer(self) -> contextlib.AbstractContextManager:
+        """Lock --output_dir, on the main process."""
+        return only_writer(self.args.output_dir) if self.accelerator.is_main_process else contextlib.nullcontext()
 
     def measure(self, folder: Path, make_images, settings: dict, names: Sequence[str] = ()) -> dict[str, Any]:
         """Measure one set of images into `folder`, unless that is done, and return its metrics.json."""
@@ -289,43 +288,48 @@ class Evaluator:
         return record
 
 
-def measure_cells(
-    args: EvaluateArguments, evaluator: Evaluator, plan: PixelREPAPipeline, cells: list[Cell]
-) -> list[dict[str, Any]]:
+def measure_sweep(args: EvaluateArguments, accelerator: Accelerator) -> list[dict[str, Any]]:
     """Sample and measure every cell. A transformer is loaded once for consecutive cells; tables follow each cell."""
-    with evaluator.accelerator.local_main_process_first():
-        folder, commit = fetch_pipeline(args.pipeline, args.revision)
+    num_samples = args.num_samples or 50_000
+    plan = describe_pipeline(args.pipeline, args.revision, args.guidance_transformer)
+    cells = plan_cells(args, plan, num_samples)
     axes = [axis for axis in AXES if len({labels(cell).get(axis) for cell in cells}) > 1]
+    evaluator = Evaluator(args, accelerator, num_samples)
+    with accelerator.local_main_process_first():
+        folder, commit = fetch_pipeline(args.pipeline, args.revision)
     guides = {
         "guidance_head": folder / "guidance_head",
         "guidance_transformer": Path(args.guidance_transformer or folder / "guidance_transformer"),
     }
-    guide_weights = {f"{name}_sha256": weights_sha256(path) for name, path in guides.items() if path.is_dir()}
+    common = {
+        "pipeline": Path(args.pipeline).name if commit is None else args.pipeline,
+        "revision": commit,
+        "seeds": f"{args.seed}-{args.seed + num_samples - 1}",
+        "dtype": args.dtype,
+        **{f"{name}_sha256": weights_sha256(path) for name, path in guides.items() if path.is_dir()},
+    }
     records = []
-    for transformer, group in itertools.groupby(cells, key=itemgetter("transformer")):
-        source = transformer_folder(folder) if transformer is None else Path(transformer)
-        pipe = load_pipeline(folder, args.dtype, source, args.guidance_transformer)
-        if args.compile:
-            compile_transformer(pipe.transformer)
-        own_scheduler, weights = pipe.scheduler, weights_sha256(source)
-        for cell in group:
-            pipe.scheduler = SCHEDULERS[cell["scheduler"]]() if cell["scheduler"] else own_scheduler
-            settings = {
-                "pipeline": Path(args.pipeline).name if commit is None else args.pipeline,
-                "revision": commit,
-                "transformer": labels(cell)["transformer"],
-                "weights_sha256": weights,
-                **guide_weights,
-                "scheduler": {"_class_name": type(pipe.scheduler).__name__, **pipe.scheduler.config},
-                **sampling(cell),
-                "seeds": f"{args.seed}-{args.seed + evaluator.num_samples - 1}",
-                "dtype": args.dtype,
-            }
-            make_images = pipeline_images(pipe, evaluator.num_samples, args.seed, **sampling(cell))
-            target = args.output_dir / cell_name(cell, axes)
-            records.append(evaluator.measure(target, make_images, settings, class_names(plan)))
-            if axes and evaluator.accelerator.is_main_process:
-                write_sweep(args.output_dir, axes, cells, records)
+    with evaluator.only_writer():
+        for transformer, group in itertools.groupby(cells, key=itemgetter("transformer")):
+            source = transformer_folder(folder) if transformer is None else Path(transformer)
+            pipe = load_pipeline(folder, args.dtype, source, args.guidance_transformer)
+            if args.compile:
+                compile_transformer(pipe.transformer)
+            own_scheduler, weights = pipe.scheduler, weights_sha256(source)
+            for cell in group:
+                pipe.scheduler = SCHEDULERS[cell["scheduler"]]() if cell["scheduler"] else own_scheduler
+                settings = {
+                    **common,
+                    "transformer": labels(cell)["transformer"],
+                    "weights_sha256": weights,
+                    "scheduler": {"_class_name": type(pipe.scheduler).__name__, **pipe.scheduler.config},
+                    **sampling(cell),
+                }
+                make_images = pipeline_images(pipe, num_samples, args.seed, **sampling(cell))
+                target = args.output_dir / cell_name(cell, axes)
+                records.append(evaluator.measure(target, make_images, settings, class_names(plan)))
+                if axes and accelerator.is_main_process:
+                    write_sweep(args.output_dir, axes, cells, records)
     return records
 
 
@@ -342,11 +346,14 @@ def write_sweep(output_dir: Path, axes: list[str], cells: list[Cell], records: l
         {"folder": cell_name(cell, axes), **labels(cell), **record["metrics"], "seconds": record["seconds"]}
         for cell, record in zip(cells, records, strict=False)
     ]
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, rows[0])
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(output_dir / "sweep.csv", lambda file: file.write_bytes(text.getvalue().encode()))
+
+    def write_table(path: Path) -> None:
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+
+    write_atomically(output_dir / "sweep.csv", write_table)
     write_json(output_dir / "sweep.json", {"cells": rows, "best": rows[best(records)]})
     if len(records) == len(cells):
         plot(output_dir / "sweep.png", axes, cells, records)

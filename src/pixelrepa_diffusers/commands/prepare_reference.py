@@ -20,14 +20,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
 from ..cli import check_launch, flag, parse, run
-from ..evaluation import (
-    FeatureBank,
-    FeatureMoments,
-    FeatureStatistics,
-    extract,
-    gather,
-    open_network,
-)
+from ..evaluation import FeatureBank, FeatureMoments, FeatureStatistics, extract, gather, open_network
 from ..training.data import DataArguments, Example, ImageSource, open_source, read_pixels
 
 
@@ -100,11 +93,14 @@ def main(args: ReferenceArguments) -> FeatureStatistics:
         pin_memory=accelerator.device.type == "cuda",
     )
     moments, bank = FeatureMoments(), FeatureBank()
-    for batch in tqdm(loader, desc="batches", disable=None if accelerator.is_main_process else True):
-        features = extract(network, batch)["features"]
-        moments.update(features)
-        if args.keep_features:
-            bank.update(features)
+    # A bar around the loader would start its workers twice: tqdm.auto calls `iter` when it is created, too.
+    with tqdm(total=len(loader), desc="batches", disable=None if accelerator.is_main_process else True) as bar:
+        for batch in loader:
+            features = extract(network, batch)["features"]
+            moments.update(features)
+            if args.keep_features:
+                bank.update(features)
+            bar.update()
 
     statistics = FeatureStatistics.from_moments(gather(moments), gather(bank) if args.keep_features else None, network)
     if accelerator.is_main_process:

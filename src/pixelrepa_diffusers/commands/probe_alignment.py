@@ -75,7 +75,7 @@ class LateScheduler(JiTFlowMatchScheduler):
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         super().set_timesteps(num_inference_steps, device)
-        # Heun's method evaluates an interior point twice; the second evaluation starts a step.
+        # Heun's method calls the model twice at an interior point; the second call starts a step.
         first = round(self.start_time * num_inference_steps) * self.order
         self.timesteps, self.sigmas = self.timesteps[first:], self.sigmas[first:]
 
@@ -239,14 +239,11 @@ def plot(path: Path, record: dict[str, Any]) -> None:
     width = 0.8 / len(distances)
     for index, (name, pair) in enumerate(distances.items()):
         offset = (index - (len(distances) - 1) / 2) * width
-        bars = axis.bar(
-            [group + offset for group in range(2)], [pair[subset] for subset in SUBSETS], width, label=name
-        )
+        bars = axis.bar([offset, 1 + offset], [pair["near"], pair["far"]], width, label=name)
         axis.bar_label(bars, fmt="%.3g")
-    axis.set_xticks(range(2), ["near the class centroid", "far from it"])
-    axis.set(
-        ylabel="Fréchet distance to the originals", title=f"noised to t = {record['arguments']['time']:g}, denoised"
-    )
+    axis.set_xticks([0, 1], ["near the class centroid", "far from it"])
+    axis.set_ylabel("Fréchet distance to the originals")
+    axis.set_title(f"noised to t = {record['arguments']['time']:g}, denoised")
     axis.legend(fontsize=8)
     axis.margins(y=0.15)
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))

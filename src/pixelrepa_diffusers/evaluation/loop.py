@@ -39,8 +39,8 @@ METRICS = {
     "precision_recall_teacher": ("teacher", "banks"),
 }
 HIGHER_IS_BETTER = ("inception_score", "precision", "recall")
-NEIGHBOUR = 3  # k of precision and recall
-SCORE_SPLITS = 10  # of the Inception Score
+NEIGHBOUR = 3  # precision and recall
+SCORE_SPLITS = 10  # Inception Score
 MINIMUM_IMAGES = {"moments": 2, "scores": SCORE_SPLITS, "banks": NEIGHBOUR + 1}
 
 # Maps image numbers to torch.uint8 (B, 3, H, W).

@@ -11,10 +11,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object
-
-from ..cli import check_launch
 
 
 def _as_matrix(batch: torch.Tensor | np.ndarray, dtype: type[np.floating] = np.float64) -> np.ndarray:
@@ -38,7 +35,7 @@ class FeatureMoments:
     """
 
     def __init__(self):
-        self.count, self.mean, self.scatter = 0, None, None  # scatter: sum of outer products of the centred features
+        self.count, self.mean, self.scatter = 0, 0.0, 0.0  # scatter: sum of outer products of the centred features
 
     def update(self, features: torch.Tensor | np.ndarray) -> None:
         """Add features (B, D); B may be 0."""
@@ -53,12 +50,9 @@ class FeatureMoments:
             self._add(other.count, other.mean, other.scatter)
 
     def _add(self, count: int, mean: np.ndarray, scatter: np.ndarray) -> None:
-        if self.count == 0:
-            self.count, self.mean, self.scatter = count, mean.copy(), scatter.copy()
-            return
         total = self.count + count
         delta = mean - self.mean
-        self.scatter += scatter
+        self.scatter = self.scatter + scatter
         self.scatter += np.outer(delta * (self.count * count / total), delta)
         self.mean = self.mean + delta * (count / total)
         self.count = total
@@ -95,23 +89,21 @@ class InceptionScoreSums:
         borders = [split * num_images // splits for split in range(splits + 1)]
         self._split_of_image = np.empty(num_images, dtype=np.int64)
         self._split_of_image[order] = np.repeat(np.arange(splits), np.diff(borders))
-        self._sum_p = None  # (splits, C)
-        self._sum_p_log_p = np.zeros(splits)
+        self._sum_p = 0.0  # (splits, C)
+        self._sum_p_log_p = 0.0  # (splits,)
 
     def update(self, logits: torch.Tensor | np.ndarray, indices: Sequence[int]) -> None:
         """Add logits (B, C) of the images with these indices, each in [0, num_images)."""
-        logits, splits = _as_matrix(logits), self._split_of_image[indices]
+        logits = _as_matrix(logits)
         shifted = logits - logits.max(axis=1, keepdims=True)
         log_p = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
         p = np.exp(log_p)  # (B, C)
-        if self._sum_p is None:
-            self._sum_p = np.zeros((self.splits, p.shape[1]))
-        np.add.at(self._sum_p, splits, p)
-        np.add.at(self._sum_p_log_p, splits, (p * log_p).sum(axis=1))
+        split = np.eye(self.splits)[self._split_of_image[indices]]  # (B, splits), one-hot
+        self._sum_p = self._sum_p + split.T @ p
+        self._sum_p_log_p = self._sum_p_log_p + split.T @ (p * log_p).sum(axis=1)
 
     def merge(self, other: InceptionScoreSums) -> None:
-        if other._sum_p is not None:
-            self._sum_p = other._sum_p.copy() if self._sum_p is None else self._sum_p + other._sum_p
+        self._sum_p = self._sum_p + other._sum_p
         self._sum_p_log_p = self._sum_p_log_p + other._sum_p_log_p
 
     def compute(self) -> dict[str, float]:
@@ -157,7 +149,6 @@ def gather(accumulator: Accumulator) -> Accumulator:
 
     Every process must call it, even without images. With several processes the argument is not changed.
     """
-    check_launch(PartialState().num_processes)
     merged, *others = gather_object([accumulator])
     for other in others:
         merged.merge(other)

@@ -31,7 +31,7 @@ from diffusers.modular_pipelines.modular_pipeline import MODULAR_PIPELINE_MAPPIN
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.dynamic_modules_utils import get_class_from_dynamic_module
 
-from .pipeline_pixelrepa import _GUIDANCE_KINDS, PixelREPAPipeline, _inside
+from .pipeline_pixelrepa import _GUIDANCE_KINDS, PixelREPAPipeline, _in_interval
 
 
 _MODELS = {
@@ -128,11 +128,9 @@ class PixelREPAInputStep(PixelREPABlock):
         pipeline.check_inputs(
             class_labels=block_state.class_labels,
             num_inference_steps=block_state.num_inference_steps,
-            strength=1.0 if block_state.image is None else block_state.strength,
             generator=block_state.generator,
             latents=block_state.latents,
-            output_type=block_state.output_type,
-            callback_on_step_end_tensor_inputs=[],
+            strength=1.0 if block_state.image is None else block_state.strength,
             **block_state.guidance,
         )
         label_ids = pipeline.get_label_ids(block_state.class_labels)
@@ -225,7 +223,7 @@ class PixelREPALoopDenoiser(PixelREPABlock):
         settings = dict(block_state.guidance)
         scale, interval = settings.pop("guidance_scale"), settings.pop("guidance_interval")
         if isinstance(guider, PixelREPAGuidance):
-            guided = transformer.config.num_classes > 1 and _inside(time, interval)
+            guided = transformer.config.num_classes > 1 and _in_interval(time, interval)
             guider.guidance_scale = scale if guided else 1.0  # 1 asks for no unconditional batch
 
         # A guider counts solver steps: both evaluations of a Heun step have the same number.
@@ -428,7 +426,7 @@ class PixelREPAModularPipeline(ModularPipeline):
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
         """Save the folder of the [`PixelREPAPipeline`], from which both pipelines load; same arguments."""
         components = self.standard_pipeline.components
-        missing = [f"{kind}_scale" for kind, (_, model, _) in _GUIDANCE_KINDS.items() if components[model] is None]
+        missing = [f"{kind}_scale" for kind, (_, model) in _GUIDANCE_KINDS.items() if components[model] is None]
         settings = {name: self.config[name] for name in _SETTINGS if name not in missing}
         PixelREPAPipeline(**components, **settings).save_pretrained(save_directory, **kwargs)
 

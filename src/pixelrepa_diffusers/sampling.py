@@ -65,9 +65,7 @@ def sampling_settings(
     """Checked arguments of a call: the guidance settings that are `given` and not `None`, the others as saved."""
     settings = {"num_inference_steps": num_inference_steps, **saved_guidance(pipeline)}
     settings |= {name: value for name, value in given.items() if value is not None}
-    pipeline.check_inputs(
-        class_labels, **settings, generator=None, latents=None, output_type="pt", callback_on_step_end_tensor_inputs=[]
-    )
+    pipeline.check_inputs(class_labels, **settings)
     return settings
 
 

@@ -479,7 +479,7 @@ def publish_space(
 
 
 def _unsharded(name: str) -> str:
-    """Name of a weights file without its shard: shards and their index get the name of the unsharded file."""
+    """Return the name that the weights of a shard or of an index have when they are not sharded."""
     name = re.sub(r"-\d{5}-of-\d{5}(?=\.safetensors$)", "", name)
     return re.sub(r"\.safetensors\.index(\.\w+)?\.json$", r"\1.safetensors", name)
 

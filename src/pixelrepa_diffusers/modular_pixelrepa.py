@@ -364,7 +364,7 @@ class PixelREPAModularPipeline(ModularPipeline):
 
     @property
     def standard_pipeline(self) -> PixelREPAPipeline:
-        """A standard pipeline of the same components, without guidance settings; its methods do the work."""
+        """Standard pipeline of the same components, without guidance settings. The blocks call its methods."""
         if self.transformer is None or self.scheduler is None:
             raise ValueError("The components are not loaded yet: call `pipe.load_components()` first.")
         components = {name: getattr(self, name) for name in (*_MODELS, "scheduler")}

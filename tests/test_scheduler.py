@@ -33,7 +33,7 @@ def test_times_are_bit_identical_to_the_published_float32_grid(steps):
     euler.set_timesteps(steps)
     heun.set_timesteps(steps)
     assert torch.equal((1 - euler.sigmas).float(), grid)
-    # Heun evaluates the start and the end of every step but the last.
+    # Heun calls the model at the start and the end of every step but the last.
     expected = torch.stack([time for step in itertools.pairwise(grid) for time in step][:-1])
     assert len(heun.timesteps) == 2 * steps - 1
     assert torch.equal((1 - heun.sigmas[:-1]).float(), expected)
@@ -82,7 +82,7 @@ def test_sampling_can_start_at_any_step(with_begin_index):
     for timestep in scheduler.timesteps:
         states.append(sample)
         sample = scheduler.step(cosine_flow(sample, timestep / 1000), timestep, sample).prev_sample
-    # Evaluations 3 and 4 have equal timesteps; 4 starts the third step.
+    # Model calls 3 and 4 have equal timesteps; 4 starts the third step.
     late, restarted = JiTFlowMatchScheduler(), states[4]
     late.set_timesteps(5)
     if with_begin_index:

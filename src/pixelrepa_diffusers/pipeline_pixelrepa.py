@@ -79,6 +79,17 @@ class PixelREPAPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             Smaller or less trained model for autoguidance (arXiv 2406.02507), of the same image size and classes.
         self_guidance_scale, self_guidance_interval, autoguidance_scale, autoguidance_interval:
             Further defaults of a call.
+
+    Examples:
+
+    ```py
+    >>> import torch
+    >>> from diffusers import DiffusionPipeline
+
+    >>> pipe = DiffusionPipeline.from_pretrained("path/or/repo", trust_remote_code=True)
+    >>> seeds = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+    >>> images = pipe(class_labels=[207, 360], generator=seeds).images
+    ```
     """
 
     # The guidance models run in every step, like the transformer, so offloading keeps them on the device beside it.
@@ -401,36 +412,20 @@ class PixelREPAPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
                 Called after every timestep as `callback(pipeline, index, timestep, {"latents": ...})`; the returned
                 dictionary replaces the tensors.
             callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`): Tensors passed to the callback.
-            self_guidance_scale (`float`, *optional*, defaults to the saved value):
-                w in v ← v + w·(v − v_head), applied to both halves before `guidance_scale` combines them. 0 disables it.
-                Needs a `guidance_head`.
-            self_guidance_interval (`tuple[float, float]`, *optional*, defaults to the saved value):
-                Where self-guidance applies; outside, the head is not computed.
-            autoguidance_scale (`float`, *optional*, defaults to the saved value):
-                s in v ← v_weak + s·(v − v_weak), with v_weak of the `guidance_transformer`, likewise applied to both
-                halves; with self-guidance, the two corrections add up. 1 disables it.
-            autoguidance_interval (`tuple[float, float]`, *optional*, defaults to the saved value):
-                Where autoguidance applies; outside, the guidance transformer is not computed.
+            self_guidance_scale, autoguidance_scale (`float`, *optional*, defaults to the saved value):
+                w and s in v ← v + w·(v − v_head) + (s − 1)·(v − v_weak), applied to both halves before `guidance_scale`
+                combines them. They need a `guidance_head` and a `guidance_transformer`; 0 and 1 disable them.
+            self_guidance_interval, autoguidance_interval (`tuple[float, float]`, *optional*, defaults to the saved value):
+                Where they apply, like `guidance_interval`. Outside, the head or the second transformer is not computed.
             image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of them, *optional*):
                 Start from these images, one per label or one for all, instead of from noise. Arrays and tensors are in
-                [0, 1]; another size is resized to the model's square.
+                [0, 1]; images of another size are resized to the model's.
             strength (`float`, defaults to 0.6):
                 With an `image`, the share of the steps that is taken: the start is z = t·image + (1 − t)·noise at
                 t = 1 − strength. 1 ignores the image.
 
         Returns:
             [`ImagePipelineOutput`] or a tuple whose first element is the images.
-
-        Examples:
-
-        ```py
-        >>> import torch
-        >>> from diffusers import DiffusionPipeline
-
-        >>> pipe = DiffusionPipeline.from_pretrained("path/or/repo", trust_remote_code=True)
-        >>> seeds = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
-        >>> images = pipe(class_labels=[207, 360], generator=seeds).images
-        ```
         """
         # 1. Check inputs
         given = {

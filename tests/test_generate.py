@@ -94,8 +94,11 @@ def test_batch_size_and_process_count_change_no_byte(pipeline, tmp_path):
     assert files(tmp_path / "1") == files(tmp_path / "5") == files(tmp_path / "two")
 
 
-def test_the_command_in_a_png_makes_it_again(pipeline, tmp_path):
+def test_the_command_in_a_png_makes_it_again(pipeline, make_transformer, tmp_path):
+    second = tmp_path / "second"
+    make_transformer(seed=1, num_layers=2, in_context_start=1).save_pretrained(second)
     options = ("--scheduler", "euler", "--guidance_scale", 1.5, "--guidance_interval", 0.2, 0.9)
+    options += ("--guidance_transformer", second, "--autoguidance_scale", 2)
     path = generate(pipeline, tmp_path / "first", *options)[6]
     with Image.open(path) as image:
         text = image.text
@@ -106,6 +109,8 @@ def test_the_command_in_a_png_makes_it_again(pipeline, tmp_path):
     assert program == "pixelrepa-generate"
     again = main(parse(GenerateArguments, "", [*argv[:-1], str(tmp_path / "again")]))
     assert [file.read_bytes() for file in again] == [path.read_bytes()]
+    without = generate(pipeline, tmp_path / "without", *options, "--autoguidance_scale", 1)[6]
+    assert not np.array_equal(pixels(without), pixels(path))
 
 
 def test_all_schedulers_approach_the_same_image(pipeline, tmp_path):

@@ -348,8 +348,6 @@ def limit(make_pipeline):
         FlowMatchEulerDiscreteScheduler(shift=3.0),
         FlowMatchHeunDiscreteScheduler(),
         UniPCMultistepScheduler(**FLOW),
-        UniPCMultistepScheduler(**FLOW, solver_order=3),
-        DPMSolverMultistepScheduler(**FLOW),
         DPMSolverMultistepScheduler(**FLOW, solver_order=3, euler_at_final=True),
         DPMSolverSinglestepScheduler(**FLOW, lower_order_final=True),
         DEISMultistepScheduler(**FLOW),

@@ -8,26 +8,11 @@ The file is published beside the weights as remote code and imports only torch a
 
 import inspect
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from diffusers.utils import BaseOutput
-
-
-@dataclass
-class JiTFlowMatchSchedulerOutput(BaseOutput):
-    """
-    Output of [`JiTFlowMatchScheduler.step`].
-
-    Args:
-        prev_sample (`torch.Tensor` of shape `(batch_size, channels, height, width)`):
-            Float32 sample at the noise level of the next model call.
-    """
-
-    prev_sample: torch.Tensor
+from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 
 
 class JiTFlowMatchScheduler(SchedulerMixin, ConfigMixin):
@@ -122,7 +107,7 @@ class JiTFlowMatchScheduler(SchedulerMixin, ConfigMixin):
         timestep: float | torch.Tensor,
         sample: torch.Tensor,
         return_dict: bool = True,
-    ) -> JiTFlowMatchSchedulerOutput | tuple[torch.Tensor]:
+    ) -> SchedulerOutput | tuple[torch.Tensor]:
         """
         Move the sample to the noise level of the next model call, in float32.
 
@@ -130,7 +115,7 @@ class JiTFlowMatchScheduler(SchedulerMixin, ConfigMixin):
             model_output (`torch.Tensor`): Flow velocity noise − image, that is −v.
             timestep (`float` or `torch.Tensor`): Entry of `timesteps`, the timestep of the velocity.
             sample (`torch.Tensor`): Sample of the velocity.
-            return_dict (`bool`, defaults to `True`): Whether to return a [`JiTFlowMatchSchedulerOutput`] or a tuple.
+            return_dict (`bool`, defaults to `True`): Whether to return a [`SchedulerOutput`] or a tuple.
         """
         if self.num_inference_steps is None:
             raise ValueError("Call `set_timesteps` before `step`.")
@@ -152,7 +137,7 @@ class JiTFlowMatchScheduler(SchedulerMixin, ConfigMixin):
 
         if not return_dict:
             return (prev_sample,)
-        return JiTFlowMatchSchedulerOutput(prev_sample=prev_sample)
+        return SchedulerOutput(prev_sample=prev_sample)
 
     def scale_noise(self, sample: torch.Tensor, timestep: float | torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """

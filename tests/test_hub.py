@@ -406,8 +406,10 @@ def test_unreachable_hub_is_a_clear_error(hub, folder, monkeypatch):
         BackgroundPusher("me/digits")
 
 
-@pytest.mark.parametrize("exists", [False, True])
-@pytest.mark.parametrize("token", ["hf_" + "x" * 34, StandInHub.read_token, None])
+@pytest.mark.parametrize(
+    "token, exists",
+    [("hf_" + "x" * 34, False), (StandInHub.read_token, False), (StandInHub.read_token, True), (None, True)],
+)
 def test_token_without_write_permission_is_refused_once_and_not_shown(
     hub, folder, monkeypatch, tmp_path, token, exists, caplog
 ):

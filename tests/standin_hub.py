@@ -34,25 +34,22 @@ def card_errors(content: str) -> list[str]:
     """What the Hub's documentation rules out in the metadata of a model card."""
     match = re.match(r"---\n(.*?)\n---", content, re.DOTALL)
     card = yaml.safe_load(match[1]) if match else {}
-    results = [result for model in card.get("model-index", []) for result in model["results"]]
-    rules = {
-        f'"license" must be one of {sorted(LICENSES)}': card.get("license", "mit") in LICENSES,
-        '"license: other" needs "license_name" and "license_link"': card.get("license") != "other"
-        or {"license_name", "license_link"} <= card.keys(),
-        f'"pipeline_tag" must be one of {TASKS}': card.get("pipeline_tag", TASKS[0]) in TASKS,
-        '"model-index" needs names, types and values': all(
-            result["task"]["type"] and result["dataset"]["type"] and result["dataset"]["name"] for result in results
-        )
-        and all(
-            metric["type"] and isinstance(metric["value"], int | float)
-            for result in results
-            for metric in result["metrics"]
-        ),
-    } | {
-        f'"{key}" must be a list of strings': all(isinstance(item, str) for item in card.get(key, []))
-        for key in ("tags", "datasets", "metrics")
-    }
-    return [message for message, holds in rules.items() if not holds]
+    errors = []
+    if card.get("license", "mit") not in LICENSES:
+        errors.append(f'"license" must be one of {sorted(LICENSES)}')
+    if card.get("license") == "other" and not {"license_name", "license_link"} <= card.keys():
+        errors.append('"license: other" needs "license_name" and "license_link"')
+    if card.get("pipeline_tag", TASKS[0]) not in TASKS:
+        errors.append(f'"pipeline_tag" must be one of {TASKS}')
+    for key in ("tags", "datasets", "metrics"):
+        if not all(isinstance(item, str) for item in card.get(key, [])):
+            errors.append(f'"{key}" must be a list of strings')
+    for model in card.get("model-index", []):
+        for result in model["results"]:
+            values = [metric["value"] for metric in result["metrics"]]
+            if not result["dataset"]["name"] or not all(isinstance(value, int | float) for value in values):
+                errors.append('"model-index" needs the names of data sets, and numbers')
+    return errors
 
 
 @dataclass(frozen=True)

@@ -50,9 +50,11 @@ def save_lora(transformer, folder, seed=0) -> None:
 
 @pytest.fixture(scope="module")
 def saved(make_pipeline, tmp_path_factory):
-    """The folder of a pipeline with a class of ImageNet; read-only."""
+    """The folder of a pipeline with a class of ImageNet and a fast solver; read-only."""
     folder = tmp_path_factory.mktemp("saved") / "pipeline"
-    make_pipeline({**SHALLOW, "num_classes": 208}, id2label={207: "golden retriever"}).save_pretrained(folder)
+    scheduler = JiTFlowMatchScheduler(solver="euler")
+    pipeline = make_pipeline({**SHALLOW, "num_classes": 208}, scheduler, id2label={207: "golden retriever"})
+    pipeline.save_pretrained(folder)
     return folder
 
 

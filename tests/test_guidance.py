@@ -1,21 +1,18 @@
 """Self-guidance by a head and autoguidance by a second transformer: formulas, costs, saving, and settings that are refused."""
 
 import copy
-import shlex
 
 import pytest
 import torch
 from diffusers import FirstBlockCacheConfig
-from PIL import Image
 from tiny import TEACHER_IMAGE_SIZE, encoder, files, random_images, reference_of
 from torch.utils.flop_counter import FlopCounterMode
 from training_runs import TEACHER
 
 from pixelrepa_diffusers import JiTFlowMatchScheduler, JiTGuidanceHead, PixelREPAPipeline
 from pixelrepa_diffusers.cli import parse
-from pixelrepa_diffusers.commands import evaluate, generate
+from pixelrepa_diffusers.commands import evaluate
 from pixelrepa_diffusers.commands.evaluate import EvaluateArguments
-from pixelrepa_diffusers.commands.generate import GenerateArguments
 from pixelrepa_diffusers.hub import published_files, weights_sha256
 
 
@@ -84,12 +81,6 @@ def test_the_head_runs_only_inside_its_interval(guided, head):
     assert calls == [0.5, 0.5, 0.75, 0.75]
 
 
-def test_images_do_not_depend_on_the_batch(guided):
-    seed, settings = torch.Generator().manual_seed(1), {"num_inference_steps": STEPS, "output_type": "latent"}
-    alone = guided(LABELS[1:], generator=seed, **settings).images
-    torch.testing.assert_close(sample(guided)[1:], alone, atol=1e-5, rtol=0)
-
-
 def test_a_pipeline_with_head_and_second_transformer_survives_save_load_save(guided, make_transformer, tmp_path):
     pipeline = PixelREPAPipeline(
         **guided.components | {"guidance_transformer": make_transformer(seed=2)},
@@ -108,15 +99,11 @@ def test_a_pipeline_with_head_and_second_transformer_survives_save_load_save(gui
     assert torch.equal(sample(PixelREPAPipeline.from_pipe(again)), sample(pipeline))
 
 
-def test_self_guidance_works_with_lora_compilation_and_bfloat16(guided):
-    from peft import LoraConfig
-
-    pipeline = copy.deepcopy(guided)
-    pipeline.transformer.add_adapter(LoraConfig(target_modules=["to_q"], init_lora_weights=False))
-    assert not torch.equal(sample(pipeline), sample(guided))
+def test_self_guidance_works_with_a_compiled_head_and_in_bfloat16(guided):
     pipeline = copy.deepcopy(guided)
     pipeline.guidance_head.compile(fullgraph=True, backend="eager")
-    torch.testing.assert_close(sample(pipeline), sample(guided), atol=1e-4, rtol=1e-4)
+    expected = sample(guided, num_inference_steps=1, guidance_scale=1)
+    torch.testing.assert_close(sample(pipeline, num_inference_steps=1, guidance_scale=1), expected, atol=1e-4, rtol=0)
     half = copy.deepcopy(guided).to(torch.bfloat16)
     assert 0 < (sample(half) - sample(guided)).abs().mean() < 0.2
 
@@ -153,21 +140,6 @@ def test_a_pipeline_with_a_head_is_published_whole(guided, tmp_path):
     (tmp_path / "guidance_head/guidance_jit.py").unlink()
     with pytest.raises(FileNotFoundError, match="it has no guidance_head"):
         published_files(tmp_path, "me/digits")
-
-
-def test_generate_names_self_guidance_in_the_command_that_repeats_an_image(guided, tmp_path):
-    guided.save_pretrained(tmp_path / "pipeline")
-    words = ["--pipeline", str(tmp_path / "pipeline"), "--class_labels", "3", "--num_inference_steps", "2"]
-    words += ["--self_guidance_scale", "0.75", "--self_guidance_interval", "0", "0.9"]
-    (first,) = generate.main(parse(GenerateArguments, "", [*words, "--output_dir", str(tmp_path / "one")]))
-    command = shlex.split(Image.open(first).text["command"])[1:]
-    assert command[command.index("--self_guidance_scale") + 1] == "0.75"
-    (again,) = generate.main(parse(GenerateArguments, "", [*command[:-1], str(tmp_path / "two")]))
-    assert first.read_bytes() == again.read_bytes()
-    (plain,) = generate.main(
-        parse(GenerateArguments, "", [*words, "--self_guidance_scale", "0", "--output_dir", str(tmp_path / "three")])
-    )
-    assert first.read_bytes() != plain.read_bytes()
 
 
 def test_evaluate_sweeps_self_guidance_and_autoguidance(guided, make_transformer, tmp_path):

@@ -1,7 +1,7 @@
 """Published pipelines stand alone, and publishing never leaves half a repository.
 
-The real huggingface_hub client talks to a stand-in Hub on 127.0.0.1. Published pipelines are loaded in processes of their own
-with fresh caches, one of which cannot import this package.
+The real huggingface_hub client talks to a stand-in Hub on 127.0.0.1. Published pipelines are also loaded in a process with a
+fresh cache, which cannot import this package.
 """
 
 import json
@@ -90,42 +90,49 @@ def hub(monkeypatch):
 
 # ------------------------------------------------------------------------------------------- loading what is published
 
-PRELUDE = """
+CLIENT = """
 import json, os, re, sys
 from functools import partial
 import torch
-from diffusers import AutoModel, DiffusionPipeline
+from diffusers import AutoModel, DiffusionPipeline, ModularPipeline
 
 results = {}
 
 def sample(pipe):
     pipe.set_progress_bar_config(disable=True)
     seeds = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
-    return pipe(["nought", 3], num_inference_steps=3, generator=seeds, output_type="pt").images
+    arguments = dict(class_labels=["nought", 3], num_inference_steps=3, generator=seeds, output_type="pt")
+    return pipe(**arguments, output="images") if isinstance(pipe, ModularPipeline) else pipe(**arguments).images
 
 def predict(model):
     return model(torch.linspace(-1, 1, 192).reshape(1, 3, 8, 8), 0.5, torch.tensor([2])).sample.detach()
 
 def load_everything():
-    results["local"] = sample(load(FOLDER))
-    results["remote"] = sample(load("me/digits"))
-    results["branch"] = sample(load("me/digits", revision="checkpoint-5"))
-    results["pushed"] = sample(load("me/pushed"))
+    for load, kind in ((load_standard, ""), (load_modular, "modular ")):
+        results[kind + "local"] = sample(load(FOLDER))
+        results[kind + "remote"] = sample(load("me/digits"))
+        results[kind + "branch"] = sample(load("me/digits", revision="checkpoint-5"))
+        results[kind + "pushed"] = sample(load("me/pushed"))
 """
 
 BARE = """
 sys.modules["pixelrepa_diffusers"] = None  # importing it raises ImportError from here on
-load = partial(DiffusionPipeline.from_pretrained, trust_remote_code=True)
-"""
-
-BARE_ONLINE = """
 from diffusers.commands.diffusers_cli import main
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download
 from PIL import Image
 
+load_standard = partial(DiffusionPipeline.from_pretrained, trust_remote_code=True)
+
+def load_modular(name, **options):
+    pipe = ModularPipeline.from_pretrained(name, trust_remote_code=True, **options)
+    pipe.load_components()
+    return pipe
+
 load_everything()
-load("me/digits").push_to_hub("me/again")
-results["pushed_again"] = sample(load("me/again"))
+load_standard("me/digits").push_to_hub("me/again")
+results["pushed again"] = sample(load_standard("me/again"))
+load_modular("me/digits").push_to_hub("me/modular")
+results["modular pushed again"] = sample(load_modular("me/modular"))
 results["model"] = predict(AutoModel.from_pretrained("me/model", trust_remote_code=True))
 
 card = open(os.path.join(snapshot_download("me/digits"), "README.md"), encoding="utf-8").read()
@@ -139,76 +146,85 @@ try:
     main()
 except SystemExit as stop:
     assert not stop.code, stop
-results["command_line"] = os.listdir("out")
+results["command line"] = os.listdir("out")
+
+constants.HF_HUB_OFFLINE = True
+results["offline"] = sample(load_standard(snapshot_download("me/digits", local_files_only=True)))
+torch.save(results, "results.pt")
 """
 
-PACKAGE_ONLINE = """
-from pixelrepa_diffusers import JiTTransformer2DModel, PixelREPAPipeline
-load = PixelREPAPipeline.from_pretrained
+PACKAGE = """
+from pixelrepa_diffusers import JiTTransformer2DModel, PixelREPAModularPipeline, PixelREPAPipeline
+
+def load_modular(name, **options):
+    pipe = PixelREPAModularPipeline.from_pretrained(name, **options)
+    pipe.load_components()
+    return pipe
+
+load_standard = PixelREPAPipeline.from_pretrained
 load_everything()
-results["pushed_again"] = sample(load("me/again"))
+results["pushed again"] = sample(load_standard("me/again"))
+results["modular pushed again"] = sample(load_modular("me/modular"))
 results["model"] = predict(JiTTransformer2DModel.from_pretrained("me/model"))
-results["model_of_a_pipeline"] = predict(JiTTransformer2DModel.from_pretrained("me/digits", subfolder="transformer"))
+results["model of a pipeline"] = predict(JiTTransformer2DModel.from_pretrained("me/digits", subfolder="transformer"))
 """
-
-BARE_OFFLINE = """
-from huggingface_hub import snapshot_download
-results["bare"] = sample(load(snapshot_download("me/digits", local_files_only=True)))
-del sys.modules["pixelrepa_diffusers"]
-from pixelrepa_diffusers import PixelREPAPipeline
-results["package"] = sample(PixelREPAPipeline.from_pretrained("me/digits"))
-"""
-
-
-def run_client(script: str, workdir: Path, home: Path, hub: StandInHub, folder: Path, **variables) -> dict:
-    """The `results` of a script, run in a process with its cache in `home`."""
-    code = f"FOLDER = {str(folder)!r}\n{PRELUDE}{script}\ntorch.save(results, 'results.pt')\n"
-    environment = {**os.environ, **hub.environment(home), "CUDA_VISIBLE_DEVICES": "", **variables}
-    run = subprocess.run(
-        [sys.executable, "-c", code], cwd=workdir, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert hub.token not in run.stdout + run.stderr
-    return torch.load(workdir / "results.pt")
 
 
 @pytest.fixture(scope="module")
-def clients(folder, tmp_path_factory):
-    """Results of a process without the package, of this one, and of one offline."""
+def clients(folder, later, tmp_path_factory):
+    """Results of a process without the package, and of this one."""
     work = tmp_path_factory.mktemp("clients")
     with StandInHub() as hub, pytest.MonkeyPatch.context() as patch:
         log_in(hub, patch)
         publish_folder(folder, "me/digits")
-        publish_folder(folder, "me/digits", revision="checkpoint-5")
+        publish_folder(later, "me/digits", revision="checkpoint-5")
         pipe = PixelREPAPipeline.from_pretrained(folder)
         pipe.push_to_hub("me/pushed")
         pipe.transformer.push_to_hub("me/model")
 
-        results = {"bare": run_client(BARE + BARE_ONLINE, work, work / "bare", hub, folder)}
-        exec(PRELUDE + PACKAGE_ONLINE, scope := {"FOLDER": folder})
-        results["package"] = scope["results"]
+        run = subprocess.run(
+            [sys.executable, "-c", f"FOLDER = {str(folder)!r}\n{CLIENT}{BARE}"],
+            cwd=work,
+            env={**os.environ, **hub.environment(work / "home"), "CUDA_VISIBLE_DEVICES": ""},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert run.returncode == 0, run.stderr[-3000:]
+        assert hub.token not in run.stdout + run.stderr
+        exec(CLIENT + PACKAGE, scope := {"FOLDER": folder})
         hub.reset()
-        results["offline"] = run_client(BARE + BARE_OFFLINE, work, work / "bare", hub, folder, HF_HUB_OFFLINE="1")
+        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        scope["results"]["offline"] = scope["sample"](PixelREPAPipeline.from_pretrained("me/digits"))
         assert hub.requests == 0
-    return results
+    return torch.load(work / "results.pt"), scope["results"]
 
 
 def test_images_are_bit_identical_with_and_without_the_package(clients):
-    expected = clients["package"]["local"]
-    for client in ("bare", "package"):
-        for source in ("local", "remote", "branch", "pushed", "pushed_again"):
-            assert torch.equal(clients[client][source], expected), (client, source)
-        assert torch.equal(clients["offline"][client], expected), client
+    bare, package = clients
+    for kind in ("", "modular "):
+        expected = package[kind + "local"]
+        for images in clients:
+            for source in ("local", "remote", "pushed", "pushed again"):
+                assert torch.equal(images[kind + source], expected), (kind, source)
+        assert torch.equal(bare[kind + "branch"], package[kind + "branch"])
+        assert not torch.equal(bare[kind + "branch"], expected)
+    for images in clients:
+        assert torch.equal(images["offline"], package["local"])
+    torch.testing.assert_close(bare["modular local"], bare["local"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(bare["modular branch"], bare["branch"], atol=1e-5, rtol=0)
 
 
 def test_model_loads_alone(clients):
-    assert torch.equal(clients["package"]["model_of_a_pipeline"], clients["package"]["model"])
-    assert torch.equal(clients["bare"]["model"], clients["package"]["model"])
+    bare, package = clients
+    assert torch.equal(package["model of a pipeline"], package["model"])
+    assert torch.equal(bare["model"], package["model"])
 
 
 def test_usage_example_of_the_card_and_the_diffusers_command_line_run(clients):
-    assert clients["bare"]["snippet"] == (8, 8)
-    assert len([name for name in clients["bare"]["command_line"] if name.endswith((".png", ".jpg", ".webp"))]) == 2
+    bare, _ = clients
+    assert bare["snippet"] == (8, 8)
+    assert len([name for name in bare["command line"] if name.endswith((".png", ".jpg", ".webp"))]) == 2
 
 
 # ------------------------------------------------------------------------------------------------------- publishing
@@ -331,9 +347,15 @@ def test_concurrent_commit_never_mixes_two_pipelines(hub, folder, later):
 
 
 @pytest.fixture
-def update(hub, folder, later):
-    """A function that resets the Hub to the first of two states, the number of requests to the other, and the history."""
-    publish_folder(folder, "me/digits")
+def update(hub, folder, later, tmp_path):
+    """
+    A new state to publish, a function that resets the Hub to the old state, the number of requests of an undisturbed
+    publication, and the history after it.
+    """
+    old, new = (Path(shutil.copytree(state, tmp_path / state.parent.name)) for state in (folder, later))
+    for state in (old, new):
+        (state / "README.md").write_text("# Mine")  # building a card takes longer than publishing
+    publish_folder(old, "me/digits")
     start = deepcopy((hub.repos, hub.lfs))
 
     def begin() -> None:
@@ -341,9 +363,9 @@ def update(hub, folder, later):
         hub.repos, hub.lfs = deepcopy(start)
 
     begin()
-    publish_folder(later, "me/digits")
+    publish_folder(new, "me/digits")
     assert sum(method == "PUT" for method, _ in hub.log) == 2
-    return begin, hub.requests, history(hub)
+    return new, begin, hub.requests, history(hub)
 
 
 def history(hub) -> list[dict[str, bytes]]:
@@ -351,28 +373,28 @@ def history(hub) -> list[dict[str, bytes]]:
 
 
 @pytest.mark.parametrize("fault", [500, "cut", "lost"])
-def test_push_survives_a_fault_at_any_request(hub, later, update, fault):
-    begin, requests, states = update
+def test_push_survives_a_fault_at_any_request(hub, update, fault):
+    new, begin, requests, states = update
     for failing in range(1, requests + 1):
         begin()
         hub.fault = lambda number, method, path, failing=failing: fault if number == failing else None
-        publish_folder(later, "me/digits")
+        publish_folder(new, "me/digits")
         assert hub.requests >= failing and history(hub) == states, failing
 
 
-def test_push_that_fails_for_good_leaves_the_repository_unchanged(hub, later, update, caplog):
-    begin, requests, states = update
-    local = files(later)
+def test_push_that_fails_for_good_leaves_the_repository_unchanged(hub, update, caplog):
+    new, begin, requests, states = update
+    local = files(new)
     for failing in range(1, requests + 1):
         begin()
         hub.fault = lambda number, method, path, failing=failing: 500 if number >= failing else None
         with pytest.raises(PublishError, match="could not be published to me/digits in 2 tries") as caught:
-            publish_folder(later, "me/digits")
+            publish_folder(new, "me/digits")
         assert hub.token not in str(caught.value) + caplog.text
-        assert history(hub) == states[:2] and files(later) == local, failing
+        assert history(hub) == states[:2] and files(new) == local, failing
 
     hub.reset()
-    publish_folder(later, "me/digits")
+    publish_folder(new, "me/digits")
     assert history(hub) == states
 
 
@@ -384,8 +406,10 @@ def test_unreachable_hub_is_a_clear_error(hub, folder, monkeypatch):
         BackgroundPusher("me/digits")
 
 
-@pytest.mark.parametrize("exists", [False, True])
-@pytest.mark.parametrize("token", ["hf_" + "x" * 34, StandInHub.read_token, None])
+@pytest.mark.parametrize(
+    "token, exists",
+    [("hf_" + "x" * 34, False), (StandInHub.read_token, False), (StandInHub.read_token, True), (None, True)],
+)
 def test_token_without_write_permission_is_refused_once_and_not_shown(
     hub, folder, monkeypatch, tmp_path, token, exists, caplog
 ):

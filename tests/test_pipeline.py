@@ -61,7 +61,7 @@ def load(folder, **arguments):
 
 
 def record_calls(pipeline):
-    """A list that receives (batch size, t, labels) of every model evaluation."""
+    """A list that receives (batch size, t, labels) of every model call."""
     calls = []
     pipeline.transformer.register_forward_pre_hook(
         lambda module, arguments: calls.append((arguments[0].shape[0], float(arguments[1]), arguments[2].tolist()))
@@ -76,12 +76,8 @@ def record_calls(pipeline):
     "labels, ids",
     [
         (3, [3]),
-        ((1, 2), [1, 2]),
-        ([np.int32(4), 5], [4, 5]),
-        (np.array([1, 2]), [1, 2]),
-        (torch.tensor(7), [7]),
+        ((1, np.int32(4)), [1, 4]),
         (torch.tensor([[7], [8]], dtype=torch.uint8), [7, 8]),
-        ("Carassius auratus", [1]),
         ("goldfish, Carassius auratus", [1]),
         (["white shark", 0, "hammerhead"], [2, 0, 5]),
     ],
@@ -128,16 +124,14 @@ def test_a_model_with_one_class_needs_no_label_and_has_no_guidance(make_pipeline
         ({"num_inference_steps": 0}, "`num_inference_steps` must be at least 1"),
         ({"guidance_scale": -1.0}, "`guidance_scale` must be at least 0"),
         ({"guidance_interval": (0.7, 0.3)}, r"`guidance_interval` must satisfy .* got \(0.7, 0.3\)"),
-        ({"guidance_interval": (0.1, 1.1)}, "`guidance_interval` must satisfy"),
         ({"guidance_interval": (0.1,)}, "`guidance_interval` must satisfy"),
         ({"latents": torch.zeros(1, 3, 16, 16)}, r"shape \(2, 3, 16, 16\), got \(1, 3, 16, 16\)"),
         ({"generator": [torch.Generator()]}, "1 generators for 2 images"),
-        ({"output_type": "jpeg"}, "`output_type` must be"),
         ({"callback_on_step_end_tensor_inputs": ["prediction"]}, r"may only name \['latents'\]"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_wrong_arguments_are_refused_before_any_model_evaluation(make_pipeline, arguments, message):
+def test_wrong_arguments_are_refused_before_any_model_call(make_pipeline, arguments, message):
     pipeline = make_pipeline()
     calls = record_calls(pipeline)
     with pytest.raises(ValueError, match=message):
@@ -205,7 +199,7 @@ def test_latents_are_unit_noise_multiplied_by_the_noise_scale(make_pipeline):
 
 
 @pytest.mark.parametrize("scale", [0.0, 3.0])
-def test_guidance_is_the_published_formula_in_one_batched_evaluation(make_pipeline, scale):
+def test_guidance_is_the_published_formula_in_one_batched_model_call(make_pipeline, scale):
     pipeline = make_pipeline(scheduler=JiTFlowMatchScheduler(solver="euler"))
     calls = record_calls(pipeline)
     images = sample(pipeline, [1, 2], steps=1, guidance_scale=scale, guidance_interval=(0.0, 1.0))
@@ -225,8 +219,6 @@ def test_guidance_is_the_published_formula_in_one_batched_evaluation(make_pipeli
     [
         # t = 0, 0.1, …, 0.9: strict bounds, except that low = 0 includes the start
         ((0.0, 1.0), [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]),
-        ((0.1, 1.0), [2, 3, 4, 5, 6, 7, 8, 9]),
-        ((0.0, 0.1), [0]),
         ((0.3, 0.7), [4, 5, 6]),
         ((0.25, 0.75), [3, 4, 5, 6, 7]),
         ((0.9, 1.0), []),
@@ -256,7 +248,7 @@ def test_saved_guidance_is_the_default_of_a_call(make_pipeline):
 
 
 @pytest.mark.parametrize(
-    "scheduler, evaluations",
+    "scheduler, nfe",
     [
         (JiTFlowMatchScheduler(), 11),
         (JiTFlowMatchScheduler(solver="euler"), 6),
@@ -267,13 +259,13 @@ def test_saved_guidance_is_the_default_of_a_call(make_pipeline):
     ],
     ids=by_class,
 )
-def test_the_progress_bar_counts_steps_not_evaluations(make_pipeline, monkeypatch, scheduler, evaluations):
+def test_the_progress_bar_counts_steps_not_model_calls(make_pipeline, monkeypatch, scheduler, nfe):
     pipeline = make_pipeline(scheduler=scheduler)
     calls, bars, make_bar = record_calls(pipeline), [], pipeline.progress_bar
     monkeypatch.setattr(pipeline, "progress_bar", lambda **kwargs: bars.append(make_bar(**kwargs)) or bars[-1])
     pipeline.set_progress_bar_config(disable=False)
     sample(pipeline, steps=6, guidance_scale=1.0, guidance_interval=(0.0, 1.0))
-    assert len(calls) == pipeline.num_timesteps == evaluations
+    assert len(calls) == pipeline.num_timesteps == nfe
     assert {size for size, _, _ in calls} == {2}
     assert (bars[0].n, bars[0].total) == (6, 6)
 
@@ -325,7 +317,7 @@ def test_the_half_precision_error_of_a_sample_is_that_of_one_forward_pass(make_p
         one_forward = max(
             error(lambda pipe, t=t: pipe.transformer(latents, t, labels).sample) for t in (0.0, 0.5, 1.0)
         )
-    errors = [error(lambda pipe, n=n: sample(pipe, labels.tolist(), n, latents=latents)) for n in (10, 90)]
+    errors = [error(lambda pipe, n=n: sample(pipe, labels.tolist(), n, latents=latents)) for n in (10, 40)]
     # Measured with a float32 state: 0.6 to 1.1 of one forward pass, decreasing with the number of steps
     assert dtypes == {torch.float32}
     assert max(errors) < 1.5 * one_forward and errors[1] < 1.2 * errors[0]
@@ -334,7 +326,7 @@ def test_the_half_precision_error_of_a_sample_is_that_of_one_forward_pass(make_p
 # Other schedulers
 
 
-@pytest.mark.parametrize("steps", [1, 10, 50])
+@pytest.mark.parametrize("steps", [1, 10])
 def test_flow_match_euler_uses_the_grid_of_the_method(make_pipeline, steps):
     pipeline = make_pipeline(SHALLOW, guidance_scale=2.0, scheduler=JiTFlowMatchScheduler(solver="euler"))
     expected = sample(pipeline, steps=steps)
@@ -356,8 +348,6 @@ def limit(make_pipeline):
         FlowMatchEulerDiscreteScheduler(shift=3.0),
         FlowMatchHeunDiscreteScheduler(),
         UniPCMultistepScheduler(**FLOW),
-        UniPCMultistepScheduler(**FLOW, solver_order=3),
-        DPMSolverMultistepScheduler(**FLOW),
         DPMSolverMultistepScheduler(**FLOW, solver_order=3, euler_at_final=True),
         DPMSolverSinglestepScheduler(**FLOW, lower_order_final=True),
         DEISMultistepScheduler(**FLOW),
@@ -413,20 +403,11 @@ def test_a_pipeline_survives_saving_and_loading_twice(make_pipeline, tmp_path):
     assert_close(sample(loaded, ["goldfish", 2]), sample(pipeline))
 
 
-@pytest.mark.parametrize(
-    "scheduler", [JiTFlowMatchScheduler(solver="euler"), UniPCMultistepScheduler(**FLOW)], ids=by_class
-)
-def test_another_scheduler_is_saved_and_loaded(make_pipeline, tmp_path, scheduler):
-    pipeline = make_pipeline(scheduler=scheduler)
-    pipeline.save_pretrained(tmp_path)
-    loaded = load(tmp_path)
-    assert type(loaded.scheduler) is type(scheduler)
-    assert_close(sample(loaded), sample(pipeline))
-
-
 def test_components_and_settings_can_be_given_to_from_pretrained_and_from_pipe(make_pipeline, tmp_path):
-    pipeline, scheduler = make_pipeline(id2label=NAMES, guidance_scale=2.5), FlowMatchEulerDiscreteScheduler()
+    saved_scheduler, scheduler = UniPCMultistepScheduler(**FLOW), FlowMatchEulerDiscreteScheduler()
+    pipeline = make_pipeline(scheduler=saved_scheduler, id2label=NAMES, guidance_scale=2.5)
     pipeline.save_pretrained(tmp_path)
+    assert type(load(tmp_path).scheduler) is UniPCMultistepScheduler
     same = PixelREPAPipeline.from_pipe(pipeline)
     assert same.transformer is pipeline.transformer
     assert same.get_label_ids("goldfish") == [1] and same.config.guidance_scale == 2.5
@@ -464,33 +445,28 @@ CACHES = {
 }
 
 
-@pytest.mark.parametrize("interval", [(0.0, 1.0), (0.3, 0.7)], ids=str)
 @pytest.mark.parametrize("cache", CACHES)
-def test_a_cache_saves_work_changes_little_and_leaves_nothing_behind(make_pipeline, cache, interval):
-    pipeline = make_pipeline({"in_context_start": 1}, guidance_scale=2.0, guidance_interval=interval)
+def test_a_cache_saves_work_changes_little_and_leaves_nothing_behind(make_pipeline, cache):
+    pipeline = make_pipeline({"in_context_start": 1}, guidance_scale=2.0, guidance_interval=(0.3, 0.7))
     work = []
     pipeline.transformer.transformer_blocks[1].attn.to_q.register_forward_pre_hook(lambda *_: work.append(1))
 
-    def run():
+    def run(**arguments):
         work.clear()
-        return sample(pipeline, steps=20), len(work)
+        return sample(pipeline, steps=20, **arguments), len(work)
 
     expected, full = run()
     pipeline.transformer.enable_cache(CACHES[cache](pipeline))
     images, cached = run()
-    assert full == 39
-    assert cached < 32
+    assert full == 39 and cached < 32
     assert 0 < (images - expected).abs().max() < 0.5
     # A call that raises must not influence the next one.
     with pytest.raises(ZeroDivisionError):
-        sample(
-            pipeline, steps=20, latents=-NOISE, callback_on_step_end=lambda pipe, index, *_: {"x": 1 // (9 - index)}
-        )
+        run(latents=-NOISE, callback_on_step_end=lambda pipe, index, *_: {"x": 1 // (9 - index)})
     assert torch.equal(run()[0], images)
     pipeline.transformer.disable_cache()
     again, undone = run()
-    assert undone == full
-    assert torch.equal(again, expected)
+    assert undone == full and torch.equal(again, expected)
 
 
 @pytest.mark.parametrize(

@@ -22,15 +22,8 @@ import sys
 sys.modules["pixelrepa_diffusers"] = None  # import now fails
 from pathlib import Path
 import torch
-from diffusers import AutoModel, DiffusionPipeline, UniPCMultistepScheduler
+from diffusers import AutoModel, ClassifierFreeGuidance, DiffusionPipeline, ModularPipeline, UniPCMultistepScheduler
 from safetensors.torch import save_file
-
-try:
-    import pixelrepa_diffusers
-except ImportError:
-    pass
-else:
-    raise SystemExit("the package can be imported")
 
 source, out = Path(sys.argv[1]), Path(sys.argv[2])
 images = {}
@@ -41,10 +34,9 @@ def load(folder, **kwargs):
     return pipe
 
 def sample(name, pipe):
-    generator = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
-    images[name] = pipe(
-        ["goldfish", 3], generator=generator, num_inference_steps=4, output_type="latent", return_dict=False
-    )[0]
+    arguments = dict(class_labels=["goldfish", 3], num_inference_steps=4, output_type="latent")
+    arguments["generator"] = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+    images[name] = pipe(**arguments, output="images") if isinstance(pipe, ModularPipeline) else pipe(**arguments)[0]
 
 pipe = load(source / "plain")
 assert type(pipe).__module__.startswith("diffusers_modules."), type(pipe)
@@ -74,6 +66,18 @@ assert type(guided.guidance_head).__module__.startswith("diffusers_modules."), t
 sample("guided", guided)
 guided.save_pretrained(out / "guided")
 
+modular = ModularPipeline.from_pretrained(str(source / "guided"), trust_remote_code=True)
+modular.load_components()
+assert type(modular.guidance_head).__module__.startswith("diffusers_modules."), type(modular.guidance_head)
+sample("modular", modular)
+modular.save_pretrained(out / "modular")
+modular.update_components(guider=ClassifierFreeGuidance(2.0))
+sample("guider", modular)
+modular.unload_components("transformer")
+modular.load_components(names="transformer", dtype=torch.bfloat16, trust_remote_code=True)
+assert modular.transformer.dtype == torch.bfloat16
+assert modular.transformer.conditioning.time_embedding.linear_1.weight.dtype == torch.float32
+
 z, t, y = torch.linspace(-1, 1, 768).view(1, 3, 16, 16), torch.tensor([0.5]), torch.tensor([3])
 model = AutoModel.from_pretrained(str(source / "plain" / "transformer"), trust_remote_code=True)
 with torch.no_grad():
@@ -86,10 +90,11 @@ save_file({name: tensor.float() for name, tensor in images.items()}, str(out / "
 """
 
 
-def sample(pipeline):
+def sample(pipeline, **settings):
     pipeline.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
-    return pipeline(["goldfish", 3], generator=generators, num_inference_steps=4, output_type="latent").images
+    settings = {"num_inference_steps": 4, "output_type": "latent", **settings}
+    return pipeline(["goldfish", 3], generator=generators, **settings).images
 
 
 @torch.no_grad()
@@ -156,6 +161,16 @@ def test_remote_code_guides_by_a_head_and_a_second_transformer(saved, remote):
     images, folder, _ = remote
     for place in (saved, folder):
         assert torch.equal(images["guided"], sample(PixelREPAPipeline.from_pretrained(place / "guided")))
+
+
+def test_remote_modular_code_guides_saves_and_swaps_the_guider(saved, remote):
+    images, folder, _ = remote
+    pipeline = PixelREPAPipeline.from_pretrained(saved / "guided")
+    # The standard pipeline computes both halves of a guided batch in one model call.
+    torch.testing.assert_close(images["modular"], sample(pipeline), atol=1e-5, rtol=1e-5)
+    guided = sample(pipeline, guidance_scale=2.0, guidance_interval=(0, 1))
+    torch.testing.assert_close(images["guider"], guided, atol=1e-5, rtol=1e-5)
+    assert files(folder / "modular") == files(saved / "guided")
 
 
 @pytest.mark.parametrize("name", ["model", "model again"])

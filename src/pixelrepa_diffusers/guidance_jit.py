@@ -226,8 +226,6 @@ class JiTGuidanceHead(ModelMixin, ConfigMixin):
                 f"must lie in [0, {config.num_layers - 1}]."
             )
 
-    # The saved folder loads without this package, as that of the transformer.
-
     def save_config(self, save_directory, push_to_hub: bool = False, **kwargs):
         """Save config.json and a copy of this file, so that the head loads without this package."""
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
@@ -275,8 +273,8 @@ class JiTGuidanceHead(ModelMixin, ConfigMixin):
         cos, sin = (torch.cat(axes, dim=-1) for axes in zip(row, column, strict=True))  # (N, d) each
 
         if config.in_context_len:
-            # The alignment states have no class tokens. Without any, the head would know the class less well than the
-            # image, and guidance by it would act like more classifier-free guidance.
+            # The alignment states have no class tokens. A head without them would know the image better than the class,
+            # and its guidance would act like more classifier-free guidance.
             class_tokens = class_states.unsqueeze(1) + self.in_context_positions.to(class_states)
             hidden_states = torch.cat([class_tokens.to(hidden_states.dtype), hidden_states], dim=1)  # (B, T, D)
             cos = F.pad(cos, (0, 0, config.in_context_len, 0), value=1.0)  # (T, d): class tokens are not rotated

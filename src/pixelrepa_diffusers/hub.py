@@ -136,34 +136,31 @@ def build_card(
             "The description states results without a source. Put measured figures into a metrics file instead."
         )
     training, metrics = training or {}, metrics or {}
-    objective = training.get("objective", objective)
-    teacher = (teacher or training.get("teacher_model_name_or_path")) if objective not in (None, "none") else None
-    dataset = _public_name(dataset or training.get("dataset_name"))
-    base_model = _public_name(base_model or training.get("pretrained_model_name_or_path"))
     with torch.device("meta"):
         transformer = JiTTransformer2DModel.from_config(transformer_config)
-    config = transformer.config
+    config, id2label = transformer.config, pipeline_config.get("id2label") or {}
     preset = next(iter(matching_presets({name: config[name] for name in SHAPE})), None)
-    id2label, num_classes = pipeline_config.get("id2label") or {}, config.num_classes
-    conditioning = "Class-conditional" if num_classes > 1 else "Unconditional"
-    example = "207" if num_classes == 1000 else "0"
-    labels = [id2label[example].partition(",")[0] if example in id2label else 0, num_classes - 1]
-    # Few samples do not support many digits.
-    digits = 4 if metrics.get("num_samples", 0) >= 10_000 else 3
-    measured = {name: float(f"{value:.{digits}g}") for name, value in metrics.get("metrics", {}).items()}
-    title = repo_id.rpartition("/")[2]
-    data = _metadata(title, objective, conditioning, base_model, dataset, teacher, measured, metrics.get("reference"))
-    data.license, data.license_name, data.license_link = license, license_name, license_link
+    objective = training.get("objective", objective)
+    teacher = (teacher or training.get("teacher_model_name_or_path")) if objective not in (None, "none") else None
+    facts = {
+        "title": repo_id.rpartition("/")[2],
+        "conditioning": "Class-conditional" if config.num_classes > 1 else "Unconditional",
+        "objective": objective,
+        "base_model": _public_name(base_model or training.get("pretrained_model_name_or_path")),
+        "dataset": _public_name(dataset or training.get("dataset_name")),
+        "teacher": teacher,
+        "measured": _rounded(metrics),
+        "metrics": metrics,
+    }
     return ModelCard.from_template(
-        data,
+        _metadata(facts, license=license, license_name=license_name, license_link=license_link),
         template_path=str(CARD_TEMPLATE),
-        title=title,
+        **facts,
         repo_id=repo_id,
         revision=revision,
         description=description,
-        conditioning=conditioning,
         method=METHODS.get(objective),
-        labels=json.dumps(labels, ensure_ascii=False) if num_classes > 1 else None,
+        labels=_example_labels(id2label, config.num_classes),
         pipeline=pipeline_config,
         has_samples=has_samples,
         config=config,
@@ -171,48 +168,54 @@ def build_card(
         num_parameters=transformer.num_parameters(),
         training=training,
         origin=origin,
-        base_model=base_model,
-        dataset=dataset,
-        teacher=teacher,
         teacher_name=_public_name(teacher),
-        metrics=metrics,
-        measured=measured,
-        paper=PAPER_RESULTS.get(preset) if num_classes == 1000 else None,
-        is_imagenet=num_classes == 1000 and "golden retriever" in id2label.values(),
+        paper=PAPER_RESULTS.get(preset) if config.num_classes == 1000 else None,
+        is_imagenet=config.num_classes == 1000 and "golden retriever" in id2label.values(),
         license=license,
     )
 
 
-def _metadata(
-    title: str,
-    objective: str | None,
-    conditioning: str,
-    base_model: str | None,
-    dataset: str | None,
-    teacher: str | None,
-    measured: Mapping[str, float],
-    reference: str | None,
-) -> ModelCardData:
-    """The card's header for the Hub, with links to what the Hub has."""
-    base_model, linked_dataset, teacher = (
-        name if _is_hub_id(name) else None for name in (base_model, dataset, teacher)
+def _rounded(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Round the measured values: few samples do not support many digits."""
+    digits = 4 if metrics.get("num_samples", 0) >= 10_000 else 3
+    return {name: float(f"{value:.{digits}g}") for name, value in metrics.get("metrics", {}).items()}
+
+
+def _example_labels(id2label: Mapping[str, str], num_classes: int) -> str | None:
+    """Return the labels of the usage example as code: a name, if there is one, and an id."""
+    if num_classes == 1:
+        return None
+    example = "207" if num_classes == 1000 else "0"
+    first = id2label[example].partition(",")[0] if example in id2label else 0
+    return json.dumps([first, num_classes - 1], ensure_ascii=False)
+
+
+def _metadata(facts: Mapping[str, Any], **licence: str | None) -> ModelCardData:
+    """Build the card's header, with links to the repositories that the Hub has."""
+    base_model, dataset, teacher = (
+        facts[name] if _is_hub_id(facts[name]) else None for name in ("base_model", "dataset", "teacher")
     )
-    method = ["pixelrepa"] if objective == "pixelrepa" else []
-    source = {"task_type": TASK, "dataset_type": linked_dataset or "other", "dataset_name": dataset or reference}
+    source = {
+        "task_type": TASK,
+        "dataset_type": dataset or "other",
+        "dataset_name": facts["dataset"] or facts["metrics"].get("reference"),
+    }
+    results = [
+        EvalResult(**source, metric_type=name, metric_name=name, metric_value=value)
+        for name, value in facts["measured"].items()
+    ]
+    method = ["pixelrepa"] if facts["objective"] == "pixelrepa" else []
     return ModelCardData(
         library_name="diffusers",
         pipeline_tag=TASK,
+        tags=["jit", *method, f"{facts['conditioning'].lower()}-image-generation", *TAGS],
         base_model=base_model,
-        tags=["jit", *method, f"{conditioning.lower()}-image-generation", *TAGS],
-        datasets=linked_dataset and [linked_dataset],
+        datasets=dataset and [dataset],
         teacher=teacher,
-        metrics=list(measured) or None,
-        model_name=title if measured else None,
-        eval_results=[
-            EvalResult(**source, metric_type=name, metric_name=name, metric_value=value)
-            for name, value in measured.items()
-        ]
-        or None,
+        metrics=list(facts["measured"]) or None,
+        model_name=facts["title"] if results else None,
+        eval_results=results or None,
+        **licence,
     )
 
 
@@ -283,14 +286,16 @@ def weights_sha256(transformer: str | Path) -> str:
 
 
 def publishable(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a training run without paths of this machine."""
+    """Return the arguments of a training run without paths of this machine."""
     paths = ("train_data_dir", "data_files", "cache_dir", "output_dir", "logging_dir", "teacher_cache_dir")
     paths += ("eval_reference", "resume_from_checkpoint")
     names = ("teacher_model_name_or_path", "pretrained_model_name_or_path", "dataset_name", "eval_network", "pipeline")
     facts = {name: value for name, value in arguments.items() if name not in paths}
-    given = [name for name in names if facts.get(name) is not None]
-    local = [name for name in given if facts[name].startswith(("/", ".", "~")) or Path(facts[name]).exists()]
-    return facts | dict.fromkeys(local, LOCAL)
+    for name in names:
+        value = facts.get(name)
+        if value and (value.startswith(("/", ".", "~")) or Path(value).exists()):
+            facts[name] = LOCAL
+    return facts
 
 
 def _is_hub_id(name: str | None) -> bool:
@@ -474,7 +479,7 @@ def publish_space(
 
 
 def _unsharded(name: str) -> str:
-    """Name of a weights file without its shard: shards and their index get the name of the unsharded file."""
+    """Return the name that the weights of a shard or of an index have when they are not sharded."""
     name = re.sub(r"-\d{5}-of-\d{5}(?=\.safetensors$)", "", name)
     return re.sub(r"\.safetensors\.index(\.\w+)?\.json$", r"\1.safetensors", name)
 

@@ -1,7 +1,7 @@
 """The pipeline as Modular Diffusers blocks, for `ModularPipeline.from_pretrained(repo, trust_remote_code=True)`.
 
 The blocks call the methods of [`PixelREPAPipeline`], so both pipelines make the same images. Here, a `guider` component
-combines the predictions: any guider of diffusers, each of whose batches is one call of the model.
+combines the predictions. Any guider of diffusers fits; each of its batches is one model call.
 
 The file is published beside pipeline_pixelrepa.py as remote code and imports only torch, diffusers and that file.
 """
@@ -31,7 +31,7 @@ from diffusers.modular_pipelines.modular_pipeline import MODULAR_PIPELINE_MAPPIN
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.dynamic_modules_utils import get_class_from_dynamic_module
 
-from .pipeline_pixelrepa import _GUIDANCE_KINDS, PixelREPAPipeline, _inside
+from .pipeline_pixelrepa import _GUIDANCE_KINDS, PixelREPAPipeline, _in_interval
 
 
 _MODELS = {
@@ -39,13 +39,24 @@ _MODELS = {
     "guidance_head": "Head for self-guidance (optional).",
     "guidance_transformer": "Smaller or less trained transformer for autoguidance (optional).",
 }
-# What is saved with the pipeline: id2label, scales and intervals.
+# Settings saved with the pipeline: id2label, scales and intervals.
 _SETTINGS = {
     name: parameter.default
     for name, parameter in inspect.signature(PixelREPAPipeline).parameters.items()
     if name not in (*_MODELS, "scheduler")
 }
 _GUIDANCE_SETTINGS = [name for name in _SETTINGS if name != "id2label"]
+
+# Inputs of several blocks.
+_NUM_STEPS = InputParam("num_inference_steps", type_hint=int, default=50, description="Number of solver steps.")
+_GENERATOR = InputParam("generator", description="`torch.Generator`, or a list with one per image.")
+_UNIT_NOISE = InputParam("latents", type_hint=torch.Tensor, description="Unit noise of shape (B, C, S, S).")
+_IMAGE = InputParam("image", description="Image to start from: one per label, or one for all.")
+_STRENGTH = InputParam("strength", type_hint=float, default=0.6, description="Share of the steps taken from an image.")
+_OUTPUT_TYPE = InputParam("output_type", type_hint=str, default="pil", description='"pil", "np", "pt" or "latent".')
+_LABEL_IDS = InputParam("label_ids", required=True, type_hint=torch.Tensor, description="Class ids (B,).")
+_TIMES = InputParam("times", required=True, type_hint=list[float], description="t of every model call.")
+_LATENTS = InputParam("latents", required=True, type_hint=torch.Tensor, description="Noisy images (B, C, S, S).")
 
 
 class PixelREPAGuidance(ClassifierFreeGuidance):
@@ -77,48 +88,29 @@ class PixelREPABlock(ModularPipelineBlocks):
         return [ConfigSpec(name, default) for name, default in _SETTINGS.items()]
 
 
-def _image_inputs() -> list[InputParam]:
-    return [
-        InputParam("image", description="Image to start from: one per label, or one for all."),
-        InputParam("strength", type_hint=float, default=0.6, description="Share of the steps taken from an image."),
-    ]
-
-
 class PixelREPAInputStep(PixelREPABlock):
     description = "Checks the inputs, looks up class names and fills in the saved guidance settings."
+    inputs = [
+        InputParam("class_labels", description="Class ids, class names, or a list of them; one image each."),
+        _NUM_STEPS,
+        _GENERATOR,
+        _UNIT_NOISE,
+        _IMAGE,
+        _STRENGTH,
+        _OUTPUT_TYPE,
+        *(InputParam(name, description="Default: the value saved with the pipeline.") for name in _GUIDANCE_SETTINGS),
+    ]
+    intermediate_outputs = [
+        OutputParam("label_ids", type_hint=torch.Tensor, description="Class ids (B,)."),
+        OutputParam("null_ids", type_hint=torch.Tensor, description="Label of the unconditional model (B,)."),
+        OutputParam("guidance", type_hint=dict, description="Guidance scales and intervals of this call."),
+    ]
 
-    @property
-    def inputs(self) -> list[InputParam]:
-        return [
-            InputParam("class_labels", description="Class ids, class names, or a list of them; one image each."),
-            InputParam("num_inference_steps", type_hint=int, default=50, description="Number of solver steps."),
-            InputParam("generator", description="`torch.Generator`, or a list with one per image."),
-            InputParam("latents", type_hint=torch.Tensor, description="Unit noise of shape (B, C, S, S)."),
-            *_image_inputs(),
-            InputParam("output_type", type_hint=str, default="pil", description='"pil", "np", "pt" or "latent".'),
-            *(
-                InputParam(name, description="Default: the value saved with the pipeline.")
-                for name in _GUIDANCE_SETTINGS
-            ),
-        ]
-
-    @property
-    def intermediate_outputs(self) -> list[OutputParam]:
-        return [
-            OutputParam("label_ids", type_hint=torch.Tensor, description="Class ids (B,)."),
-            OutputParam("null_ids", type_hint=torch.Tensor, description="Label of the unconditional model (B,)."),
-            OutputParam("guidance", type_hint=dict, description="Guidance scales and intervals of this call."),
-        ]
-
-    def __call__(
-        self, components: "PixelREPAModularPipeline", state: PipelineState
-    ) -> tuple["PixelREPAModularPipeline", PipelineState]:
+    def __call__(self, components: ModularPipeline, state: PipelineState) -> tuple[ModularPipeline, PipelineState]:
         block_state = self.get_block_state(state)
         given = {name: block_state[name] for name in _GUIDANCE_SETTINGS if block_state[name] is not None}
-        if (
-            not isinstance(components.guider, PixelREPAGuidance)
-            and {"guidance_scale", "guidance_interval"} & given.keys()
-        ):
+        is_default = isinstance(components.guider, PixelREPAGuidance)
+        if not is_default and {"guidance_scale", "guidance_interval"} & given.keys():
             raise ValueError(
                 "`guidance_scale` and `guidance_interval` are arguments of the default guider. Set the scale of "
                 f"{type(components.guider).__name__} with `pipe.update_components(guider=pipe.guider.new(...))`."
@@ -128,11 +120,9 @@ class PixelREPAInputStep(PixelREPABlock):
         pipeline.check_inputs(
             class_labels=block_state.class_labels,
             num_inference_steps=block_state.num_inference_steps,
-            strength=1.0 if block_state.image is None else block_state.strength,
             generator=block_state.generator,
             latents=block_state.latents,
-            output_type=block_state.output_type,
-            callback_on_step_end_tensor_inputs=[],
+            strength=1.0 if block_state.image is None else block_state.strength,
             **block_state.guidance,
         )
         label_ids = pipeline.get_label_ids(block_state.class_labels)
@@ -144,24 +134,13 @@ class PixelREPAInputStep(PixelREPABlock):
 
 class PixelREPASetTimestepsStep(PixelREPABlock):
     description = "Sets the scheduler's timesteps."
+    inputs = [_NUM_STEPS, _IMAGE, _STRENGTH]
+    intermediate_outputs = [
+        OutputParam("timesteps", type_hint=torch.Tensor, description="The scheduler's timestep of every model call."),
+        OutputParam("times", type_hint=list[float], description="t of every model call; 0 is noise, 1 the image."),
+    ]
 
-    @property
-    def inputs(self) -> list[InputParam]:
-        steps = InputParam("num_inference_steps", type_hint=int, default=50, description="Number of solver steps.")
-        return [steps, *_image_inputs()]
-
-    @property
-    def intermediate_outputs(self) -> list[OutputParam]:
-        return [
-            OutputParam(
-                "timesteps", type_hint=torch.Tensor, description="The scheduler's timestep of every evaluation."
-            ),
-            OutputParam("times", type_hint=list[float], description="t of every evaluation; 0 is noise, 1 the image."),
-        ]
-
-    def __call__(
-        self, components: "PixelREPAModularPipeline", state: PipelineState
-    ) -> tuple["PixelREPAModularPipeline", PipelineState]:
+    def __call__(self, components: ModularPipeline, state: PipelineState) -> tuple[ModularPipeline, PipelineState]:
         block_state = self.get_block_state(state)
         strength = 1.0 if block_state.image is None else block_state.strength
         block_state.timesteps, block_state.times = components.standard_pipeline.prepare_timesteps(
@@ -173,24 +152,12 @@ class PixelREPASetTimestepsStep(PixelREPABlock):
 
 class PixelREPAPrepareLatentsStep(PixelREPABlock):
     description = "Draws the noise, with the model's `noise_scale`, and adds it to an image."
+    inputs = [_LABEL_IDS, _GENERATOR, _UNIT_NOISE, _IMAGE, _TIMES]
+    intermediate_outputs = [
+        OutputParam("latents", type_hint=torch.Tensor, description="Noisy images (B, C, S, S), float32.")
+    ]
 
-    @property
-    def inputs(self) -> list[InputParam]:
-        return [
-            InputParam("label_ids", required=True, type_hint=torch.Tensor, description="Class ids (B,)."),
-            InputParam("generator", description="`torch.Generator`, or a list with one per image."),
-            InputParam("latents", type_hint=torch.Tensor, description="Unit noise of shape (B, C, S, S)."),
-            InputParam("image", description="Image to start from."),
-            InputParam("times", required=True, type_hint=list[float], description="t of every evaluation."),
-        ]
-
-    @property
-    def intermediate_outputs(self) -> list[OutputParam]:
-        return [OutputParam("latents", type_hint=torch.Tensor, description="Noisy images (B, C, S, S), float32.")]
-
-    def __call__(
-        self, components: "PixelREPAModularPipeline", state: PipelineState
-    ) -> tuple["PixelREPAModularPipeline", PipelineState]:
+    def __call__(self, components: ModularPipeline, state: PipelineState) -> tuple[ModularPipeline, PipelineState]:
         block_state = self.get_block_state(state)
         block_state.latents = components.standard_pipeline.prepare_latents(
             len(block_state.label_ids),
@@ -206,29 +173,26 @@ class PixelREPAPrepareLatentsStep(PixelREPABlock):
 
 class PixelREPALoopDenoiser(PixelREPABlock):
     description = "Predicts a velocity for every batch of the guider, which combines them."
-
-    @property
-    def inputs(self) -> list[InputParam]:
-        return [
-            InputParam("latents", required=True, type_hint=torch.Tensor, description="Noisy images (B, C, S, S)."),
-            InputParam("label_ids", required=True, type_hint=torch.Tensor, description="Class ids (B,)."),
-            InputParam("null_ids", required=True, type_hint=torch.Tensor, description="Null labels (B,)."),
-            InputParam("times", required=True, type_hint=list[float], description="t of every evaluation."),
-            InputParam("guidance", required=True, type_hint=dict, description="Guidance scales and intervals."),
-        ]
+    inputs = [
+        _LATENTS,
+        _LABEL_IDS,
+        InputParam("null_ids", required=True, type_hint=torch.Tensor, description="Null labels (B,)."),
+        _TIMES,
+        InputParam("guidance", required=True, type_hint=dict, description="Guidance scales and intervals."),
+    ]
 
     def __call__(
-        self, components: "PixelREPAModularPipeline", block_state: BlockState, i: int, t: torch.Tensor
-    ) -> tuple["PixelREPAModularPipeline", BlockState]:
+        self, components: ModularPipeline, block_state: BlockState, i: int, t: torch.Tensor
+    ) -> tuple[ModularPipeline, BlockState]:
         transformer, guider, time = components.transformer, components.guider, block_state.times[i]
         model_time = torch.tensor(time, dtype=torch.float32, device=block_state.latents.device)
         settings = dict(block_state.guidance)
         scale, interval = settings.pop("guidance_scale"), settings.pop("guidance_interval")
         if isinstance(guider, PixelREPAGuidance):
-            guided = transformer.config.num_classes > 1 and _inside(time, interval)
+            guided = transformer.config.num_classes > 1 and _in_interval(time, interval)
             guider.guidance_scale = scale if guided else 1.0  # 1 asks for no unconditional batch
 
-        # A guider counts solver steps: both evaluations of a Heun step have the same number.
+        # A guider counts solver steps: both model calls of a Heun step have the same number.
         order = components.scheduler.order
         guider.set_state(i // order, num_inference_steps=math.ceil(len(block_state.times) / order), timestep=t)
         batches = guider.prepare_inputs_from_block_state(block_state, {"labels": ("label_ids", "null_ids")})
@@ -253,20 +217,14 @@ class PixelREPALoopDenoiser(PixelREPABlock):
 
 class PixelREPALoopSchedulerStep(PixelREPABlock):
     description = "Moves the noisy images to the next timestep."
-
-    @property
-    def inputs(self) -> list[InputParam]:
-        return [InputParam("generator", description="For schedulers that draw noise.")]
-
-    @property
-    def intermediate_outputs(self) -> list[OutputParam]:
-        return [
-            OutputParam("latents", type_hint=torch.Tensor, description="Images (B, C, S, S), nominally in [-1, 1].")
-        ]
+    inputs = [_GENERATOR]
+    intermediate_outputs = [
+        OutputParam("latents", type_hint=torch.Tensor, description="Images (B, C, S, S), nominally in [-1, 1].")
+    ]
 
     def __call__(
-        self, components: "PixelREPAModularPipeline", block_state: BlockState, i: int, t: torch.Tensor
-    ) -> tuple["PixelREPAModularPipeline", BlockState]:
+        self, components: ModularPipeline, block_state: BlockState, i: int, t: torch.Tensor
+    ) -> tuple[ModularPipeline, BlockState]:
         kwargs = block_state.pipeline.prepare_extra_step_kwargs(block_state.generator)
         block_state.latents = components.scheduler.step(
             block_state.noise_pred, t, block_state.latents, **kwargs, return_dict=False
@@ -276,27 +234,22 @@ class PixelREPALoopSchedulerStep(PixelREPABlock):
 
 class PixelREPADenoiseStep(LoopSequentialPipelineBlocks):
     model_name = "pixelrepa"
-    description = (
-        "Solves from noise to images. Every model evaluation runs the blocks of the loop, with its index and timestep."
-    )
+    description = "Solves from noise to images. The blocks of the loop run once per timestep."
     block_classes = [PixelREPALoopDenoiser, PixelREPALoopSchedulerStep]
     block_names = ["denoiser", "scheduler_step"]
+    loop_inputs = [
+        InputParam("timesteps", required=True, type_hint=torch.Tensor, description="Timestep of every model call.")
+    ]
 
-    @property
-    def loop_inputs(self) -> list[InputParam]:
-        return [InputParam("timesteps", required=True, type_hint=torch.Tensor, description="Of every evaluation.")]
-
-    def __call__(
-        self, components: "PixelREPAModularPipeline", state: PipelineState
-    ) -> tuple["PixelREPAModularPipeline", PipelineState]:
+    def __call__(self, components: ModularPipeline, state: PipelineState) -> tuple[ModularPipeline, PipelineState]:
         block_state = self.get_block_state(state)
         block_state.pipeline = components.standard_pipeline
         components.transformer._reset_stateful_cache()  # a call that raised leaves its cache behind
-        num_evaluations, order = len(block_state.timesteps), components.scheduler.order
-        with self.progress_bar(total=math.ceil(num_evaluations / order)) as progress_bar:
-            for index, timestep in enumerate(block_state.timesteps):
-                components, block_state = self.loop_step(components, block_state, i=index, t=timestep)
-                if index == num_evaluations - 1 or (index + 1) % order == 0:
+        timesteps, order = block_state.timesteps, components.scheduler.order
+        with self.progress_bar(total=math.ceil(len(timesteps) / order)) as progress_bar:
+            for i, t in enumerate(timesteps):
+                components, block_state = self.loop_step(components, block_state, i=i, t=t)
+                if i == len(timesteps) - 1 or (i + 1) % order == 0:
                     progress_bar.update()
         self.set_block_state(state, block_state)
         return components, state
@@ -304,22 +257,14 @@ class PixelREPADenoiseStep(LoopSequentialPipelineBlocks):
 
 class PixelREPADecodeStep(PixelREPABlock):
     description = "Converts the values in [-1, 1] to images."
+    inputs = [
+        _LATENTS,
+        InputParam("guidance", type_hint=dict, description="Guidance scales and intervals."),
+        _OUTPUT_TYPE,
+    ]
+    intermediate_outputs = [OutputParam("images", description="PIL images, or an array or tensor in [0, 1].")]
 
-    @property
-    def inputs(self) -> list[InputParam]:
-        return [
-            InputParam("latents", required=True, type_hint=torch.Tensor, description="Images (B, C, S, S)."),
-            InputParam("guidance", type_hint=dict, description="Guidance scales and intervals."),
-            InputParam("output_type", type_hint=str, default="pil", description='"pil", "np", "pt" or "latent".'),
-        ]
-
-    @property
-    def intermediate_outputs(self) -> list[OutputParam]:
-        return [OutputParam("images", description="PIL images, or an array or tensor in [0, 1].")]
-
-    def __call__(
-        self, components: "PixelREPAModularPipeline", state: PipelineState
-    ) -> tuple["PixelREPAModularPipeline", PipelineState]:
+    def __call__(self, components: ModularPipeline, state: PipelineState) -> tuple[ModularPipeline, PipelineState]:
         block_state = self.get_block_state(state)
         pipeline = components.standard_pipeline
         if block_state.guidance is not None:  # named in the message about infinite values
@@ -419,7 +364,7 @@ class PixelREPAModularPipeline(ModularPipeline):
 
     @property
     def standard_pipeline(self) -> PixelREPAPipeline:
-        """A standard pipeline of the same components, without guidance settings; its methods do the work."""
+        """Standard pipeline of the same components, without guidance settings. The blocks call its methods."""
         if self.transformer is None or self.scheduler is None:
             raise ValueError("The components are not loaded yet: call `pipe.load_components()` first.")
         components = {name: getattr(self, name) for name in (*_MODELS, "scheduler")}
@@ -428,7 +373,7 @@ class PixelREPAModularPipeline(ModularPipeline):
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
         """Save the folder of the [`PixelREPAPipeline`], from which both pipelines load; same arguments."""
         components = self.standard_pipeline.components
-        missing = [f"{kind}_scale" for kind, (_, model, _) in _GUIDANCE_KINDS.items() if components[model] is None]
+        missing = [f"{kind}_scale" for kind, (_, model) in _GUIDANCE_KINDS.items() if components[model] is None]
         settings = {name: self.config[name] for name in _SETTINGS if name not in missing}
         PixelREPAPipeline(**components, **settings).save_pretrained(save_directory, **kwargs)
 

@@ -44,15 +44,12 @@ for _module, _class_name, _base in _PUBLISHED_COMPONENTS:
         sys.modules[_module] = ModuleType(_module)
         vars(sys.modules[_module]).update({_class_name: _base, _base.__name__: _base})
 
-# Every kind of guidance: the scale without an effect, the component it needs, and where that comes from.
+# Every kind of guidance: the scale that disables it, and the component it needs.
 _GUIDANCE_KINDS = {
-    "guidance": (1, "transformer", ""),
-    "self_guidance": (0, "guidance_head", "Train one with train_guidance_head.py."),
-    "autoguidance": (
-        1, "guidance_transformer",
-        "Load the pipeline with `guidance_transformer=JiTTransformer2DModel.from_pretrained(...)`.",
-    ),
-}  # fmt: skip
+    "guidance": (1, "transformer"),
+    "self_guidance": (0, "guidance_head"),
+    "autoguidance": (1, "guidance_transformer"),
+}
 
 # What `ModularPipeline.from_pretrained` reads beside model_index.json.
 _MODULAR_CONFIGS = {
@@ -82,9 +79,20 @@ class PixelREPAPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             Smaller or less trained model for autoguidance (arXiv 2406.02507), of the same image size and classes.
         self_guidance_scale, self_guidance_interval, autoguidance_scale, autoguidance_interval:
             Further defaults of a call.
+
+    Examples:
+
+    ```py
+    >>> import torch
+    >>> from diffusers import DiffusionPipeline
+
+    >>> pipe = DiffusionPipeline.from_pretrained("path/or/repo", trust_remote_code=True)
+    >>> seeds = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+    >>> images = pipe(class_labels=[207, 360], generator=seeds).images
+    ```
     """
 
-    # The guidance modules are evaluated in turn with the transformer, so they stay on the device beside it.
+    # The guidance models run in every step, like the transformer, so offloading keeps them on the device beside it.
     model_cpu_offload_seq = "transformer"
     _optional_components = ["guidance_head", "guidance_transformer"]
     _callback_tensor_inputs = ["latents"]
@@ -110,26 +118,22 @@ class PixelREPAPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             guidance_head=guidance_head,
             guidance_transformer=guidance_transformer,
         )
-        self._check_guidance(
-            guidance_scale=guidance_scale,
-            guidance_interval=guidance_interval,
-            self_guidance_scale=self_guidance_scale,
-            self_guidance_interval=self_guidance_interval,
-            autoguidance_scale=autoguidance_scale,
-            autoguidance_interval=autoguidance_interval,
-        )
+        guidance = {
+            "guidance_scale": guidance_scale,
+            "guidance_interval": guidance_interval,
+            "self_guidance_scale": self_guidance_scale,
+            "self_guidance_interval": self_guidance_interval,
+            "autoguidance_scale": autoguidance_scale,
+            "autoguidance_interval": autoguidance_interval,
+        }
+        self._check_guidance(**guidance)
         self._check_guidance_models()
         self._ids_by_name = _index_names(id2label or {}, transformer.config.num_classes)
-        # JSON keys are strings; with string keys here, a saved and reloaded pipeline has the same configuration.
-        self.register_to_config(
-            id2label=None if id2label is None else {str(class_id): names for class_id, names in id2label.items()},
-            guidance_scale=float(guidance_scale),
-            guidance_interval=[float(bound) for bound in guidance_interval],
-            self_guidance_scale=float(self_guidance_scale),
-            self_guidance_interval=[float(bound) for bound in self_guidance_interval],
-            autoguidance_scale=float(autoguidance_scale),
-            autoguidance_interval=[float(bound) for bound in autoguidance_interval],
-        )
+        # The types of JSON, so that a reloaded pipeline has the same configuration: string keys, floats and lists.
+        for name, value in guidance.items():
+            guidance[name] = float(value) if name.endswith("scale") else [float(bound) for bound in value]
+        id2label = None if id2label is None else {str(class_id): names for class_id, names in id2label.items()}
+        self.register_to_config(id2label=id2label, **guidance)
         self._guidance_scale = self.config.guidance_scale
         self._current_timestep, self._num_timesteps, self._interrupt = None, 0, False
         channels = transformer.config.in_channels
@@ -149,22 +153,22 @@ class PixelREPAPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
 
     @property
     def current_timestep(self) -> torch.Tensor | None:
-        """The scheduler's timestep of the current model evaluation, `None` outside a call; some caches need it."""
+        """The scheduler's timestep of the current model call, `None` outside a pipeline call; some caches need it."""
         return self._current_timestep
 
     @property
     def num_timesteps(self) -> int:
-        """Number of model evaluations (NFE) of the current or last call."""
+        """Number of timesteps (NFE) of the current or last call."""
         return self._num_timesteps
 
     @property
     def interrupt(self) -> bool:
-        """Whether the remaining model evaluations are skipped; a step-end callback may set `_interrupt`."""
+        """Whether the remaining timesteps are skipped; a step-end callback may set `_interrupt`."""
         return self._interrupt
 
     def get_label_ids(self, class_labels: ClassLabels | None) -> list[int]:
         """
-        Look up class ids.
+        Return the class id of every label.
 
         Args:
             class_labels (`int`, `str`, a list of them, an integer `torch.Tensor`, or `None`):
@@ -184,10 +188,10 @@ class PixelREPAPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             return [class_id for label in class_labels for class_id in self.get_label_ids(label)]
         if isinstance(class_labels, str):
             return [self._find_name(class_labels)]
-        if class_labels is None and num_classes == 1:
-            return [0]
         if class_labels is None:
-            raise ValueError(f"`class_labels` is required: this model has {num_classes} classes.")
+            if num_classes > 1:
+                raise ValueError(f"`class_labels` is required: this model has {num_classes} classes.")
+            return [0]
         class_id = operator.index(class_labels)
         if not 0 <= class_id < num_classes:
             raise ValueError(f"Class id {class_id} is out of range: the class ids are 0 to {num_classes - 1}.")
@@ -210,12 +214,11 @@ class PixelREPAPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
     def check_inputs(
         self,
         class_labels: ClassLabels | None,
-        num_inference_steps: int = 50,
-        strength: float = 1.0,
+        num_inference_steps: int,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
-        output_type: str = "pil",
-        callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006
+        strength: float = 1.0,
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
         **guidance,
     ) -> None:
         """Check the arguments of a call; `guidance` are its guidance scales and intervals."""
@@ -229,9 +232,7 @@ class PixelREPAPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             raise ValueError(f"Got {len(generator)} generators for {batch_size} images; pass one per image, or one.")
         if latents is not None and latents.shape != (shape := self._latent_shape(batch_size)):
             raise ValueError(f"`latents` must have the shape {shape}, got {tuple(latents.shape)}.")
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f'`output_type` must be "pil", "np", "pt" or "latent", got {output_type!r}.')
-        if not set(callback_on_step_end_tensor_inputs) <= set(self._callback_tensor_inputs):
+        if not set(callback_on_step_end_tensor_inputs or ()) <= set(self._callback_tensor_inputs):
             raise ValueError(f"`callback_on_step_end_tensor_inputs` may only name {self._callback_tensor_inputs}.")
         # Flow-matching schedulers have `scale_noise` and `num_train_timesteps`; others need flow settings.
         settings = self.scheduler.config
@@ -245,7 +246,7 @@ class PixelREPAPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             )
 
     def _check_guidance(self, **settings) -> None:
-        for kind, (neutral, component, source) in _GUIDANCE_KINDS.items():
+        for kind, (neutral, component) in _GUIDANCE_KINDS.items():
             scale = settings.get(f"{kind}_scale", neutral)
             interval = settings.get(f"{kind}_interval", (0, 1))
             if not 0 <= scale < float("inf"):
@@ -253,7 +254,7 @@ class PixelREPAPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
                 raise ValueError(f"`{kind}_interval` must satisfy 0 ≤ low < high ≤ 1 (0 is noise), got {interval}.")
             if scale != neutral and getattr(self, component) is None:
-                raise ValueError(f"`{kind}_scale={scale}` needs a `{component}`, which this pipeline lacks. {source}")
+                raise ValueError(f"`{kind}_scale={scale}` needs a `{component}`, which this pipeline lacks.")
         if settings.get("self_guidance_scale", 0) != 0 and self.transformer.is_cache_enabled:
             raise ValueError(
                 "Self-guidance reads the tokens of a middle block, which a cache may skip: call "
@@ -283,9 +284,8 @@ class PixelREPAPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         time: float = 0.0,
     ) -> torch.Tensor:
         """
-        Float32 noise e with the model's `noise_scale`, of shape (batch_size, channels, size, size).
-
-        With an `image` x, z = t·x + (1 − t)·e at t = `time`.
+        Return float32 noise e with the model's `noise_scale`, of shape (batch_size, channels, size, size); with an `image`
+        x, return z = t·x + (1 − t)·e at t = `time`.
         """
         shape = self._latent_shape(batch_size)
         if latents is None:
@@ -302,7 +302,7 @@ class PixelREPAPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         self, num_inference_steps: int, device: torch.device, strength: float = 1.0
     ) -> tuple[torch.Tensor, list[float]]:
         """
-        Timesteps of the last `strength` of the steps and, for each, the time t = 1 − sigma in [0, 1].
+        Set the timesteps; return those of the last `strength` of the steps, and the time t = 1 − sigma in [0, 1] of each.
 
         t comes from the sigmas because some schedulers round their timesteps to integers. A float32 sigma determines t to
         6e-8; rounding to seven decimals restores the grid points, where the bounds of the guidance interval lie.
@@ -323,7 +323,7 @@ class PixelREPAPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         return timesteps[begin:], times[begin:]
 
     def prepare_extra_step_kwargs(self, generator: torch.Generator | list[torch.Generator] | None) -> dict[str, Any]:
-        """Arguments that not every scheduler's `step` has."""
+        """Return the generator as an argument of the scheduler's `step`, if it has one."""
         return {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
 
     def predict_velocity(
@@ -338,88 +338,26 @@ class PixelREPAPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         autoguidance_interval: tuple[float, float] = (0.0, 1.0),
     ) -> torch.Tensor:
         """
-        Velocity towards the image of every sample of a batch, with self-guidance and autoguidance where they apply.
+        Predict the velocity towards the image of every sample of a batch, with self-guidance and autoguidance.
 
-        `time` is t in double precision for the intervals, `model_time` the same t as the float32 tensor of the networks.
+        `time` is t in double precision, for the intervals; `model_time` is the same t as a float32 tensor, for the models.
         """
         transformer, head, weak = self.transformer, self.guidance_head, self.guidance_transformer
-        use_head = self_guidance_scale != 0 and _inside(time, self_guidance_interval)
+        use_head = self_guidance_scale != 0 and _in_interval(time, self_guidance_interval)
         states = {"return_alignment_states": True, "alignment_depth": head.config.depth} if use_head else {}
         output = transformer(sample, model_time, labels, **states)
         plain = velocity = transformer.velocity(output.sample, sample, model_time)
         if use_head:
             head_velocity = transformer.velocity(head(output.alignment_states, model_time, labels), sample, model_time)
             velocity = velocity + self_guidance_scale * (plain - head_velocity)
-        if autoguidance_scale != 1 and _inside(time, autoguidance_interval):
+        if autoguidance_scale != 1 and _in_interval(time, autoguidance_interval):
             prediction = weak(sample, model_time, labels, return_dict=False)[0]
             weak_velocity = transformer.velocity(prediction, sample, model_time)
             velocity = velocity + (autoguidance_scale - 1) * (plain - weak_velocity)
         return velocity
 
-    def denoise(
-        self,
-        latents: torch.Tensor,
-        labels: torch.Tensor,
-        timesteps: torch.Tensor,
-        times: list[float],
-        guidance_interval: tuple[float, float] | list[float],
-        callback_on_step_end: Callable | None = None,
-        callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006
-        step_kwargs: dict[str, Any] | None = None,
-        **model_guidance,
-    ) -> torch.Tensor:
-        """Solve from `timesteps[0]` to the image, in float32; `model_guidance` goes to [`predict_velocity`]."""
-        labels_and_null = torch.cat([labels, torch.full_like(labels, self.transformer.config.num_classes)])
-        model_times = torch.tensor(times, dtype=torch.float32, device=latents.device)
-        order, cache_name = self.scheduler.order, ""
-        self.transformer._reset_stateful_cache()  # a call that raised leaves its cache behind
-        with self.progress_bar(total=math.ceil(len(timesteps) / order)) as progress_bar:
-            for index, timestep in enumerate(timesteps):
-                if self.interrupt:
-                    continue
-                self._current_timestep = timestep
-
-                guided = self.do_classifier_free_guidance and _inside(times[index], guidance_interval)
-                sample = torch.cat([latents, latents]) if guided else latents
-                # One cache context per run of evaluations with the same batch, so that no cached state is outdated.
-                mode = "guided" if guided else "unguided"
-                if not cache_name.startswith(mode):
-                    cache_name = f"{mode}-{index}"
-                with self.transformer.cache_context(
-                    cache_name,
-                    step_index=index,
-                    num_inference_steps=len(timesteps),
-                    timestep=timestep,
-                    sigma=1 - times[index],
-                ):
-                    velocity = self.predict_velocity(
-                        sample,
-                        times[index],
-                        model_times[index],
-                        labels_and_null if guided else labels,
-                        **model_guidance,
-                    )
-                if guided:
-                    conditional, unconditional = velocity.chunk(2)
-                    velocity = unconditional + self.guidance_scale * (conditional - unconditional)
-
-                # diffusers' flow velocity points from the image to the noise.
-                latents = self.scheduler.step(-velocity, timestep, latents, **step_kwargs or {}, return_dict=False)[0]
-
-                if callback_on_step_end is not None:
-                    callback_kwargs = {}
-                    for name in callback_on_step_end_tensor_inputs:
-                        callback_kwargs[name] = locals()[name]
-                    callback_outputs = callback_on_step_end(self, index, timestep, callback_kwargs)
-                    latents = callback_outputs.pop("latents", latents)
-
-                if index == len(timesteps) - 1 or (index + 1) % order == 0:
-                    progress_bar.update()
-        self._current_timestep = None
-        return latents
-
     def decode(self, latents: torch.Tensor, output_type: str) -> Any:
-        """Images of `output_type` from values that are nominally in [-1, 1]."""
+        """Convert `latents`, nominally in [-1, 1], to images of `output_type`."""
         if output_type == "latent":
             return latents
         if not latents.isfinite().all():  # clipping would turn these values into black or white pixels
@@ -471,39 +409,23 @@ class PixelREPAPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
                 `"pil"`, `"np"` or `"pt"` (in [0, 1]), or `"latent"` (raw float32 images, nominally in [-1, 1]).
             return_dict (`bool`, defaults to `True`): Whether to return an [`ImagePipelineOutput`] or a tuple.
             callback_on_step_end (`Callable`, *optional*):
-                Called after every model evaluation as `callback(pipeline, index, timestep, {"latents": ...})`; the
-                returned dictionary replaces the tensors.
+                Called after every timestep as `callback(pipeline, index, timestep, {"latents": ...})`; the returned
+                dictionary replaces the tensors.
             callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`): Tensors passed to the callback.
-            self_guidance_scale (`float`, *optional*, defaults to the saved value):
-                w in v ← v + w·(v − v_head), applied to both halves before `guidance_scale` combines them. 0 disables it.
-                Needs a `guidance_head`.
-            self_guidance_interval (`tuple[float, float]`, *optional*, defaults to the saved value):
-                Where self-guidance applies; outside, the head is not computed.
-            autoguidance_scale (`float`, *optional*, defaults to the saved value):
-                s in v ← v_weak + s·(v − v_weak), with v_weak of the `guidance_transformer`, likewise applied to both
-                halves; with self-guidance, the two corrections add up. 1 disables it.
-            autoguidance_interval (`tuple[float, float]`, *optional*, defaults to the saved value):
-                Where autoguidance applies; outside, the guidance transformer is not computed.
+            self_guidance_scale, autoguidance_scale (`float`, *optional*, defaults to the saved value):
+                w and s in v ← v + w·(v − v_head) + (s − 1)·(v − v_weak), applied to both halves before `guidance_scale`
+                combines them. They need a `guidance_head` and a `guidance_transformer`; 0 and 1 disable them.
+            self_guidance_interval, autoguidance_interval (`tuple[float, float]`, *optional*, defaults to the saved value):
+                Where they apply, like `guidance_interval`. Outside, the head or the second transformer is not computed.
             image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of them, *optional*):
                 Start from these images, one per label or one for all, instead of from noise. Arrays and tensors are in
-                [0, 1]; another size is resized to the model's square.
+                [0, 1]; images of another size are resized to the model's.
             strength (`float`, defaults to 0.6):
                 With an `image`, the share of the steps that is taken: the start is z = t·image + (1 − t)·noise at
                 t = 1 − strength. 1 ignores the image.
 
         Returns:
             [`ImagePipelineOutput`] or a tuple whose first element is the images.
-
-        Examples:
-
-        ```py
-        >>> import torch
-        >>> from diffusers import DiffusionPipeline
-
-        >>> pipe = DiffusionPipeline.from_pretrained("path/or/repo", trust_remote_code=True)
-        >>> seeds = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
-        >>> images = pipe(class_labels=[207, 360], generator=seeds).images
-        ```
         """
         # 1. Check inputs
         given = {
@@ -521,14 +443,14 @@ class PixelREPAPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         self.check_inputs(
             class_labels,
             num_inference_steps,
-            strength,
             generator,
             latents,
-            output_type,
+            strength,
             callback_on_step_end_tensor_inputs,
             **guidance,
         )
         self._guidance_scale = guidance.pop("guidance_scale")
+        guidance_interval = guidance.pop("guidance_interval")
         self._interrupt, self._current_timestep = False, None  # also after a call that raised
         if self._guidance_scale != 1 and not self.do_classifier_free_guidance:
             logger.warning(f"`guidance_scale={self._guidance_scale}` has no effect: the model has a single class.")
@@ -536,21 +458,53 @@ class PixelREPAPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         # 2. Prepare labels, timesteps and noise
         device = self._execution_device
         labels = torch.tensor(self.get_label_ids(class_labels), device=device)
+        labels_and_null = torch.cat([labels, torch.full_like(labels, self.transformer.config.num_classes)])
         timesteps, times = self.prepare_timesteps(num_inference_steps, device, strength)
+        model_times = torch.tensor(times, dtype=torch.float32, device=device)
         latents = self.prepare_latents(len(labels), device, generator, latents, image, times[0])
+        extra_step_kwargs = self.prepare_extra_step_kwargs(generator)
         self._num_timesteps = len(timesteps)
 
-        # 3. Denoise
-        latents = self.denoise(
-            latents,
-            labels,
-            timesteps,
-            times,
-            callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-            step_kwargs=self.prepare_extra_step_kwargs(generator),
-            **guidance,
-        )
+        # 3. Denoise in float32
+        self.transformer._reset_stateful_cache()  # a call that raised leaves its cache behind
+        order, guided, cache_name = self.scheduler.order, None, ""
+        with self.progress_bar(total=math.ceil(len(timesteps) / order)) as progress_bar:
+            for i, t in enumerate(timesteps):
+                if self.interrupt:
+                    continue
+                self._current_timestep = t
+
+                was_guided = guided
+                guided = self.do_classifier_free_guidance and _in_interval(times[i], guidance_interval)
+                if guided != was_guided:  # another batch: a new cache context, without outdated states
+                    cache_name = f"from-{i}"
+                with self.transformer.cache_context(
+                    cache_name, step_index=i, num_inference_steps=len(timesteps), timestep=t, sigma=1 - times[i]
+                ):
+                    velocity = self.predict_velocity(
+                        torch.cat([latents, latents]) if guided else latents,
+                        times[i],
+                        model_times[i],
+                        labels_and_null if guided else labels,
+                        **guidance,
+                    )
+                if guided:
+                    conditional, unconditional = velocity.chunk(2)
+                    velocity = unconditional + self.guidance_scale * (conditional - unconditional)
+
+                # diffusers' flow velocity points from the image to the noise.
+                latents = self.scheduler.step(-velocity, t, latents, **extra_step_kwargs, return_dict=False)[0]
+
+                if callback_on_step_end is not None:
+                    callback_kwargs = {}
+                    for k in callback_on_step_end_tensor_inputs:
+                        callback_kwargs[k] = locals()[k]
+                    callback_outputs = callback_on_step_end(self, i, t, callback_kwargs)
+                    latents = callback_outputs.pop("latents", latents)
+
+                if i == len(timesteps) - 1 or (i + 1) % order == 0:
+                    progress_bar.update()
+        self._current_timestep = None
         self.maybe_free_model_hooks()
 
         # 4. Convert to images
@@ -562,14 +516,15 @@ class PixelREPAPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
     def __repr__(self) -> str:
         lines = []
         for name, component in self.components.items():
-            settings = ""
+            line = f"{name}: {type(component).__name__}"
             if isinstance(component, ModelMixin):
-                parameters = sum(parameter.numel() for parameter in component.parameters())
-                settings = f", {parameters / 1e6:.3g} M parameters, {component.dtype} on {component.device}"
-            lines.append(f"{name}: {type(component).__name__ if component is not None else None}{settings}")
-        channels, side = self._latent_shape(1)[1:3]
+                size = component.num_parameters() / 1e6
+                line += f", {size:.3g} M parameters, {component.dtype} on {component.device}"
+            if component is not None:
+                lines.append(line)
+        _, channels, side, _ = self._latent_shape(1)
         lines.append(f"images: {channels}×{side}×{side}, {self.transformer.config.num_classes} classes")
-        for kind, (neutral, _, _) in _GUIDANCE_KINDS.items():
+        for kind, (neutral, _) in _GUIDANCE_KINDS.items():
             if self.config[f"{kind}_scale"] != neutral:
                 low, high = self.config[f"{kind}_interval"]
                 lines.append(f"{kind}: {self.config[f'{kind}_scale']:g} for t in ({low:g}, {high:g})")
@@ -594,9 +549,9 @@ class PixelREPAPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         config.pop("_name_or_path", None)  # a local path of the machine that loaded the pipeline
         config["_class_name"] = [type(self).__module__.rpartition(".")[2], type(self).__name__]
         # A pipeline without these parts is described as before they existed.
-        for kind, (_, part, _) in _GUIDANCE_KINDS.items():
-            if getattr(self, part) is None:
-                for name in (part, f"{kind}_scale", f"{kind}_interval"):
+        for kind, (_, component) in _GUIDANCE_KINDS.items():
+            if getattr(self, component) is None:
+                for name in (component, f"{kind}_scale", f"{kind}_interval"):
                     config.pop(name, None)
         for name, component in self.components.items():
             if component is None:
@@ -629,20 +584,14 @@ class PixelREPAPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
 
     @classmethod
     def _get_signature_types(cls):
-        # `from_pipe` compares exact types, and the annotations of the models can only name a base class.
+        # `from_pipe` compares exact types, and the annotations of the models can only name their base class.
         types = super()._get_signature_types()
-        names = {
-            "transformer": "JiTTransformer2DModel",
-            "guidance_head": "JiTGuidanceHead",
-            "guidance_transformer": "JiTTransformer2DModel",
-        }
-        for name, class_name in names.items():
-            models = (model for model in ModelMixin.__subclasses__() if model.__name__ == class_name)
-            types[name] = (*types[name], *models)
+        for _, name in _GUIDANCE_KINDS.values():
+            types[name] = (*types[name], *ModelMixin.__subclasses__())
         return types
 
 
-def _inside(time: float, interval: tuple[float, float]) -> bool:
+def _in_interval(time: float, interval: tuple[float, float]) -> bool:
     """low < t < high, strict and in float32 as in the published code; low = 0 includes the start."""
     time, low, high = np.float32(time), np.float32(interval[0]), np.float32(interval[1])
     return bool(time < high and (low == 0 or time > low))

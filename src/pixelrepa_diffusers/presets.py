@@ -13,8 +13,8 @@ from typing import Any
 @dataclass(frozen=True)
 class Preset:
     """
-    Architecture of a variant, as arguments of [`JiTTransformer2DModel`], and the guidance of the papers' evaluation: a
-    scale for PixelREPA, a scale for plain JiT, and the interval of t.
+    Architecture of a variant, as arguments of [`JiTTransformer2DModel`], and the papers' guidance: the scale with
+    PixelREPA, the scale of plain JiT, and the interval of t.
     """
 
     sample_size: int
@@ -35,7 +35,7 @@ class Preset:
     guidance_interval: tuple[float, float] = (0.1, 1.0)
 
     def transformer_config(self) -> dict[str, Any]:
-        """Keyword arguments of [`JiTTransformer2DModel`]."""
+        """Return the keyword arguments of [`JiTTransformer2DModel`]."""
         return {name: value for name, value in vars(self).items() if not name.startswith("guidance")}
 
 

@@ -1,6 +1,5 @@
 """Helpers shared by the sampling commands: solvers by name, pipelines from folders, checkpoints and the Hub, seeded noise."""
 
-import itertools
 import json
 import os
 import platform
@@ -22,7 +21,7 @@ from PIL import Image
 
 from .guidance_jit import JiTGuidanceHead
 from .images import make_grid
-from .pipeline_pixelrepa import PixelREPAPipeline
+from .pipeline_pixelrepa import _GUIDANCE_KINDS, PixelREPAPipeline
 from .scheduling_jit import JiTFlowMatchScheduler
 from .transformer_jit import JiTTransformer2DModel
 
@@ -36,24 +35,22 @@ SCHEDULERS = {
     "dpmpp_2m": lambda: DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
 }
 
-# Models beside the transformer that guidance may need; a pipeline saves them in folders of these names.
+# Optional models of guidance; a pipeline saves them in folders of these names.
 GUIDANCE_MODELS = {"guidance_head": JiTGuidanceHead, "guidance_transformer": JiTTransformer2DModel}
 
 DTYPES = ["float32", "bfloat16", "float16"]
 
-# Guidance settings of a call, which are saved with a pipeline, by the component they need.
-GUIDANCE_SETTINGS = {
-    "transformer": ("guidance_scale", "guidance_interval"),
-    "guidance_head": ("self_guidance_scale", "self_guidance_interval"),
-    "guidance_transformer": ("autoguidance_scale", "autoguidance_interval"),
-}
-GUIDANCE_NAMES = tuple(itertools.chain(*GUIDANCE_SETTINGS.values()))
+# Guidance settings of a call, which are also saved with a pipeline.
+GUIDANCE_NAMES = tuple(f"{kind}_{setting}" for kind in _GUIDANCE_KINDS for setting in ("scale", "interval"))
 
 
 def saved_guidance(pipeline: PixelREPAPipeline) -> dict[str, Any]:
-    """The saved guidance settings, without those of components that the pipeline lacks."""
-    parts = [part for part in GUIDANCE_SETTINGS if getattr(pipeline, part, None) is not None]
-    return {name: pipeline.config[name] for part in parts for name in GUIDANCE_SETTINGS[part]}
+    """Return the saved guidance settings, without those of components that the pipeline lacks."""
+    saved = {}
+    for kind, (_, component) in _GUIDANCE_KINDS.items():
+        if getattr(pipeline, component) is not None:
+            saved |= {name: pipeline.config[name] for name in (f"{kind}_scale", f"{kind}_interval")}
+    return saved
 
 
 def sampling_settings(
@@ -62,17 +59,15 @@ def sampling_settings(
     num_inference_steps: int,
     given: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Checked arguments of a call: the guidance settings that are `given` and not `None`, the others as saved."""
+    """Return the arguments of a call, checked: `given` guidance settings that are not `None`, the others as saved."""
     settings = {"num_inference_steps": num_inference_steps, **saved_guidance(pipeline)}
     settings |= {name: value for name, value in given.items() if value is not None}
-    pipeline.check_inputs(
-        class_labels, **settings, generator=None, latents=None, output_type="pt", callback_on_step_end_tensor_inputs=[]
-    )
+    pipeline.check_inputs(class_labels, **settings)
     return settings
 
 
 def class_names(pipeline: PixelREPAPipeline) -> list[str]:
-    """Name of every class, or its id where there is none."""
+    """Return the name of every class, or its id where it has none."""
     known = pipeline.config.id2label or {}
     return [known.get(str(label), str(label)) for label in range(pipeline.transformer.config.num_classes)]
 
@@ -80,7 +75,7 @@ def class_names(pipeline: PixelREPAPipeline) -> list[str]:
 def sample_grid(
     pipeline: PixelREPAPipeline, num_images: int, num_inference_steps: int, batch_size: int, seed: int = 0
 ) -> Image.Image:
-    """One column per class, or with fewer images than classes a square of evenly spaced classes."""
+    """Sample a grid with one column per class, or with fewer images than classes a square of evenly spaced classes."""
     names = class_names(pipeline)
     labels = [index * max(len(names), num_images) // num_images % len(names) for index in range(num_images)]
     images = []
@@ -98,7 +93,8 @@ def describe_pipeline(
     """
     Build a pipeline without its weights (on the meta device), to check labels and settings before anything large is read.
 
-    It is given by the folder of a saved pipeline or a training checkpoint, or by a Hub id.
+    Args:
+        name_or_path: Folder of a saved pipeline or a training checkpoint, or a Hub id.
 
     Raises:
         `OSError`: If there is no pipeline under this name; the message for a training run's folder names what to pass.
@@ -139,8 +135,9 @@ def load_pipeline(
     folder: Path, dtype: str, transformer: Path | None = None, guidance_transformer: str | None = None
 ) -> PixelREPAPipeline:
     """
-    A saved pipeline or training checkpoint on this process's device, or other folders in the places of its transformer and
-    its guidance transformer.
+    Load a saved pipeline or training checkpoint onto this process's device.
+
+    `transformer` and `guidance_transformer` are folders that replace these components.
     """
     transformer, settings = transformer or transformer_folder(folder), {"dtype": getattr(torch, dtype)}
     parts = {"transformer": JiTTransformer2DModel.from_pretrained(transformer, **settings)}
@@ -158,7 +155,7 @@ def load_pipeline(
 
 
 def transformer_folder(folder: Path) -> Path:
-    """The weights to sample: those of a saved pipeline, or a training checkpoint's first EMA where it has one."""
+    """Return the folder of the weights to sample; those of a training checkpoint are its first EMA, if it has one."""
     if is_checkpoint(folder):
         ema = folder / f"transformer_ema_{read_progress(folder)['arguments']['ema_decays'][0]}"
         if ema.is_dir():
@@ -175,7 +172,7 @@ def read_progress(checkpoint: str | Path) -> dict[str, Any]:
 
 
 def read_settings(name_or_path: str | Path, revision: str | None = None) -> dict[str, Any]:
-    """Class names and guidance saved with a pipeline or a training checkpoint; older checkpoints have none."""
+    """Read the class names and guidance saved with a pipeline or a training checkpoint; older checkpoints have none."""
     if is_checkpoint(name_or_path):
         return read_progress(name_or_path).get("pipeline", {})
     return PixelREPAPipeline.load_config(name_or_path, revision=revision)
@@ -190,7 +187,7 @@ def _suggestion(path: Path) -> str:
 
 
 def seeded(seeds: Iterable[int]) -> list[torch.Generator]:
-    """One CPU generator per image: its noise then depends neither on the device nor on the other images of a batch."""
+    """Make one CPU generator per image, so that its noise depends neither on the device nor on the rest of the batch."""
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
@@ -216,12 +213,12 @@ def check_cuda_graphs(cuda_graphs: bool, device: torch.device) -> None:
 
 
 def device_name(device: torch.device) -> str:
-    """Product name of a GPU, or the device as torch writes it."""
+    """Return the product name of a GPU, or the device as torch writes it."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
 def versions() -> dict[str, str]:
-    """Versions of the libraries that compute the pixels and the metrics."""
+    """Return the versions of the libraries that compute the pixels and the metrics."""
     from . import __version__  # the package may still be importing this file
 
     libraries = {library.__name__: library.__version__ for library in (diffusers, transformers, accelerate, torch)}

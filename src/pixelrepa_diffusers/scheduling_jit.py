@@ -8,42 +8,27 @@ The file is published beside the weights as remote code and imports only torch a
 
 import inspect
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from diffusers.utils import BaseOutput
-
-
-@dataclass
-class JiTFlowMatchSchedulerOutput(BaseOutput):
-    """
-    Output of [`JiTFlowMatchScheduler.step`].
-
-    Args:
-        prev_sample (`torch.Tensor` of shape `(batch_size, channels, height, width)`):
-            Float32 sample at the noise level of the next model evaluation.
-    """
-
-    prev_sample: torch.Tensor
+from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 
 
 class JiTFlowMatchScheduler(SchedulerMixin, ConfigMixin):
     """
     Heun or Euler solver on the uniform grid t_k = k/N. The last step is always an Euler step, so N Heun steps take
-    2N − 1 model evaluations (NFE).
+    2N − 1 model calls (NFE).
 
     Args:
         num_train_timesteps (`int`, defaults to 1000): Factor between sigma in [0, 1] and diffusers' timesteps.
         solver (`str`, defaults to `"heun"`): `"heun"` or `"euler"`.
 
     Attributes:
-        timesteps (`torch.Tensor` of shape `(NFE,)`): num_train_timesteps·(1 − t) of every model evaluation.
+        timesteps (`torch.Tensor` of shape `(NFE,)`): num_train_timesteps·(1 − t) of every model call.
         sigmas (`torch.Tensor` of shape `(NFE + 1,)`):
-            1 − t of every model evaluation, then 0; float64 on the CPU. 1 − sigma is then bit-identical to the float32
-            grid of the published code, which matters to the strict bounds of the guidance interval.
+            1 − t of every model call, then 0; float64 on the CPU. 1 − sigma is then bit-identical to the float32 grid of
+            the published code, which matters for the strict bounds of the guidance interval.
     """
 
     _compatibles = []
@@ -66,25 +51,23 @@ class JiTFlowMatchScheduler(SchedulerMixin, ConfigMixin):
 
     @property
     def step_index(self) -> int | None:
-        """Index of the next model evaluation, `None` before the first step."""
+        """Index of the next model call, `None` before the first step."""
         return self._step_index
 
     @property
     def begin_index(self) -> int | None:
-        """Index of the first model evaluation, if `set_begin_index` was called."""
+        """Index of the first model call, if `set_begin_index` was called."""
         return self._begin_index
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """
-        Start at model evaluation `begin_index`. Without this call, `step` starts at the first timestep it is given.
+        Start at model call `begin_index`. Without `set_begin_index`, `step` starts at the first timestep it is given.
 
         Args:
             begin_index (`int`, defaults to 0): Index into `timesteps`; even for the Heun solver.
         """
         if begin_index % self.order:
-            raise ValueError(
-                f"`begin_index` must be even, the first of the two evaluations of a Heun step, got {begin_index}."
-            )
+            raise ValueError(f"`begin_index` must be even, the start of a Heun step, got {begin_index}.")
         self._begin_index = begin_index
 
     def save_config(self, save_directory, push_to_hub: bool = False, **kwargs):
@@ -95,16 +78,16 @@ class JiTFlowMatchScheduler(SchedulerMixin, ConfigMixin):
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         """
-        Set the timesteps of all model evaluations and clear the solver's state.
+        Set the timesteps of all model calls and clear the solver's state.
 
         Args:
-            num_inference_steps (`int`): Number of steps N; 2N − 1 model evaluations with Heun, N with Euler.
+            num_inference_steps (`int`): Number of steps N; 2N − 1 model calls with Heun, N with Euler.
             device (`str` or `torch.device`, *optional*): Device of `timesteps`. `sigmas` stay on the CPU.
         """
         grid = torch.linspace(0, 1, num_inference_steps + 1, dtype=torch.float32).double()
         sigmas = 1 - grid[:-1]
         if self.config.solver == "heun":
-            # Interior grid points are evaluated twice: at the end of one step and at the start of the next.
+            # Interior grid points have two model calls: at the end of one step and at the start of the next.
             sigmas = torch.cat([sigmas[:1], sigmas[1:].repeat_interleave(2)])
         self.num_inference_steps = num_inference_steps
         self.sigmas = torch.cat([sigmas, sigmas.new_zeros(1)])
@@ -112,7 +95,7 @@ class JiTFlowMatchScheduler(SchedulerMixin, ConfigMixin):
         self._reset()
 
     def index_for_timestep(self, timestep: float | torch.Tensor) -> int:
-        """Return the index of the evaluation that starts a step at `timestep`: the last of equal timesteps."""
+        """Return the index of the model call that starts a step at `timestep`: the last of equal timesteps."""
         matches = (self.timesteps == torch.as_tensor(timestep, device=self.timesteps.device)).nonzero()
         if len(matches) == 0:
             raise ValueError(f"`timestep` must be an entry of `scheduler.timesteps`, got {timestep}.")
@@ -124,40 +107,37 @@ class JiTFlowMatchScheduler(SchedulerMixin, ConfigMixin):
         timestep: float | torch.Tensor,
         sample: torch.Tensor,
         return_dict: bool = True,
-    ) -> JiTFlowMatchSchedulerOutput | tuple[torch.Tensor]:
+    ) -> SchedulerOutput | tuple[torch.Tensor]:
         """
-        Move the sample to the noise level of the next model evaluation, in float32.
+        Move the sample to the noise level of the next model call, in float32.
 
         Args:
             model_output (`torch.Tensor`): Flow velocity noise − image, that is −v.
-            timestep (`float` or `torch.Tensor`): Entry of `timesteps` at which the velocity was evaluated.
-            sample (`torch.Tensor`): Sample at which the velocity was evaluated.
-            return_dict (`bool`, defaults to `True`): Whether to return a [`JiTFlowMatchSchedulerOutput`] or a tuple.
+            timestep (`float` or `torch.Tensor`): Entry of `timesteps`, the timestep of the velocity.
+            sample (`torch.Tensor`): Sample of the velocity.
+            return_dict (`bool`, defaults to `True`): Whether to return a [`SchedulerOutput`] or a tuple.
         """
         if self.num_inference_steps is None:
             raise ValueError("Call `set_timesteps` before `step`.")
         if self._step_index is None:
             self._step_index = self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
 
-        velocity, sample = model_output.float(), sample.float()
+        velocity, sample, index = model_output.float(), sample.float(), self._step_index
         if self._first_velocity is None:
-            start, end = self._step_index, self._step_index + 1
-            prev_sample = torch.add(sample, velocity, alpha=self._step_size(start, end))
-            if self.config.solver == "heun" and end < len(self.timesteps):
+            step_size = (self.sigmas[index + 1] - self.sigmas[index]).item()
+            prev_sample = torch.add(sample, velocity, alpha=step_size)
+            if self.config.solver == "heun" and index + 1 < len(self.timesteps):
                 self._first_velocity, self._first_sample = velocity, sample
         else:
+            step_size = (self.sigmas[index] - self.sigmas[index - 1]).item()
             mean_velocity = 0.5 * (self._first_velocity + velocity)
-            step_size = self._step_size(self._step_index - 1, self._step_index)
             prev_sample = torch.add(self._first_sample, mean_velocity, alpha=step_size)
             self._first_velocity = self._first_sample = None
         self._step_index += 1
 
         if not return_dict:
             return (prev_sample,)
-        return JiTFlowMatchSchedulerOutput(prev_sample=prev_sample)
-
-    def _step_size(self, start: int, end: int) -> float:
-        return (self.sigmas[end] - self.sigmas[start]).item()
+        return SchedulerOutput(prev_sample=prev_sample)
 
     def scale_noise(self, sample: torch.Tensor, timestep: float | torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """

@@ -66,18 +66,18 @@ def sample_with_path(
     label: int,
     seeds: Sequence[int],
     settings: dict[str, Any],
-    on_evaluation: Callable[[int, int], object],
+    on_model_call: Callable[[int, int], object],
 ) -> tuple[list[Image.Image], Image.Image]:
     """
-    Sample one image per seed, and draw the sampler's states z of the first one from t = 0 to 1 as a strip.
+    Sample one image per seed, and draw the states z of the first one from t = 0 to 1 as a strip.
 
-    `on_evaluation` is called with the number of finished model evaluations and their total.
+    `on_model_call` is called with the number of finished model calls and their total.
     """
     states = [(0.0, pipe.prepare_latents(1, torch.device("cpu"), seeded(seeds[:1]), None))]
 
     def on_step_end(pipe, index, timestep, tensors):
-        on_evaluation(index + 1, pipe.num_timesteps)
-        # A Heun step takes two evaluations, the last one a single one.
+        on_model_call(index + 1, pipe.num_timesteps)
+        # A Heun step takes two model calls, the last step one.
         if (index + 1) % pipe.scheduler.order == 0 or index + 1 == pipe.num_timesteps:
             states.append((1 - float(pipe.scheduler.sigmas[index + 1]), tensors["latents"][:1].cpu()))
         return {}
@@ -90,7 +90,7 @@ def sample_with_path(
 
 @dataclass
 class Request:
-    """What the user of the page asks for."""
+    """Settings of one request to the page."""
 
     class_label: int
     seeds: range
@@ -105,7 +105,7 @@ def answer(
     args: AppArguments,
     revision: str | None,
     folder: Path,
-    on_evaluation: Callable[[int, int], object],
+    on_model_call: Callable[[int, int], object],
 ) -> tuple[list[Path], Image.Image, Path]:
     """
     Sample with the scheduler of `pipe`, and write the images to `folder` as `pixelrepa-generate` does.
@@ -115,7 +115,7 @@ def answer(
     """
     label, name = request.class_label, class_names(pipe)[request.class_label]
     sampling = sampling_settings(pipe, label, request.num_inference_steps, request.guidance)
-    images, strip = sample_with_path(pipe, label, request.seeds, sampling, on_evaluation)
+    images, strip = sample_with_path(pipe, label, request.seeds, sampling, on_model_call)
     settings = {**describe_run(pipe, args, revision, sampling), "device": device_name(pipe.device)}
     content = folder / "images"
     content.mkdir()
@@ -146,7 +146,7 @@ def guidance_sliders(pipe: PixelREPAPipeline) -> dict[str, list["gradio.Slider"]
 
 
 def build_page(args: AppArguments) -> "gradio.Blocks":
-    """The page of a pipeline, which is loaded here. Requests are sampled one after another."""
+    """Load a pipeline and build its page. Requests are sampled one after another."""
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when Gradio is imported
     try:
         import gradio
@@ -173,7 +173,7 @@ def build_page(args: AppArguments) -> "gradio.Blocks":
         with tempfile.TemporaryDirectory() as folder:
             try:
                 paths, strip, archive = answer(
-                    pipe, request, args, revision, Path(folder), lambda *done: progress(done, unit="evaluations")
+                    pipe, request, args, revision, Path(folder), lambda *done: progress(done, unit="model calls")
                 )
             except ValueError as error:  # such as a guidance interval that is empty
                 raise gradio.Error(str(error), print_exception=False) from error

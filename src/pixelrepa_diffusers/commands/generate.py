@@ -51,7 +51,7 @@ class GenerateArguments:
     list_classes: bool = flag(False, "Print the class ids and names, and stop.")
 
     scheduler: str | None = flag(None, "Replaces the saved scheduler.", choices=list(SCHEDULERS))
-    num_inference_steps: int = flag(50, "Sampling steps; heun evaluates the model 2N - 1 times.", ge=1)
+    num_inference_steps: int = flag(50, "Sampling steps; N steps of heun take 2N - 1 NFE.", ge=1)
     guidance_scale: float | None = flag(None, "Default: the scale saved with the pipeline.")
     guidance_interval: list[float] | None = flag(None, "Guide where LOW < t < HIGH. Default: as saved.", nargs=2)
     self_guidance_scale: float | None = flag(None, "Scale of the guidance head; 0 turns it off. Default: as saved.")
@@ -69,7 +69,7 @@ class GenerateArguments:
 
 
 def parse_numbers(texts: list[str], name: str) -> list[int]:
-    """Distinct numbers of texts such as "3", "0-7" (both ends included) and "0-3,9", in the order given."""
+    """Parse texts such as "3", "0-7" (both ends included) and "0-3,9" into distinct numbers, in the order given."""
     numbers: dict[int, None] = {}
     for text in ",".join(texts).split(","):
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", text.strip())
@@ -80,7 +80,7 @@ def parse_numbers(texts: list[str], name: str) -> list[int]:
 
 
 def select_classes(texts: list[str] | None, pipeline: PixelREPAPipeline) -> list[int]:
-    """Distinct class ids of --class_labels."""
+    """Return the distinct class ids of --class_labels."""
     num_classes = pipeline.transformer.config.num_classes
     if texts is None and num_classes > 1:
         raise ValueError(f"Name some of the {num_classes} classes with --class_labels; --list_classes prints them.")
@@ -160,7 +160,7 @@ def main(args: GenerateArguments) -> list[Path]:
 
 
 def describe_run(pipe: PixelREPAPipeline, args: Any, revision: str | None, sampling: dict[str, Any]) -> dict[str, Any]:
-    """What the images of a run share, for their records; `args` are those of this command or of the page."""
+    """Return the settings that the images of a run share; `args` are those of this command or of the page."""
     return {
         **sampling,
         "pipeline": args.pipeline,
@@ -172,7 +172,7 @@ def describe_run(pipe: PixelREPAPipeline, args: Any, revision: str | None, sampl
 
 
 def png_info(facts: dict[str, Any], scheduler: str | None) -> PngImagePlugin.PngInfo:
-    """Text chunks of one image: its settings, library versions, and the command that makes it again."""
+    """Write an image's settings, library versions and the command that makes it again as text chunks of a PNG."""
     same = ("pipeline", "revision", "num_inference_steps", *GUIDANCE_NAMES, "guidance_transformer", "dtype")
     flags = {name: facts.get(name) for name in same}
     flags |= {"class_labels": facts["class_id"], "seeds": facts["seed"], "scheduler": scheduler, "output_dir": "again"}

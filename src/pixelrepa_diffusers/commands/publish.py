@@ -3,8 +3,8 @@
     hf auth login                                                  # once; or set HF_TOKEN
     pixelrepa-publish FOLDER user/name --license mit --metrics metrics.json
 
-Publishing again without a change uploads nothing. `--dry_run` shows the card and the files and sends nothing. Of a training
-checkpoint the sampled weights are published, as a pipeline.
+Publishing again without a change uploads nothing. `--dry_run` shows the card and the files and sends nothing. For a
+training checkpoint, the sampled weights are published as a pipeline.
 """
 
 import contextlib

@@ -101,8 +101,8 @@ class Scorer:
             "fd_pixels": components.transform,
             "fd_classifier": lambda pixels: np.maximum(pixels @ network.coefs_[0] + network.intercepts_[0], 0),
         }
-        # Equally many rows of each class: every digit six to eight times.
-        balanced = np.concatenate([np.resize(np.flatnonzero(self.labels == label), 1000) for label in range(10)])
+        # Ten thousand rows of each class, so that every digit of a class weighs the same to about 1 %.
+        balanced = np.concatenate([np.resize(np.flatnonzero(self.labels == label), 10_000) for label in range(10)])
         self.references = {name: statistics(features(self.real)) for name, features in self.spaces.items()}
         self.balanced_reference = statistics(class_tokens(self.real)[balanced])
 

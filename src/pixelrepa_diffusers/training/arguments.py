@@ -75,6 +75,11 @@ class ObjectiveArguments:
         "resample", "resample: interpolate the teacher features to the student's grid; resize: resize its input image."
     )
 
+    def aligns(self, step: int) -> bool:
+        """Whether the step after `step` completed steps has an alignment loss."""
+        last = self.stop_alignment_after_step
+        return self.objective != "none" and (last is None or step < last)
+
 
 @dataclass
 class OptimizationArguments:
@@ -107,6 +112,41 @@ class OptimizationArguments:
     on_nonfinite: Literal["stop", "skip"] = flag(
         "stop", "At a non-finite gradient stop the run, or skip the step. (fp16 skips overflows by itself.)"
     )
+
+    def saved(self) -> dict:
+        """Arguments that may be written to disk or sent to a tracker: all but the token."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "hub_token"}
+
+    def global_batch_size(self, num_processes: int) -> int:
+        """Images per optimizer step."""
+        return self.train_batch_size * self.gradient_accumulation_steps * num_processes
+
+    def resolved_learning_rate(self, num_processes: int) -> float:
+        """Peak learning rate."""
+        return self.learning_rate * (self.global_batch_size(num_processes) / 256 if self.scale_lr else 1)
+
+    def resolved_steps(self, steps_per_epoch: int | None) -> tuple[int, int]:
+        """(optimizer steps, warmup steps); the default warmup is five epochs, as published."""
+        total = self.max_train_steps or self.num_train_epochs * steps_per_epoch
+        warmup = 5 * steps_per_epoch if self.lr_warmup_steps is None else self.lr_warmup_steps
+        return total, warmup
+
+    def warnings(self, steps: int, warmup: int) -> list[str]:
+        """Warnings about settings that are valid but rarely intended."""
+        warnings = []
+        if warmup >= steps and self.lr_scheduler != "constant":
+            warnings.append(
+                f"The warmup ({warmup} steps) is not shorter than the run ({steps} steps): the learning rate never "
+                "reaches its peak. Set --lr_warmup_steps."
+            )
+        initial = self.ema_decays[0] ** steps if self.use_ema else 0.0
+        if initial > 0.1:
+            cure = f"smaller --ema_decays, such as {1 - 5 / steps:.4f}" if steps > 10 else "--use_ema false"
+            warnings.append(
+                f"After {steps} steps the EMA weights with decay {self.ema_decays[0]}, which are sampled and published, "
+                f"still consist of {initial:.0%} initial weights. Set {cure}."
+            )
+        return warnings
 
 
 @dataclass
@@ -207,46 +247,6 @@ class TrainingArguments(
             raise ValueError("--eval_metrics need several feature networks: choose metrics of one network.")
         if self.eval_steps and self.eval_reference is None and self.eval_metrics != ["inception_score"]:
             raise ValueError("--eval_metrics need --eval_reference, a file written by pixelrepa-prepare-reference.")
-
-    def saved(self) -> dict:
-        """Arguments that may be written to disk or sent to a tracker: all but the token."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if name != "hub_token"}
-
-    def global_batch_size(self, num_processes: int) -> int:
-        """Images per optimizer step."""
-        return self.train_batch_size * self.gradient_accumulation_steps * num_processes
-
-    def resolved_learning_rate(self, num_processes: int) -> float:
-        """Peak learning rate."""
-        return self.learning_rate * (self.global_batch_size(num_processes) / 256 if self.scale_lr else 1)
-
-    def resolved_steps(self, steps_per_epoch: int | None) -> tuple[int, int]:
-        """(optimizer steps, warmup steps); the default warmup is five epochs, as published."""
-        total = self.max_train_steps or self.num_train_epochs * steps_per_epoch
-        warmup = 5 * steps_per_epoch if self.lr_warmup_steps is None else self.lr_warmup_steps
-        return total, warmup
-
-    def aligns(self, step: int) -> bool:
-        """Whether the step after `step` completed steps has an alignment loss."""
-        last = self.stop_alignment_after_step
-        return self.objective != "none" and (last is None or step < last)
-
-    def warnings(self, steps: int, warmup: int) -> list[str]:
-        """Warnings about settings that are valid but rarely intended."""
-        warnings = []
-        if warmup >= steps and self.lr_scheduler != "constant":
-            warnings.append(
-                f"The warmup ({warmup} steps) is not shorter than the run ({steps} steps): the learning rate never "
-                "reaches its peak. Set --lr_warmup_steps."
-            )
-        initial = self.ema_decays[0] ** steps if self.use_ema else 0.0
-        if initial > 0.1:
-            cure = f"smaller --ema_decays, such as {1 - 5 / steps:.4f}" if steps > 10 else "--use_ema false"
-            warnings.append(
-                f"After {steps} steps the EMA weights with decay {self.ema_decays[0]}, which are sampled and published, "
-                f"still consist of {initial:.0%} initial weights. Set {cure}."
-            )
-        return warnings
 
 
 def parse_arguments(argv: list[str] | None = None) -> TrainingArguments:

@@ -160,7 +160,8 @@ class Checkpointer:
 
     A checkpoint folder contains
 
-    - `transformer/`, `transformer_ema_DECAY/` and `adapter/` (the projector): diffusers folders, LoRA layers merged
+    - `transformer/`, `transformer_ema_DECAY/` and `adapter/` (the projector), or `guidance_head/` and its EMAs: diffusers
+      folders, LoRA layers merged
     - `lora/`, `lora_ema_DECAY/`: the LoRA weights alone, if any
     - `optimizer/`: optimizer state by parameter name
     - `progress.json`: step, position in the data, EMA updates, gradient scaler, arguments, class names and guidance
@@ -169,6 +170,11 @@ class Checkpointer:
 
     Training waits only while the state is copied to CPU memory, which stays allocated; a thread writes the copy. Without
     sharding the main process does so alone.
+
+    Args:
+        args, accelerator, objective, ema, optimizer: Parts of the run; objective and optimizer are prepared.
+        models (`dict[str, ModelMixin]`): The trained models by folder name; the EMAs follow the first.
+        pipeline_config (`dict`): Class names and guidance, with which the checkpoint can be sampled.
     """
 
     def __init__(
@@ -176,16 +182,18 @@ class Checkpointer:
         args: TrainingArguments,
         accelerator: Accelerator,
         objective: torch.nn.Module,
+        models: dict[str, ModelMixin],
         ema: ConstantDecayEMA | None,
         optimizer: torch.optim.Optimizer,
         pipeline_config: dict,
     ):
         self.args, self.accelerator, self.pipeline_config = args, accelerator, pipeline_config
         self.module, self.ema, self.optimizer = accelerator.unwrap_model(objective), ema, optimizer
-        self.sharded = accelerator.distributed_type == DistributedType.FSDP
-        # The writing threads need a process group of their own: training uses the default one meanwhile.
-        timeout = timedelta(seconds=args.ddp_timeout)
-        self.group = dist.new_group(timeout=timeout, backend="gloo") if self.sharded else None
+        self.models, self.main = models, next(iter(models))
+        self.sharded, self.group = accelerator.distributed_type == DistributedType.FSDP, None
+        if self.sharded:
+            # The writing threads need a process group of their own: training uses the default one meanwhile.
+            self.group = dist.new_group(timeout=timedelta(seconds=args.ddp_timeout), backend="gloo")
         on_gpu = accelerator.device.type == "cuda"
         self.stager = DefaultStager(
             StagingOptions(on_gpu, False, use_async_staging=False, use_non_blocking_copy=on_gpu)
@@ -209,11 +217,9 @@ class Checkpointer:
     def save(self, step: int, loader_state: dict) -> None:
         """Write checkpoint-STEP in the background, on all processes together, and delete the oldest beyond the limit."""
         self.wait()
-        state = {"transformer": self.module.transformer.state_dict()}
+        state = {name: model.state_dict() for name, model in self.models.items()}
         for decay in () if self.ema is None else self.ema.decays:
-            state[f"transformer_ema_{decay}"] = self.ema.state_dict_for(decay)
-        if self.module.projector is not None:
-            state["adapter"] = self.module.projector.state_dict()
+            state[f"{self.main}_ema_{decay}"] = self.ema.state_dict_for(decay)
         optimizer = {
             f"{name}.{key}": value
             for name, parameter in self._parameters().items()
@@ -254,7 +260,7 @@ class Checkpointer:
                 if self.sharded:  # merge the shards, which are safe on disk, one model at a time
                     weights = read_tensors(path / name)
                     shutil.rmtree(path / name)
-                model = self.module.projector if name == "adapter" else self.module.transformer
+                model = self.models.get(name, self.models[self.main])
                 with_weights(model, weights).save_pretrained(path / name)
                 save_lora(weights, path / name.replace("transformer", "lora"))
             write_json(path / "progress.json", progress)
@@ -296,12 +302,11 @@ class Checkpointer:
         return progress
 
     def _load_weights(self, folder: Path, progress: dict) -> None:
-        for name, model in (("transformer", self.module.transformer), ("adapter", self.module.projector)):
-            if model is not None:
-                model.load_state_dict(self._read(folder / name, model.state_dict()))
+        for name, model in self.models.items():
+            model.load_state_dict(self._read(folder / name, model.state_dict()))
         if self.ema is not None:
             averages = {
-                decay: self._read(folder / f"transformer_ema_{decay}", self.ema.state_dict_for(decay))
+                decay: self._read(folder / f"{self.main}_ema_{decay}", self.ema.state_dict_for(decay))
                 for decay in self.ema.decays
             }
             self.ema.load_state_dict({"num_calls": progress["ema_calls"], "averages": averages})

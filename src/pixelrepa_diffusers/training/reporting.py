@@ -16,8 +16,9 @@ from accelerate.utils import gather_object
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
-from ..files import write_atomically
+from ..files import write_atomically, write_json
 from .arguments import TrainingArguments
+from .data import ImageLoader
 from .flops import measure_peak_flops
 from .step import StepResult
 
@@ -30,6 +31,40 @@ EVALUATION_METRICS = ("fid", "fd_", "inception_score", "precision", "recall")
 
 class NonFiniteLossError(FloatingPointError):
     """The loss became NaN or infinite."""
+
+
+def announce(
+    args: TrainingArguments,
+    accelerator: Accelerator,
+    loader: ImageLoader,
+    optimizer: torch.optim.Optimizer,
+    max_train_steps: int,
+    warmup_steps: int,
+) -> None:
+    """Write arguments.json, start the trackers, and log the size and schedule of the run with [`TrainingArguments.warnings`]."""
+    for warning in args.warnings(max_train_steps, warmup_steps):
+        logger.warning(warning)
+    steps = {"resolved_steps": max_train_steps, "resolved_warmup_steps": warmup_steps}
+    if accelerator.is_main_process:
+        write_json(Path(args.output_dir) / "arguments.json", {**args.saved(), **steps})
+    accelerator.init_trackers(
+        args.tracker_project_name,
+        config={k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in args.saved().items()},
+    )
+    source, epoch = loader.source, loader.batches_per_epoch
+    parameters = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+    facts = {
+        "images": len(source) if epoch else f"{len(source.shard_names)} shards, {source.num_readers} readers",
+        "classes": source.num_classes,
+        "trainable parameters": f"{parameters:,}",
+        "global batch": f"{loader.global_batch_size} ({args.train_batch_size} per process × "
+        f"{args.gradient_accumulation_steps} accumulation steps × {accelerator.num_processes} processes)",
+        "steps": f"{max_train_steps}, {warmup_steps} of them warmup",
+        "epochs": f"{max_train_steps / epoch:.1f}" if epoch else "unknown",
+        "learning rate": args.resolved_learning_rate(accelerator.num_processes),
+        "device": f"{accelerator.device}, mixed precision {args.mixed_precision}",
+    }
+    logger.info("Training:" + "".join(f"\n  {name}: {value}" for name, value in facts.items()))
 
 
 class MetricLogger:

@@ -202,6 +202,7 @@ def test_evaluation_measures_the_first_ema_and_does_not_change_training(train, e
     ("overrides", "message"),
     [
         ({"eval_reference": "missing.npz"}, "missing.npz"),
+        ({"eval_reference": None}, "--eval_reference"),
         ({"eval_num_samples": 13}, "multiple of the model's 3 classes"),
         ({"eval_image_size": 17}, "multiple of"),
     ],

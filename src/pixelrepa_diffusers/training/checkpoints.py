@@ -50,7 +50,7 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def delete_oldest(newest: Path, limit: int) -> None:
-    """Keep `limit` checkpoints up to the `newest`. Later ones are damaged: the resume passed over them."""
+    """Delete the oldest checkpoints but `limit` up to the `newest`. Later ones are damaged: the resume skipped them."""
     written = [path for path in list_checkpoints(newest.parent) if checkpoint_step(path) <= checkpoint_step(newest)]
     for folder in written[:-limit]:
         discard_folder(folder)
@@ -111,7 +111,7 @@ def with_weights(model: ModelMixin, weights: dict[str, torch.Tensor]) -> ModelMi
 
 
 def merge_lora(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Plain weights W + B·A of a model whose LoRA layers have the scale 1."""
+    """Return the weights W + B·A of a model whose LoRA layers have the scale 1."""
     merged = {}
     for name, value in weights.items():
         layer = name.removesuffix("base_layer.weight")
@@ -129,7 +129,7 @@ def save_lora(weights: dict[str, torch.Tensor], folder: Path) -> None:
 
 
 def gather_weights(weights: dict[str, torch.Tensor], keep: bool = True) -> dict[str, torch.Tensor]:
-    """Assemble weights that FSDP shards, on all processes together and one tensor at a time, on those that `keep` them."""
+    """Assemble FSDP's shards one tensor at a time, on all processes together. Processes that do not `keep` them get none."""
     gathered = {}
     for name, value in weights.items():
         whole = value.full_tensor() if isinstance(value, DTensor) else value
@@ -139,7 +139,7 @@ def gather_weights(weights: dict[str, torch.Tensor], keep: bool = True) -> dict[
 
 
 def read_tensors(folder: Path, likes: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-    """Read the safetensors files of a folder, in which tensors may be sharded; those sharded in `likes` come sharded."""
+    """Read the safetensors files of a folder, whole or sharded. Tensors that are sharded in `likes` come sharded."""
     reader = dcp.HuggingFaceStorageReader(str(folder))
     tensors = {}
     for name, entry in reader.read_metadata().state_dict_metadata.items():
@@ -156,7 +156,7 @@ def read_tensors(folder: Path, likes: dict[str, torch.Tensor] | None = None) -> 
 
 class Checkpointer:
     """
-    Save and load everything a bit-exact resume needs, the frozen teacher excepted.
+    Save and load everything that a bit-exact resume needs, except the frozen teacher.
 
     A checkpoint folder contains
 
@@ -211,7 +211,7 @@ class Checkpointer:
 
     @property
     def last(self) -> Path | None:
-        """The last checkpoint that is completely written. Raises what its writing raised."""
+        """The last completely written checkpoint. Raises what its writing raised."""
         return self.wait() if self.pending is not None and self.pending.done() else self._last
 
     def save(self, step: int, loader_state: dict) -> None:

@@ -51,7 +51,7 @@ def dry_run(args: TrainingArguments, num_processes: int, source: ImageSource | S
 
 
 def launch_file(args: TrainingArguments, num_processes: int, parameters: int) -> str:
-    """Name of the launch file for GPUs, eight per machine. Sharding pays from JiT-H on, where no setting excludes it."""
+    """Name the launch file for GPUs, eight per machine. Sharding pays from JiT-H on, if the settings allow it."""
     if num_processes == 1:
         return "1gpu"
     if parameters > 9e8 and not (args.ema_offload or args.use_8bit_adam or args.lora_rank):

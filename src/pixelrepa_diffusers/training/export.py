@@ -63,7 +63,7 @@ def build_pipeline(
 
 
 def training_facts(args: TrainingArguments, accelerator: Accelerator, step: int) -> dict:
-    """Content of training_arguments.json, for the model card."""
+    """Return the content of training_arguments.json, for the model card."""
     global_batch_size = args.global_batch_size(accelerator.num_processes)
     return {
         **publishable(args.saved()),
@@ -142,7 +142,7 @@ class Exporter:
         write_json(folder / "training_arguments.json", facts)
 
     def push_checkpoint(self, step: int) -> None:
-        """Push the pipeline to a branch named after the checkpoint, in the background. What is published is deleted here."""
+        """Push the pipeline to a branch named after the checkpoint, in the background, then delete the local copy."""
         folder = self.output_dir / "hub" / f"checkpoint-{step}"
         self.save_pipeline(folder, step)
         if self.pusher is not None:

@@ -1,4 +1,4 @@
-"""Parts of `train_guidance_head.py`: arguments, the model's own images, the head in the place of a transformer, exports."""
+"""Parts of `train_guidance_head.py`: arguments, generated images, the head called like a transformer, exports."""
 
 from __future__ import annotations
 
@@ -42,9 +42,11 @@ class GuidanceHeadArguments(OptimizationArguments):
     )
     on_bad_image: Literal["error", "skip"] = flag("error", "A damaged image stops the run, or the next replaces it.")
     num_generated_images: int = flag(10_000, "Number of the model's own images, evenly over the classes.", ge=1)
-    guidance_scale: float | None = flag(None, "Their guidance scale (default: the saved one).", ge=0)
-    guidance_interval: list[float] | None = flag(None, "Their guidance interval in t; same default.", nargs=2)
-    num_inference_steps: int = flag(50, "Sampling steps of these images and of the sample grids.", ge=1)
+    guidance_scale: float | None = flag(None, "Guidance scale of these images (default: the saved one).", ge=0)
+    guidance_interval: list[float] | None = flag(
+        None, "Guidance interval LOW HIGH in t of these images; same default.", nargs=2
+    )
+    num_inference_steps: int = flag(50, "Sampling steps of these images and the sample grids.", ge=1)
     generation_batch_size: int = flag(64, "Sampling batch size per process.", ge=1)
 
     num_train_epochs: int = flag(20, "Epochs; --max_train_steps overrides them.", ge=1)
@@ -55,10 +57,12 @@ class GuidanceHeadArguments(OptimizationArguments):
     random_flip: bool = flag(False, "Flip half of the images horizontally.")
     label_drop_prob: float = flag(0.1, "Probability that a label is replaced by the null class.", ge=0, le=1)
     P_mean: float = flag(-0.8, "Mean of the logit-normal timesteps, as in the training of the transformer.")
-    P_std: float = flag(0.8, "Their standard deviation.", gt=0)
+    P_std: float = flag(0.8, "Standard deviation of the logit-normal timesteps.", gt=0)
 
-    self_guidance_scale: float = flag(0.5, "w of the sample grids, saved with the pipeline.", ge=0)
-    self_guidance_interval: list[float] = flag([0.0, 1.0], "LOW HIGH in t; likewise.", nargs=2, ge=0, le=1)
+    self_guidance_scale: float = flag(0.5, "w of sample grids, saved with the pipeline.", ge=0)
+    self_guidance_interval: list[float] = flag(
+        [0.0, 1.0], "Its interval LOW HIGH in t, likewise.", nargs=2, ge=0, le=1
+    )
     mixed_precision: Literal["no", "fp16", "bf16"] | None = flag(None, "Default: accelerate's configuration.")
     dataloader_num_workers: int = flag(4, "Image decoding processes per training process.", ge=0)
     checkpointing_steps: int = flag(1000, "Steps between checkpoints.", ge=1)
@@ -126,8 +130,8 @@ class HeadOnFrozenTransformer(nn.Module):
 
 def generate_images(args: GuidanceHeadArguments, accelerator: Accelerator, pipe: PixelREPAPipeline) -> Path:
     """
-    Make the model's own images as an image folder `generated/`, shared among the processes, and return it. Images that exist
-    from an interrupted run with the same settings are kept.
+    Sample the image folder `generated/` on all processes and return it. Images of an interrupted run with the same settings
+    are kept.
 
     Raises:
         ValueError: If the folder holds images of other settings, or there are fewer images than classes.

@@ -230,9 +230,9 @@ class StepMonitor:
 
     def throughput(self, step: int, result: StepResult) -> dict[str, float]:
         """
-        Speed since the last report. Times are milliseconds per step, those of the slowest process each: `host_ms` launches
-        the first step after a report, when the device's queue is empty (on a CPU it computes the step), `data_ms` waits for
-        images, `forward_ms` is the device's time for the forward pass of the last micro-step.
+        Return the speed since the last report. Times are milliseconds per step, each of its slowest process: `host_ms` is the
+        time to launch the first step after a report, when the device's queue is empty (on a CPU: to compute it), `data_ms`
+        the wait for images, `forward_ms` the device's time for the forward pass of the last micro-step.
         """
         processes, device = self.accelerator.num_processes, self.accelerator.device
         steps, seconds = step - self.started_step, time.perf_counter() - self.started
@@ -254,7 +254,7 @@ class StepMonitor:
 
 
 def peak_memory(device: torch.device) -> float:
-    """Peak memory in GiB: the allocator's on a GPU, the resident memory of the process on a CPU."""
+    """Return the peak memory in GiB: allocated on a GPU, resident in the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024

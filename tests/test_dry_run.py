@@ -17,10 +17,8 @@ def saved_bytes(args: TrainingArguments, batch_size: int) -> int:
     transformer = build_transformer(args, num_classes=10)
     objective = build_objective(args, transformer, build_projector(args, transformer.config, TEACHER_DIM))
     apply_switches(args, objective)
-    size, tokens = (
-        transformer.config.sample_size,
-        (transformer.config.sample_size // transformer.config.patch_size) ** 2,
-    )
+    size = transformer.config.sample_size
+    tokens = (size // transformer.config.patch_size) ** 2
     ignored = {t.untyped_storage().data_ptr() for t in (*objective.parameters(), *objective.buffers())}
     saved = {}
 
@@ -44,34 +42,24 @@ def saved_bytes(args: TrainingArguments, batch_size: int) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
 
 
+SIZES = {
+    "preset": "JiT-Digits/4", "resolution": 32, "num_layers": 6, "attention_head_dim": 8, "num_attention_heads": 8,
+    "in_context_start": 2, "train_batch_size": 1,
+}  # fmt: skip
+COMPILED = {"compile": True, "num_layers": 1, "adapter_layers": 1, "in_context_len": 0, "in_context_start": 0}
+RECOMPUTED = {"gradient_checkpointing": True}
+
+
 @pytest.mark.parametrize(
-    "mixed_precision, switches",
-    [
-        ("no", {}),
-        ("bf16", {}),
-        (
-            "bf16",
-            {"compile": True, "num_layers": 1, "adapter_layers": 1, "in_context_len": 0, "in_context_start": 0},
-        ),  # one length to compile
-        ("no", {"gradient_checkpointing": True}),
-        ("bf16", {"gradient_checkpointing": True}),
-    ],
+    ("mixed_precision", "switches"),
+    [("no", {}), ("bf16", {}), ("bf16", COMPILED), ("no", RECOMPUTED), ("bf16", RECOMPUTED)],
 )
 def test_activations_are_estimated_within_15_percent(mixed_precision, switches, monkeypatch):
     compile_block = JiTBlock.compile  # partitioned as for a GPU, but no machine code is generated
     monkeypatch.setattr(
         JiTBlock, "compile", lambda self, **o: compile_block(self, **o, backend="aot_eager_decomp_partition")
     )
-    sizes = {
-        "resolution": 32,
-        "num_layers": 6,
-        "attention_head_dim": 8,
-        "num_attention_heads": 8,
-        "in_context_start": 2,
-    }
-    args = TrainingArguments(
-        **{"preset": "JiT-Digits/4", **sizes, **switches}, train_batch_size=1, mixed_precision=mixed_precision
-    )
+    args = TrainingArguments(**{**SIZES, **switches}, mixed_precision=mixed_precision)
     config = build_transformer(args, 10).config
     measured = saved_bytes(args, 3) - saved_bytes(args, 2)  # without what does not grow with the batch
     estimated = estimate_memory(args, config, 1, 1, 1, TEACHER_DIM, 1)["saved activations (batch 1)"] * 2**30

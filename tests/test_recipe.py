@@ -123,10 +123,6 @@ def test_argument_changes_the_weights(trained, change):
     assert any(not torch.equal(value, baseline[key]) for key, value in changed.items())
 
 
-def test_equal_runs_have_equal_weights(trained):
-    assert_equal(trained(objective="pixelrepa"), trained(objective="pixelrepa", seed=0))  # 0 is the default
-
-
 def test_without_ema_the_online_weights_are_published(train, tmp_path):
     folder = train(tmp_path / "run", use_ema=False, max_train_steps=3)
     assert not list((tmp_path / "run").glob("checkpoint-*/transformer_ema*"))
@@ -278,14 +274,14 @@ PUBLISHED = {
 def test_preset_is_the_published_variant(make_transformer, size, patch_size, sample_size, noise_scale):
     name = f"JiT-{size}/{patch_size}"
     *architecture, scale, scale_jit = PUBLISHED[size]
-    names = (
+    names = [
         "num_layers",
         "num_attention_heads",
         "attention_head_dim",
         "bottleneck_dim",
         "in_context_start",
         "dropout",
-    )
+    ]
     expected = dict(zip(names, architecture, strict=True))
     expected |= {"patch_size": patch_size, "sample_size": sample_size, "noise_scale": noise_scale}
     expected |= {"in_context_len": 32, "num_classes": 1000, "in_channels": 3}

@@ -21,7 +21,14 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+import torch
+from accelerate import debug_launcher
+from accelerate.state import AcceleratorState, PartialState
 from PIL import Image
+
+from pixelrepa_diffusers.cli import as_words
+from pixelrepa_diffusers.training.arguments import parse_arguments
+from pixelrepa_diffusers.training.checkpoints import read_tensors
 
 
 ROOT = Path(__file__).parent.parent
@@ -80,19 +87,11 @@ SETTINGS = {  # of a run of seconds
 
 
 def arguments(data: Path, output_dir: Path, **overrides) -> list[str]:
-    words = []
-    for name, value in {"train_data_dir": data, "output_dir": output_dir, **SETTINGS, **overrides}.items():
-        if value is not None:
-            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    return words
+    return as_words({"train_data_dir": data, "output_dir": output_dir, **SETTINGS, **overrides})
 
 
 def train(words: list[str]) -> None:
-    main = load_script(TRAINER).main
-
-    from pixelrepa_diffusers.training.arguments import parse_arguments
-
-    main(parse_arguments(words))
+    load_script(TRAINER).main(parse_arguments(words))
 
 
 def read_metrics(output_dir: Path) -> list[dict]:
@@ -101,16 +100,12 @@ def read_metrics(output_dir: Path) -> list[dict]:
 
 def weights(checkpoint: Path) -> dict:
     """Every tensor of a checkpoint, the optimizer's included, by a readable name."""
-    from pixelrepa_diffusers.training.checkpoints import read_tensors
-
     folders = sorted({file.parent for file in checkpoint.rglob("*.safetensors")})
     return {f"{folder.name}.{name}": value for folder in folders for name, value in read_tensors(folder).items()}
 
 
 def assert_equal(one: dict, other: dict) -> None:
     """The same names and the same bits."""
-    import torch
-
     assert one.keys() == other.keys()
     different = [name for name in one if not torch.equal(one[name], other[name])]
     assert not different, different
@@ -118,8 +113,6 @@ def assert_equal(one: dict, other: dict) -> None:
 
 def fork(task: Callable[[], object], log: Path) -> int:
     """Run `task` on the CPU in a child that leads its own process group and appends its output to `log`."""
-    import torch
-
     child = os.fork()
     if child:
         with contextlib.suppress(PermissionError, ProcessLookupError):  # the child has done so, or is gone
@@ -172,14 +165,10 @@ def launch_two(script: Path, words: list[str], record: Path) -> None:
 
 def in_two_processes(main: Callable, *args) -> None:
     """Call `main(*args)` in two CPU processes, forked: interpreters of their own would spend seconds on imports."""
-    from accelerate import debug_launcher
-
     debug_launcher(_in_fork, args=(main, args), num_processes=2)
 
 
 def _in_fork(main: Callable, args: tuple) -> None:
-    from accelerate.state import AcceleratorState, PartialState
-
     AcceleratorState._reset_state(reset_partial_state=True)  # forked from the parent, which has one process
     assert PartialState(cpu=True).num_processes == 2
     main(*args)
@@ -187,8 +176,6 @@ def _in_fork(main: Callable, args: tuple) -> None:
 
 def train_in_fork(words: list[str], log: Path) -> None:
     """Train in a process of accelerate's `debug_launcher`, which forks; log lines go to `log`."""
-    from accelerate.state import AcceleratorState
-
     AcceleratorState._reset_state(reset_partial_state=True)  # forked from the parent, which has one process
     logging.getLogger().addHandler(logging.FileHandler(log))
     train(words)

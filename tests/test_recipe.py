@@ -1,7 +1,6 @@
 """The trainer follows its arguments: learning rate, optimizer, EMAs, switches and fine-tuning."""
 
 import functools
-import hashlib
 
 import pytest
 import torch
@@ -60,22 +59,18 @@ def test_optimizer_follows_its_arguments_and_decays_only_matrices(make_transform
 
 
 def test_only_student_and_adapter_are_trained_and_the_teacher_stays_frozen(train, tmp_path, monkeypatch):
-    teachers = []
-
-    def digest(teacher) -> str:
-        tensors = [*teacher.parameters(), *teacher.buffers()]
-        return hashlib.sha256(b"".join(tensor.detach().numpy().tobytes() for tensor in tensors)).hexdigest()
+    teachers, build_teacher = [], train_pixelrepa.build_teacher
 
     def remember(*args):
         teacher = build_teacher(*args)
-        teachers.append((teacher, digest(teacher)))
+        teachers.append((teacher, [tensor.clone() for tensor in (*teacher.parameters(), *teacher.buffers())]))
         return teacher
 
-    build_teacher = train_pixelrepa.build_teacher
     monkeypatch.setattr(train_pixelrepa, "build_teacher", remember)
     train(tmp_path / "run", max_train_steps=3, lr_warmup_steps=0)
     ((teacher, before),) = teachers
-    assert digest(teacher) == before and not any(parameter.requires_grad for parameter in teacher.parameters())
+    assert all(map(torch.equal, (*teacher.parameters(), *teacher.buffers()), before))
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
     saved = weights(tmp_path / "run/checkpoint-3")
     trained = [tensor.numel() for name, tensor in saved.items() if name.startswith(("transformer.", "adapter."))]
     assert sum(tensor.numel() for name, tensor in saved.items() if name.endswith("exp_avg")) == sum(trained)
@@ -93,7 +88,6 @@ CHANGES = [
     {"teacher_mode": "resize"},
     {"max_grad_norm": 0.01},
     {"lr_scheduler": "cosine"},
-    {"learning_rate": 2e-2},
     {"random_flip": False},
     {"center_crop": False},
     {"objective": "irepa", "spatial_norm": 0.0},

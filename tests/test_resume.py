@@ -143,11 +143,6 @@ def test_processes_wait_for_the_one_that_writes_longer_than_by_default(image_fol
 # --------------------------------------------------------------------------------------------- choice of a checkpoint
 
 
-def test_checkpoints_are_not_overwritten_by_a_new_run(train, finished_run):
-    with pytest.raises(FileExistsError, match="--resume_from_checkpoint latest"):
-        train(finished_run)
-
-
 def test_earlier_checkpoint_is_not_continued_beside_later_ones(train, finished_run, tmp_path):
     run = shutil.copytree(finished_run, tmp_path / "run")
     with pytest.raises(FileExistsError, match="Move checkpoint-6 away"):
@@ -177,18 +172,17 @@ def test_damaged_checkpoint_is_refused_by_name_and_passed_over_by_latest(train, 
 
 
 @pytest.mark.parametrize(
-    ("overrides", "error", "message"),
+    ("overrides", "message"),
     [
-        ({"resume_from_checkpoint": "checkpoint-7"}, FileNotFoundError, "checkpoint-7 does not exist"),
-        ({"train_batch_size": 2}, ValueError, "global_batch_size was 4 and is 2"),
-        ({"objective": "none"}, ValueError, "--objective pixelrepa → none"),
-        ({"adapter_layers": 2}, ValueError, "--adapter_layers 1 → 2"),
-        ({"ema_decays": [0.9, 0.7]}, ValueError, "--ema_decays"),
-        ({"max_train_steps": 5}, ValueError, "beyond the 5 steps"),
+        ({"train_batch_size": 2}, "global_batch_size was 4 and is 2"),
+        ({"objective": "none"}, "--objective pixelrepa → none"),
+        ({"adapter_layers": 2}, "--adapter_layers 1 → 2"),
+        ({"ema_decays": [0.9, 0.7]}, "--ema_decays"),
+        ({"max_train_steps": 5}, "beyond the 5 steps"),
     ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+    ids=str,
 )
-def test_resume_that_does_not_fit_is_refused_by_name(train, finished_run, overrides, error, message):
-    with pytest.raises(error, match=message):
+def test_resume_that_does_not_fit_is_refused_by_name(train, finished_run, overrides, message):
+    with pytest.raises(ValueError, match=message):
         train(finished_run, **{"resume_from_checkpoint": "latest", "max_train_steps": 9, **overrides})
     assert not (finished_run / "checkpoint-9").exists()

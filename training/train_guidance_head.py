@@ -83,14 +83,16 @@ class HeadTrainer(TrainingLoop):
             )
         loader = build_loader(args, accelerator, images, config.sample_size)
         objective = PixelREPAObjective(HeadOnFrozenTransformer(pipe.transformer, head))
+        # The head's parameters are the only ones of `objective.transformer`, from which a step updates the EMAs.
         self.prepare(objective, {"guidance_head": head}, loader, settings={})
 
         # Inputs and outputs
         draw = BatchDraws.from_arguments(args, config)
         self.batches = PreparedBatches(args, loader, draw, None, self.step, accelerator.device)
         make_pipeline = partial(guided_pipeline, args, pipe)
-        self.exporter = GuidedExporter(args, accelerator, head, self.ema, make_pipeline, self.metrics, self.step)
-        self.exporter.source = source
+        self.exporter = GuidedExporter(
+            source, args, accelerator, head, self.ema, make_pipeline, self.metrics, self.step
+        )
 
 
 if __name__ == "__main__":

@@ -16,6 +16,9 @@ samples/step-N.png, metrics.jsonl, curves.png, and at the end pipeline/, which `
 
 Every random draw is a function of (seed, step, image): neither the number of processes and workers nor a restart changes
 the run. (Dropout, used by JiT-H only, is keyed by (seed, step, process, micro-step).)
+
+The loop is `TrainingLoop.train` (src/pixelrepa_diffusers/training/loop.py), a step `take_step` (step.py beside it), the loss
+`PixelREPAObjective` (objective.py).
 """
 
 from __future__ import annotations

@@ -175,19 +175,18 @@ def generate_images(args: GuidanceHeadArguments, accelerator: Accelerator, pipe:
 
 
 def guided_pipeline(args: GuidanceHeadArguments, pipe: PixelREPAPipeline, head: JiTGuidanceHead) -> PixelREPAPipeline:
-    """The pipeline with a trained head."""
+    """Return the pipeline with a trained head."""
     settings = {name: value for name, value in pipe.config.items() if not name.startswith("_")}
-    settings |= {
-        "self_guidance_scale": args.self_guidance_scale,
-        "self_guidance_interval": args.self_guidance_interval,
-    }
+    settings |= {name: getattr(args, name) for name in ("self_guidance_scale", "self_guidance_interval")}
     return PixelREPAPipeline(**{**settings, **pipe.components, "guidance_head": head})
 
 
 class GuidedExporter(Exporter):
-    """Exporter of a pipeline with its head. `source` is the folder of the pipeline without it."""
+    """Exporter of a pipeline with its head; `source` is the folder of the pipeline without it."""
 
-    source: Path
+    def __init__(self, source: Path, *parts):
+        super().__init__(*parts)
+        self.source = source
 
     def write_record(self, folder: Path, facts: dict) -> None:
         """Write the record of the head beside its weights; the record of the transformer's training stays."""

@@ -11,15 +11,16 @@ from datetime import timedelta
 import datasets
 import pytest
 import torch
-from accelerate import debug_launcher
 from training_runs import (
     ROOT,
     TRAINER,
     arguments,
     assert_equal,
+    in_two_processes,
     launch_two,
     load_script,
     read_metrics,
+    stopped,
     train_in_fork,
     weights,
 )
@@ -34,17 +35,16 @@ from pixelrepa_diffusers.training.export import Exporter
 
 
 def test_resume_is_bit_exact(train, tmp_path):
-    # mid-epoch, with worker processes and accumulation: 24 images are 3 steps of 8 per epoch, the stop is after 2
+    # mid-epoch, with worker processes and accumulation: 24 images are 3 steps of 8 per epoch, the stop is after 4
     settings = {
         "train_batch_size": 2, "gradient_accumulation_steps": 4, "dataloader_num_workers": 2, "checkpointing_steps": 2,
         "num_layers": 4, "dropout": 0.5,  # active in the middle half of the blocks
     }  # fmt: skip
     train(tmp_path / "straight", **settings)
-    train(tmp_path / "stopped", **settings, max_train_steps=2)
-    train(tmp_path / "stopped", **settings, resume_from_checkpoint="latest")
-    assert_equal(weights(tmp_path / "straight/checkpoint-6"), weights(tmp_path / "stopped/checkpoint-6"))
-    straight, stopped = ([row["loss"] for row in read_metrics(tmp_path / run)] for run in ("straight", "stopped"))
-    assert straight == stopped
+    train(stopped(tmp_path / "straight", tmp_path / "resumed"), **settings, resume_from_checkpoint="latest")
+    assert_equal(weights(tmp_path / "straight/checkpoint-6"), weights(tmp_path / "resumed/checkpoint-6"))
+    straight, resumed = ([row["loss"] for row in read_metrics(tmp_path / run)] for run in ("straight", "resumed"))
+    assert straight == resumed
 
 
 def test_resume_on_a_stream_is_bit_exact(train, image_folder, tmp_path):
@@ -57,11 +57,10 @@ def test_resume_on_a_stream_is_bit_exact(train, image_folder, tmp_path):
 
     # 24 images are 3 steps per epoch: the stop is within the second
     settings = {"dataset_name": tmp_path / "hub", "streaming": True, "shuffle_buffer_size": 5, "train_batch_size": 8}
-    settings["checkpointing_steps"] = 6
+    settings["checkpointing_steps"] = 4
     folder = train(tmp_path / "straight", None, **settings)
-    for stop in (4, 6):
-        train(tmp_path / "stopped", None, **settings, max_train_steps=stop, resume_from_checkpoint="latest")
-    assert_equal(weights(tmp_path / "straight/checkpoint-6"), weights(tmp_path / "stopped/checkpoint-6"))
+    train(stopped(tmp_path / "straight", tmp_path / "resumed"), None, **settings, resume_from_checkpoint="latest")
+    assert_equal(weights(tmp_path / "straight/checkpoint-6"), weights(tmp_path / "resumed/checkpoint-6"))
     assert PixelREPAPipeline.from_pretrained(folder).config.id2label == {str(i): name for i, name in enumerate(names)}
 
 
@@ -73,17 +72,16 @@ def test_two_processes_resume_bit_exactly_and_in_one_process_to_the_same_weights
 
     words = arguments(image_folder, tmp_path / "straight", **split)
     launch_two(ROOT / TRAINER, words, tmp_path / "straight/pipeline/training_arguments.json")
-    for run in ("stopped", "one"):
-        shutil.copytree(tmp_path / "straight/checkpoint-3", tmp_path / run / "checkpoint-3")
-    words = arguments(image_folder, tmp_path / "stopped", **split, resume_from_checkpoint="latest")
-    debug_launcher(train_in_fork, args=(words, tmp_path / "log.txt"), num_processes=2)
-    assert_equal(weights(tmp_path / "straight/checkpoint-6"), weights(tmp_path / "stopped/checkpoint-6"))
+    two = stopped(tmp_path / "straight", tmp_path / "two")
+    words = arguments(image_folder, two, **split, resume_from_checkpoint="latest")
+    in_two_processes(train_in_fork, words, tmp_path / "log.txt")
+    assert_equal(weights(tmp_path / "straight/checkpoint-6"), weights(two / "checkpoint-6"))
 
-    train(tmp_path / "one", **settings, train_batch_size=8, resume_from_checkpoint="latest")
-    one, two = (weights(tmp_path / run / "checkpoint-6") for run in ("one", "straight"))
-    torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-4)
-    assert {row["slowest_rank"] for row in read_metrics(tmp_path / "straight")} <= {0, 1}
-    losses = [read_metrics(tmp_path / run)[-1]["loss"] for run in ("one", "straight")]
+    one = stopped(tmp_path / "straight", tmp_path / "one")
+    train(one, **settings, train_batch_size=8, resume_from_checkpoint="latest")
+    torch.testing.assert_close(weights(one / "checkpoint-6"), weights(two / "checkpoint-6"), atol=1e-5, rtol=1e-4)
+    assert {row["slowest_rank"] for row in read_metrics(two)} <= {0, 1}
+    losses = [[row["loss"] for row in read_metrics(run)] for run in (one, two)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
@@ -127,9 +125,9 @@ def test_signal_stops_the_run_with_checkpoint_pipeline_and_curves(train, tmp_pat
     run = tmp_path / "run"
     take_step = loop.take_step
     monkeypatch.setattr(loop, "take_step", lambda *args: (take_step(*args), signal.raise_signal(number))[0])
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(SystemExit) as end:
         train(run, max_train_steps=100, checkpointing_steps=100, logging_steps=1)
-    assert stopped.value.code == 128 + number and "--resume_from_checkpoint latest" in caplog.text
+    assert end.value.code == 128 + number and "--resume_from_checkpoint latest" in caplog.text
     assert json.loads((run / "checkpoint-1/progress.json").read_text())["step"] == 1
     PixelREPAPipeline.from_pretrained(run / "pipeline")
     assert (run / "curves.png").exists()

@@ -18,7 +18,6 @@ the pipeline with its head, which `DiffusionPipeline.from_pretrained` loads. The
 from __future__ import annotations
 
 import contextlib
-import logging
 from functools import partial
 from pathlib import Path
 
@@ -46,8 +45,6 @@ from pixelrepa_diffusers.training.step import PreparedBatches
 
 def main(args: GuidanceHeadArguments) -> Path:
     """Train and return the folder of the pipeline with its head."""
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
-    logging.getLogger("accelerate").setLevel(logging.WARNING)
     accelerator = create_accelerator(args)
     if accelerator.distributed_type == DistributedType.FSDP:
         raise ValueError("A guidance head is too small to shard: use DDP, as in training/accelerate/8gpu.yaml.")

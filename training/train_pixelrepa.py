@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 from functools import partial
 from pathlib import Path
 
@@ -64,8 +63,6 @@ logger = get_logger(__name__)
 
 def main(args: TrainingArguments) -> Path | None:
     """Train and return the folder of the final pipeline (`None` after a dry run)."""
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
-    logging.getLogger("accelerate").setLevel(logging.WARNING)
     accelerator = create_accelerator(args)
     if args.dry_run:
         source = open_source(args) if args.train_data_dir is not None or args.dataset_name is not None else None

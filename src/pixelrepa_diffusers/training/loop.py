@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from datetime import timedelta
 from pathlib import Path
 
@@ -35,7 +36,9 @@ logger = get_logger(__name__)
 
 
 def create_accelerator(args: TrainingArguments) -> Accelerator:
-    """The accelerator of a run; `args.mixed_precision` becomes what accelerate's configuration says."""
+    """Set up log lines and the accelerator; `args.mixed_precision` becomes what accelerate's configuration says."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
+    logging.getLogger("accelerate").setLevel(logging.WARNING)
     trackers = [name for name in args.report_to if name != "none"]
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,

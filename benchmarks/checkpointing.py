@@ -35,7 +35,8 @@ def main(args: TrainingArguments, num_saves: int = 3) -> None:
     optimizer.step()  # creates its state
     ema = ConstantDecayEMA(accelerator.unwrap_model(objective).transformer, args.ema_decays)
     args.checkpoints_total_limit = 1
-    checkpointer = Checkpointer(args, accelerator, objective, ema, optimizer, pipeline_config={})
+    models = {"transformer": transformer, "adapter": projector}
+    checkpointer = Checkpointer(args, accelerator, objective, models, ema, optimizer, pipeline_config={})
 
     stops, cpu_times, writes = [], [], []
     for step in range(1, num_saves + 1):

@@ -52,21 +52,13 @@ def test_command_line_overrides_file_and_file_overrides_base(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("lerning_rate: 1", "unrecognized arguments: --lerning_rate"),
-        ("- a", "`name: value`"),
-        ("seed: x", "invalid int"),
-    ],
+    ("text", "message"), [("lerning_rate: 1", "unrecognized arguments: --lerning_rate"), ("- a", "`name: value`")]
 )
 def test_wrong_config_file_is_refused(tmp_path, text, message, capsys):
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(SystemExit):
         parse_arguments(["--config", str(tmp_path / "config.yaml")])
     assert message in capsys.readouterr().err
-
-
-EVALUATION = "--eval_steps 1 --eval_reference real.npz --eval_metrics"
 
 
 @pytest.mark.parametrize(
@@ -76,14 +68,12 @@ EVALUATION = "--eval_steps 1 --eval_reference real.npz --eval_metrics"
         ("--learning_rate nan", "--learning_rate must be greater than 0"),
         ("--ema_decays 0.9 1", "--ema_decays must be at least 0 and less than 1"),
         ("--preset JiT-X/16", "JiT-B/16"),
-        ("--objective repo", "invalid choice"),
         ("--config missing.yaml", "missing.yaml"),
         ("--hub_model_id me/x", "need --push_to_hub"),
         ("--push_to_hub --hub_token hf_x --report_to wandb", "wandb records"),
         ("--streaming", "--max_train_steps and --lr_warmup_steps"),
         ("--teacher_cache_dir x --center_crop false", "needs --center_crop"),
-        ("--eval_steps 1", "need --eval_reference"),
-        (f"{EVALUATION} fid fd_teacher", "several feature networks"),
+        ("--eval_steps 1 --eval_metrics fid fd_teacher", "several feature networks"),
     ],
 )
 def test_wrong_argument_is_refused_by_name(words, message, capsys):

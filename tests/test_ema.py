@@ -49,6 +49,19 @@ def test_ema_of_a_bfloat16_module_is_float32():
     assert not torch.equal(average, average.bfloat16().float())  # a step of 1e-4 is below bfloat16's resolution
 
 
+def test_frozen_parameters_are_shared():
+    module = make_module()
+    module[0].requires_grad_(False)
+    ema = ConstantDecayEMA(module, decays=(0.5, 0.9))
+    perturb(module[2])
+    ema.update(module)
+    for decay in ema.decays:
+        weights = ema.state_dict_for(decay)
+        assert weights.keys() == dict(module.named_parameters()).keys()
+        assert weights["0.weight"].data_ptr() == module[0].weight.data_ptr()
+        assert not torch.equal(weights["2.weight"], module[2].weight)
+
+
 def test_update_changes_nothing_in_the_module_and_skips_buffers():
     module = make_module()
     ema = ConstantDecayEMA(module, decays=(0.5,))

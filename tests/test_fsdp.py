@@ -1,6 +1,5 @@
 """FSDP2 with training/accelerate/fsdp2.yaml on two CPU processes."""
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ from accelerate.utils import patch_environment
 from accelerate.utils.launch import prepare_multi_gpu_env
 from fsdp import allow_fsdp_on_cpu
 from torch.multiprocessing import ProcessRaisedException
-from training_runs import ROOT, arguments, assert_equal, train_in_fork, weights
+from training_runs import ROOT, arguments, assert_equal, stopped, train_in_fork, weights
 
 from pixelrepa_diffusers import PixelREPAPipeline
 
@@ -52,18 +51,21 @@ def sharded_run(train_sharded, tmp_path_factory):
     return folder
 
 
-def stopped_after_3_steps(run: Path, copy: Path) -> Path:
-    return shutil.copytree(run, copy, ignore=shutil.ignore_patterns("checkpoint-6"))
+@pytest.fixture(scope="module")
+def plain_run(train, tmp_path_factory):
+    """The same run in one process; read-only."""
+    folder = tmp_path_factory.mktemp("plain") / "run"
+    train(folder, **{**SETTINGS, "train_batch_size": 4})
+    return folder
 
 
 def test_sharded_run_resumes_bit_exactly(sharded_run, train_sharded, tmp_path):
-    train_sharded(stopped_after_3_steps(sharded_run, tmp_path / "run"), resume_from_checkpoint="latest")
+    train_sharded(stopped(sharded_run, tmp_path / "run"), resume_from_checkpoint="latest")
     assert_equal(weights(sharded_run / "checkpoint-6"), weights(tmp_path / "run/checkpoint-6"))
 
 
-def test_sharded_run_equals_one_process_and_exports_its_pipeline(sharded_run, train, tmp_path):
-    train(tmp_path / "one", **{**SETTINGS, "train_batch_size": 4})
-    one, sharded = (weights(run / "checkpoint-6") for run in (tmp_path / "one", sharded_run))
+def test_sharded_run_equals_one_process_and_exports_its_pipeline(sharded_run, plain_run):
+    one, sharded = (weights(run / "checkpoint-6") for run in (plain_run, sharded_run))
     torch.testing.assert_close(sharded, one, atol=1e-5, rtol=1e-4)
     exported = PixelREPAPipeline.from_pretrained(sharded_run / "pipeline").transformer.state_dict()
     for name, value in exported.items():
@@ -71,11 +73,10 @@ def test_sharded_run_equals_one_process_and_exports_its_pipeline(sharded_run, tr
     assert (sharded_run / "samples/step-0000006.png").exists()
 
 
-def test_sharded_and_plain_checkpoints_are_exchanged(sharded_run, train, train_sharded, tmp_path):
-    plain = {**SETTINGS, "train_batch_size": 4}
-    train(tmp_path / "plain first", **plain, max_train_steps=3)
-    train_sharded(tmp_path / "plain first", resume_from_checkpoint="latest")
-    train(stopped_after_3_steps(sharded_run, tmp_path / "sharded first"), **plain, resume_from_checkpoint="latest")
+def test_sharded_and_plain_checkpoints_are_exchanged(sharded_run, plain_run, train, train_sharded, tmp_path):
+    resumed = {**SETTINGS, "resume_from_checkpoint": "latest"}
+    train_sharded(stopped(plain_run, tmp_path / "plain first"), **resumed)
+    train(stopped(sharded_run, tmp_path / "sharded first"), **{**resumed, "train_batch_size": 4})
     expected = weights(sharded_run / "checkpoint-6")
     for name in ("plain first", "sharded first"):
         torch.testing.assert_close(weights(tmp_path / name / "checkpoint-6"), expected, atol=1e-5, rtol=1e-4)

@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline
 from training_runs import assert_equal, in_two_processes, load_script, read_metrics, weights
 
 from pixelrepa_diffusers import PixelREPAPipeline
-from pixelrepa_diffusers.cli import parse
+from pixelrepa_diffusers.cli import as_words, parse
 from pixelrepa_diffusers.hub import weights_sha256
 from pixelrepa_diffusers.training import loop
 from pixelrepa_diffusers.training.guidance_head import GuidanceHeadArguments
@@ -18,8 +18,8 @@ from pixelrepa_diffusers.training.guidance_head import GuidanceHeadArguments
 SCRIPT = "training/train_guidance_head.py"
 
 
-def words(source, output_dir, **overrides) -> list[str]:
-    values = {
+def train_head(source, output_dir, **overrides):
+    settings = {
         "pipeline": source,
         "output_dir": output_dir,
         "num_generated_images": 30,
@@ -37,11 +37,7 @@ def words(source, output_dir, **overrides) -> list[str]:
         "dataloader_num_workers": 0,
         **overrides,
     }
-    return [word for name, value in values.items() for word in (f"--{name}", str(value))]
-
-
-def train_head(*args, **overrides):
-    return load_script(SCRIPT).main(parse(GuidanceHeadArguments, "", words(*args, **overrides)))
+    return load_script(SCRIPT).main(parse(GuidanceHeadArguments, "", as_words(settings)))
 
 
 @pytest.fixture(scope="module")

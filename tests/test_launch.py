@@ -94,14 +94,3 @@ def test_run_of_two_machines_survives_the_loss_of_one_and_equals_one_process(tra
         one, two = (weights(tmp_path / name / f"checkpoint-{step}") for name in ("one", "nodes"))
         torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)
     assert json.loads((run / "pipeline/training_arguments.json").read_text())["num_processes"] == 2
-
-
-def test_sigusr1_writes_a_checkpoint_and_ends_the_run(image_folder, tmp_path):
-    words = arguments(
-        image_folder, tmp_path / "run", max_train_steps=10**6, checkpointing_steps=10**6, logging_steps=1
-    )
-    child = fork(lambda: train_in_fork(words, tmp_path / "log.txt"), tmp_path / "log.txt")
-    wait_for((tmp_path / "run/metrics.jsonl").exists)
-    os.kill(child, signal.SIGUSR1)
-    assert ended(child, 60) == 128 + signal.SIGUSR1
-    assert list((tmp_path / "run").glob("checkpoint-*"))

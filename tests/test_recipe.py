@@ -1,7 +1,6 @@
 """The trainer follows its arguments: learning rate, optimizer, EMAs, switches and fine-tuning."""
 
 import functools
-import hashlib
 
 import pytest
 import torch
@@ -60,22 +59,18 @@ def test_optimizer_follows_its_arguments_and_decays_only_matrices(make_transform
 
 
 def test_only_student_and_adapter_are_trained_and_the_teacher_stays_frozen(train, tmp_path, monkeypatch):
-    teachers = []
-
-    def digest(teacher) -> str:
-        tensors = [*teacher.parameters(), *teacher.buffers()]
-        return hashlib.sha256(b"".join(tensor.detach().numpy().tobytes() for tensor in tensors)).hexdigest()
+    teachers, build_teacher = [], train_pixelrepa.build_teacher
 
     def remember(*args):
         teacher = build_teacher(*args)
-        teachers.append((teacher, digest(teacher)))
+        teachers.append((teacher, [tensor.clone() for tensor in (*teacher.parameters(), *teacher.buffers())]))
         return teacher
 
-    build_teacher = train_pixelrepa.build_teacher
     monkeypatch.setattr(train_pixelrepa, "build_teacher", remember)
     train(tmp_path / "run", max_train_steps=3, lr_warmup_steps=0)
     ((teacher, before),) = teachers
-    assert digest(teacher) == before and not any(parameter.requires_grad for parameter in teacher.parameters())
+    assert all(map(torch.equal, (*teacher.parameters(), *teacher.buffers()), before))
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
     saved = weights(tmp_path / "run/checkpoint-3")
     trained = [tensor.numel() for name, tensor in saved.items() if name.startswith(("transformer.", "adapter."))]
     assert sum(tensor.numel() for name, tensor in saved.items() if name.endswith("exp_avg")) == sum(trained)
@@ -93,7 +88,6 @@ CHANGES = [
     {"teacher_mode": "resize"},
     {"max_grad_norm": 0.01},
     {"lr_scheduler": "cosine"},
-    {"learning_rate": 2e-2},
     {"random_flip": False},
     {"center_crop": False},
     {"objective": "irepa", "spatial_norm": 0.0},
@@ -121,10 +115,6 @@ def test_argument_changes_the_weights(trained, change):
     assert changed.keys() == baseline.keys()
     assert all(value.isfinite().all() for value in changed.values())
     assert any(not torch.equal(value, baseline[key]) for key, value in changed.items())
-
-
-def test_equal_runs_have_equal_weights(trained):
-    assert_equal(trained(objective="pixelrepa"), trained(objective="pixelrepa", seed=0))  # 0 is the default
 
 
 def test_without_ema_the_online_weights_are_published(train, tmp_path):
@@ -278,14 +268,14 @@ PUBLISHED = {
 def test_preset_is_the_published_variant(make_transformer, size, patch_size, sample_size, noise_scale):
     name = f"JiT-{size}/{patch_size}"
     *architecture, scale, scale_jit = PUBLISHED[size]
-    names = (
+    names = [
         "num_layers",
         "num_attention_heads",
         "attention_head_dim",
         "bottleneck_dim",
         "in_context_start",
         "dropout",
-    )
+    ]
     expected = dict(zip(names, architecture, strict=True))
     expected |= {"patch_size": patch_size, "sample_size": sample_size, "noise_scale": noise_scale}
     expected |= {"in_context_len": 32, "num_classes": 1000, "in_channels": 3}

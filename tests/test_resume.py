@@ -11,25 +11,23 @@ from datetime import timedelta
 import datasets
 import pytest
 import torch
-from accelerate import debug_launcher
 from training_runs import (
     ROOT,
     TRAINER,
     arguments,
     assert_equal,
+    in_two_processes,
     launch_two,
     load_script,
     read_metrics,
+    stopped,
     train_in_fork,
     weights,
-    write_manifest,
 )
 
 from pixelrepa_diffusers import PixelREPAPipeline
-from pixelrepa_diffusers.files import verify_folder
 from pixelrepa_diffusers.training import loop
 from pixelrepa_diffusers.training.arguments import parse_arguments
-from pixelrepa_diffusers.training.checkpoints import Checkpointer
 from pixelrepa_diffusers.training.export import Exporter
 
 
@@ -37,17 +35,16 @@ from pixelrepa_diffusers.training.export import Exporter
 
 
 def test_resume_is_bit_exact(train, tmp_path):
-    # mid-epoch, with worker processes and accumulation: 24 images are 3 steps of 8 per epoch, the stop is after 2
+    # mid-epoch, with worker processes and accumulation: 24 images are 3 steps of 8 per epoch, the stop is after 4
     settings = {
         "train_batch_size": 2, "gradient_accumulation_steps": 4, "dataloader_num_workers": 2, "checkpointing_steps": 2,
         "num_layers": 4, "dropout": 0.5,  # active in the middle half of the blocks
     }  # fmt: skip
     train(tmp_path / "straight", **settings)
-    train(tmp_path / "stopped", **settings, max_train_steps=2)
-    train(tmp_path / "stopped", **settings, resume_from_checkpoint="latest")
-    assert_equal(weights(tmp_path / "straight/checkpoint-6"), weights(tmp_path / "stopped/checkpoint-6"))
-    straight, stopped = ([row["loss"] for row in read_metrics(tmp_path / run)] for run in ("straight", "stopped"))
-    assert straight == stopped
+    train(stopped(tmp_path / "straight", tmp_path / "resumed"), **settings, resume_from_checkpoint="latest")
+    assert_equal(weights(tmp_path / "straight/checkpoint-6"), weights(tmp_path / "resumed/checkpoint-6"))
+    straight, resumed = ([row["loss"] for row in read_metrics(tmp_path / run)] for run in ("straight", "resumed"))
+    assert straight == resumed
 
 
 def test_resume_on_a_stream_is_bit_exact(train, image_folder, tmp_path):
@@ -58,65 +55,34 @@ def test_resume_on_a_stream_is_bit_exact(train, image_folder, tmp_path):
     (tmp_path / "hub").mkdir()
     datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "hub/train.parquet")
 
-    # 24 images are 3 steps per epoch: one stop within the first, one within the second
+    # 24 images are 3 steps per epoch: the stop is within the second
     settings = {"dataset_name": tmp_path / "hub", "streaming": True, "shuffle_buffer_size": 5, "train_batch_size": 8}
-    settings["checkpointing_steps"] = 6
+    settings["checkpointing_steps"] = 4
     folder = train(tmp_path / "straight", None, **settings)
-    for stop in (2, 5, 6):
-        train(tmp_path / "stopped", None, **settings, max_train_steps=stop, resume_from_checkpoint="latest")
-    assert_equal(weights(tmp_path / "straight/checkpoint-6"), weights(tmp_path / "stopped/checkpoint-6"))
+    train(stopped(tmp_path / "straight", tmp_path / "resumed"), None, **settings, resume_from_checkpoint="latest")
+    assert_equal(weights(tmp_path / "straight/checkpoint-6"), weights(tmp_path / "resumed/checkpoint-6"))
     assert PixelREPAPipeline.from_pretrained(folder).config.id2label == {str(i): name for i, name in enumerate(names)}
 
 
-def test_resume_with_another_number_of_micro_steps_gives_the_same_weights(train, tmp_path):
-    # the stop is at an odd step, where half a batch more or less would show
-    settings = {"adam_epsilon": 1e-3, "learning_rate": 1e-3}
-    train(tmp_path / "straight", **settings)
-    train(tmp_path / "stopped", **settings, max_train_steps=3)
-    split = {"train_batch_size": 2, "gradient_accumulation_steps": 2}
-    train(tmp_path / "stopped", **settings, **split, resume_from_checkpoint="latest")
-    straight, stopped = (weights(tmp_path / run / "checkpoint-6") for run in ("straight", "stopped"))
-    torch.testing.assert_close(stopped, straight, atol=1e-5, rtol=1e-4)
-
-
-def test_two_processes_resume_bit_exactly_and_match_one_process(train, image_folder, tmp_path):
+def test_two_processes_resume_bit_exactly_and_in_one_process_to_the_same_weights(train, image_folder, tmp_path):
     # With its usual ε Adam divides vanishing gradients, of which a fresh adaLN-zero has many, by themselves: it would
-    # compare the signs of rounding errors.
-    settings = {"checkpointing_steps": 2, "adam_epsilon": 1e-3, "learning_rate": 1e-3}
+    # compare the signs of rounding errors. After an odd step half a batch more or less would show.
+    settings = {"checkpointing_steps": 3, "adam_epsilon": 1e-3, "learning_rate": 1e-3}
     split = {**settings, "train_batch_size": 2, "gradient_accumulation_steps": 2}
 
     words = arguments(image_folder, tmp_path / "straight", **split)
     launch_two(ROOT / TRAINER, words, tmp_path / "straight/pipeline/training_arguments.json")
-    for changes in ({"max_train_steps": 2}, {"resume_from_checkpoint": "latest"}):
-        words = arguments(image_folder, tmp_path / "stopped", **{**split, **changes})
-        debug_launcher(train_in_fork, args=(words, tmp_path / "log.txt"), num_processes=2)
-    assert_equal(weights(tmp_path / "straight/checkpoint-6"), weights(tmp_path / "stopped/checkpoint-6"))
+    two = stopped(tmp_path / "straight", tmp_path / "two")
+    words = arguments(image_folder, two, **split, resume_from_checkpoint="latest")
+    in_two_processes(train_in_fork, words, tmp_path / "log.txt")
+    assert_equal(weights(tmp_path / "straight/checkpoint-6"), weights(two / "checkpoint-6"))
 
-    train(tmp_path / "one", **settings, train_batch_size=8)
-    one, two = weights(tmp_path / "one/checkpoint-6"), weights(tmp_path / "straight/checkpoint-6")
-    for name in one:
-        if name.startswith("transformer"):
-            torch.testing.assert_close(one[name], two[name], atol=1e-5, rtol=0)
-    assert {row["slowest_rank"] for row in read_metrics(tmp_path / "straight")} <= {0, 1}
-    losses = [torch.tensor([row["loss"] for row in read_metrics(tmp_path / run)]) for run in ("one", "straight")]
-    torch.testing.assert_close(*losses, atol=0, rtol=1e-5)
-
-
-def test_checkpoint_of_an_earlier_version_resumes_bit_exactly(train, finished_run, tmp_path, monkeypatch):
-    save, run = Checkpointer.save, tmp_path / "run"
-
-    def also_as_before(checkpointer, step, loader_state):
-        torch.save(checkpointer.optimizer.state_dict(), tmp_path / "optimizer.bin")
-        save(checkpointer, step, loader_state)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Checkpointer, "save", also_as_before)
-        train(run, max_train_steps=3, lr_warmup_steps=0)
-    shutil.rmtree(run / "checkpoint-3/optimizer")
-    shutil.move(tmp_path / "optimizer.bin", run / "checkpoint-3")
-    write_manifest(run / "checkpoint-3")
-    train(run, lr_warmup_steps=0, resume_from_checkpoint="latest")
-    assert_equal(weights(finished_run / "checkpoint-6"), weights(run / "checkpoint-6"))
+    one = stopped(tmp_path / "straight", tmp_path / "one")
+    train(one, **settings, train_batch_size=8, resume_from_checkpoint="latest")
+    torch.testing.assert_close(weights(one / "checkpoint-6"), weights(two / "checkpoint-6"), atol=1e-5, rtol=1e-4)
+    assert {row["slowest_rank"] for row in read_metrics(two)} <= {0, 1}
+    losses = [[row["loss"] for row in read_metrics(run)] for run in (one, two)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 # --------------------------------------------------------------------------------------------------- kills and signals
@@ -154,14 +120,14 @@ def test_run_killed_while_sampling_repeats_the_samples(train, tmp_path, monkeypa
     assert (tmp_path / "run/pipeline/samples.png").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_signal_stops_the_run_with_checkpoint_pipeline_and_curves(train, tmp_path, monkeypatch, caplog, number):
     run = tmp_path / "run"
     take_step = loop.take_step
     monkeypatch.setattr(loop, "take_step", lambda *args: (take_step(*args), signal.raise_signal(number))[0])
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(SystemExit) as end:
         train(run, max_train_steps=100, checkpointing_steps=100, logging_steps=1)
-    assert stopped.value.code == 128 + number and "--resume_from_checkpoint latest" in caplog.text
+    assert end.value.code == 128 + number and "--resume_from_checkpoint latest" in caplog.text
     assert json.loads((run / "checkpoint-1/progress.json").read_text())["step"] == 1
     PixelREPAPipeline.from_pretrained(run / "pipeline")
     assert (run / "curves.png").exists()
@@ -175,70 +141,46 @@ def test_processes_wait_for_the_one_that_writes_longer_than_by_default(image_fol
 # --------------------------------------------------------------------------------------------- choice of a checkpoint
 
 
-def test_oldest_checkpoints_beyond_the_limit_are_deleted(train, tmp_path):
-    train(tmp_path / "run", checkpointing_steps=1, checkpoints_total_limit=2, max_train_steps=4)
-    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
-
-
-def test_checkpoints_are_not_overwritten_by_a_new_run(train, finished_run):
-    with pytest.raises(FileExistsError, match="--resume_from_checkpoint latest"):
-        train(finished_run)
-
-
-def test_earlier_checkpoint_is_not_continued_beside_later_ones(train, tmp_path):
-    train(tmp_path / "run", checkpointing_steps=1, max_train_steps=3)
-    with pytest.raises(FileExistsError, match="Move checkpoint-2, checkpoint-3 away"):
-        train(tmp_path / "run", resume_from_checkpoint="checkpoint-1")
+def test_earlier_checkpoint_is_not_continued_beside_later_ones(train, finished_run, tmp_path):
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    with pytest.raises(FileExistsError, match="Move checkpoint-6 away"):
+        train(run, resume_from_checkpoint="checkpoint-3")
     (tmp_path / "elsewhere").mkdir()
-    for number in (2, 3):
-        (tmp_path / f"run/checkpoint-{number}").rename(tmp_path / f"elsewhere/checkpoint-{number}")
-    with pytest.raises(FileExistsError, match="Move checkpoint-2, checkpoint-3 away"):
-        train(tmp_path / "elsewhere", resume_from_checkpoint=tmp_path / "run/checkpoint-1")
-    assert train(tmp_path / "run", resume_from_checkpoint="checkpoint-1", max_train_steps=2) is not None
+    (run / "checkpoint-6").rename(tmp_path / "elsewhere/checkpoint-6")
+    with pytest.raises(FileExistsError, match="Move checkpoint-6 away"):
+        train(tmp_path / "elsewhere", resume_from_checkpoint=run / "checkpoint-3")
+    assert train(run, resume_from_checkpoint="checkpoint-3", max_train_steps=4) is not None
 
 
-def test_damaged_later_checkpoints_are_overwritten(train, tmp_path, caplog):
-    train(tmp_path / "run", checkpointing_steps=1, max_train_steps=2)
-    (tmp_path / "run/checkpoint-2/progress.json").write_text("{}")
-    assert train(tmp_path / "run", resume_from_checkpoint="checkpoint-1", max_train_steps=2) is not None
-    assert "checkpoint-2 is damaged: progress.json" in caplog.text
-    assert json.loads((tmp_path / "run/checkpoint-2/progress.json").read_text())["step"] == 2
-
-
-def test_damaged_later_checkpoints_do_not_count_towards_the_limit(train, tmp_path):
-    run = tmp_path / "run"
-    train(run, checkpointing_steps=1, max_train_steps=3)
-    for number in (2, 3):
-        (run / f"checkpoint-{number}/progress.json").write_text("{}")
-    train(run, resume_from_checkpoint="latest", max_train_steps=2, checkpointing_steps=1, checkpoints_total_limit=1)
-    verify_folder(run / "checkpoint-2")
-
-
-def test_latest_skips_a_damaged_checkpoint_and_its_path_is_an_error(train, tmp_path, caplog):
-    train(tmp_path / "run", checkpointing_steps=1, max_train_steps=2)
-    file = tmp_path / "run/checkpoint-2/transformer/diffusion_pytorch_model.safetensors"
+def test_damaged_checkpoint_is_refused_by_name_and_passed_over_by_latest(train, finished_run, tmp_path, caplog):
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    file = run / "checkpoint-6/transformer/diffusion_pytorch_model.safetensors"
     content = file.read_bytes()
     file.write_bytes(content[:-10] + bytes([content[-10] ^ 1]) + content[-9:])
-    with pytest.raises(ValueError, match=r"checkpoint-2 is damaged: transformer/diffusion_pytorch_model.safetensors"):
-        train(tmp_path / "run", resume_from_checkpoint="checkpoint-2")
-    train(tmp_path / "run", resume_from_checkpoint="latest", max_train_steps=3)
-    assert "checkpoint-2 is damaged" in caplog.text
-    assert (tmp_path / "run/checkpoint-3").exists()
+    with pytest.raises(ValueError, match=r"checkpoint-6 is damaged: transformer/diffusion_pytorch_model.safetensors"):
+        train(run, resume_from_checkpoint="checkpoint-6")
+
+    limited = {"resume_from_checkpoint": "latest", "checkpoints_total_limit": 1, "lr_warmup_steps": 0}
+    train(run, max_train_steps=4, **limited)
+    assert "checkpoint-6 is damaged" in caplog.text
+    assert {path.name for path in run.glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-6"}  # the limit skips it
+    train(run, **limited)
+    assert_equal(weights(finished_run / "checkpoint-6"), weights(run / "checkpoint-6"))
+    assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-6"]
 
 
 @pytest.mark.parametrize(
-    ("overrides", "error", "message"),
+    ("overrides", "message"),
     [
-        ({"resume_from_checkpoint": "checkpoint-7"}, FileNotFoundError, "checkpoint-7 does not exist"),
-        ({"train_batch_size": 2}, ValueError, "global_batch_size was 4 and is 2"),
-        ({"objective": "none"}, ValueError, "--objective pixelrepa → none"),
-        ({"adapter_layers": 2}, ValueError, "--adapter_layers 1 → 2"),
-        ({"ema_decays": [0.9, 0.7]}, ValueError, "--ema_decays"),
-        ({"max_train_steps": 5}, ValueError, "beyond the 5 steps"),
+        ({"train_batch_size": 2}, "global_batch_size was 4 and is 2"),
+        ({"objective": "none"}, "--objective pixelrepa → none"),
+        ({"adapter_layers": 2}, "--adapter_layers 1 → 2"),
+        ({"ema_decays": [0.9, 0.7]}, "--ema_decays"),
+        ({"max_train_steps": 5}, "beyond the 5 steps"),
     ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+    ids=str,
 )
-def test_resume_that_does_not_fit_is_refused_by_name(train, finished_run, overrides, error, message):
-    with pytest.raises(error, match=message):
+def test_resume_that_does_not_fit_is_refused_by_name(train, finished_run, overrides, message):
+    with pytest.raises(ValueError, match=message):
         train(finished_run, **{"resume_from_checkpoint": "latest", "max_train_steps": 9, **overrides})
     assert not (finished_run / "checkpoint-9").exists()

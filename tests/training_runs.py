@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,14 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+import torch
+from accelerate import debug_launcher
+from accelerate.state import AcceleratorState, PartialState
 from PIL import Image
+
+from pixelrepa_diffusers.cli import as_words
+from pixelrepa_diffusers.training.arguments import parse_arguments
+from pixelrepa_diffusers.training.checkpoints import read_tensors
 
 
 ROOT = Path(__file__).parent.parent
@@ -80,19 +88,16 @@ SETTINGS = {  # of a run of seconds
 
 
 def arguments(data: Path, output_dir: Path, **overrides) -> list[str]:
-    words = []
-    for name, value in {"train_data_dir": data, "output_dir": output_dir, **SETTINGS, **overrides}.items():
-        if value is not None:
-            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    return words
+    return as_words({"train_data_dir": data, "output_dir": output_dir, **SETTINGS, **overrides})
 
 
 def train(words: list[str]) -> None:
-    main = load_script(TRAINER).main
+    load_script(TRAINER).main(parse_arguments(words))
 
-    from pixelrepa_diffusers.training.arguments import parse_arguments
 
-    main(parse_arguments(words))
+def stopped(run: Path, copy: Path) -> Path:
+    """A copy of a run of 6 steps, as if it had been stopped before its last checkpoint."""
+    return shutil.copytree(run, copy, ignore=shutil.ignore_patterns("checkpoint-6"))
 
 
 def read_metrics(output_dir: Path) -> list[dict]:
@@ -101,34 +106,19 @@ def read_metrics(output_dir: Path) -> list[dict]:
 
 def weights(checkpoint: Path) -> dict:
     """Every tensor of a checkpoint, the optimizer's included, by a readable name."""
-    from pixelrepa_diffusers.training.checkpoints import read_tensors
-
     folders = sorted({file.parent for file in checkpoint.rglob("*.safetensors")})
     return {f"{folder.name}.{name}": value for folder in folders for name, value in read_tensors(folder).items()}
 
 
 def assert_equal(one: dict, other: dict) -> None:
     """The same names and the same bits."""
-    import torch
-
     assert one.keys() == other.keys()
     different = [name for name in one if not torch.equal(one[name], other[name])]
     assert not different, different
 
 
-def write_manifest(checkpoint: Path) -> None:
-    """Make the manifest match the files of an altered checkpoint."""
-    from pixelrepa_diffusers.files import MANIFEST, _fingerprint
-
-    names = [path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file()]
-    manifest = {name: _fingerprint(checkpoint / name) for name in names if name != MANIFEST}
-    (checkpoint / MANIFEST).write_text(json.dumps(manifest))
-
-
 def fork(task: Callable[[], object], log: Path) -> int:
     """Run `task` on the CPU in a child that leads its own process group and appends its output to `log`."""
-    import torch
-
     child = os.fork()
     if child:
         with contextlib.suppress(PermissionError, ProcessLookupError):  # the child has done so, or is gone
@@ -181,14 +171,10 @@ def launch_two(script: Path, words: list[str], record: Path) -> None:
 
 def in_two_processes(main: Callable, *args) -> None:
     """Call `main(*args)` in two CPU processes, forked: interpreters of their own would spend seconds on imports."""
-    from accelerate import debug_launcher
-
     debug_launcher(_in_fork, args=(main, args), num_processes=2)
 
 
 def _in_fork(main: Callable, args: tuple) -> None:
-    from accelerate.state import AcceleratorState, PartialState
-
     AcceleratorState._reset_state(reset_partial_state=True)  # forked from the parent, which has one process
     assert PartialState(cpu=True).num_processes == 2
     main(*args)
@@ -196,8 +182,6 @@ def _in_fork(main: Callable, args: tuple) -> None:
 
 def train_in_fork(words: list[str], log: Path) -> None:
     """Train in a process of accelerate's `debug_launcher`, which forks; log lines go to `log`."""
-    from accelerate.state import AcceleratorState
-
     AcceleratorState._reset_state(reset_partial_state=True)  # forked from the parent, which has one process
     logging.getLogger().addHandler(logging.FileHandler(log))
     train(words)

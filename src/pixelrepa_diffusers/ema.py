@@ -14,7 +14,8 @@ class ConstantDecayEMA:
     r"""
     Maintain EMA weights m ← β·m + (1 − β)·p in float32 for several decays β, starting at the parameters' values.
 
-    Buffers are not averaged. An update is one fused kernel per decay and does not synchronize with the device.
+    Buffers are not averaged, and frozen parameters are shared instead of copied. An update is one fused kernel per decay and
+    does not synchronize with the device.
 
     Args:
         module (`nn.Module`): The module to follow, unwrapped (`accelerator.unwrap_model`).
@@ -34,15 +35,16 @@ class ConstantDecayEMA:
     ):
         self.decays, self.update_every, self.offload = tuple(decays), update_every, offload
         self.num_calls = 0
-        self.names = [name for name, _ in module.named_parameters()]
+        self.names = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+        self.frozen = {name: p.detach() for name, p in module.named_parameters() if not p.requires_grad}
         self._followed = (None, [])
         parameters = self._parameters(module)
         self.averages = {decay: [parameter.detach().clone() for parameter in parameters] for decay in self.decays}
 
     def _parameters(self, module: nn.Module) -> list[torch.Tensor]:
-        """Return the parameters in order, as float32 on the device of the EMA weights."""
+        """Return the trained parameters in order, as float32 on the device of the EMA weights."""
         if module is not self._followed[0]:  # a walk through all modules takes as long as an update
-            self._followed = (module, list(module.parameters()))
+            self._followed = (module, [parameter for parameter in module.parameters() if parameter.requires_grad])
         parameters = self._followed[1]
         if self.offload or any(parameter.dtype != torch.float32 for parameter in parameters):
             device = "cpu" if self.offload else None
@@ -68,7 +70,7 @@ class ConstantDecayEMA:
 
     def state_dict_for(self, decay: float) -> dict[str, torch.Tensor]:
         """EMA weights by parameter name, float32, for `module.load_state_dict`; the tensors are not copies."""
-        return dict(zip(self.names, self.averages[decay], strict=True))
+        return self.frozen | dict(zip(self.names, self.averages[decay], strict=True))
 
     def state_dict(self) -> dict[str, Any]:
         """Return `{"num_calls": calls of update, "averages": {decay: {parameter name: EMA weight}}}`."""
@@ -78,6 +80,6 @@ class ConstantDecayEMA:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Copy the EMA weights of [`state_dict`] into this object, which has the same decays."""
         for decay in self.decays:
-            for name, average in self.state_dict_for(decay).items():
+            for name, average in zip(self.names, self.averages[decay], strict=True):
                 average.copy_(state_dict["averages"][decay][name])
         self.num_calls = state_dict["num_calls"]

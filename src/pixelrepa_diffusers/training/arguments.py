@@ -22,7 +22,7 @@ from .data import DataArguments
 
 @dataclass
 class ModelArguments:
-    """Model (changes results). Arguments that are not given come from the preset."""
+    """Model (changes results). The preset provides what is not given."""
 
     preset: str = flag("JiT-B/16", "Variant of the papers, or the small one of the demo.", choices=list(PRESETS))
     pretrained_model_name_or_path: str | None = flag(
@@ -33,7 +33,7 @@ class ModelArguments:
     revision: str | None = flag(None, "Revision of --pretrained_model_name_or_path.")
     lora_rank: int | None = flag(
         None,
-        "Train LoRA layers of this rank in the attention of that pipeline, and nothing else of its transformer.",
+        "Freeze that transformer and train LoRA layers of this rank in its attention.",
         ge=1,
     )
     resolution: int | None = flag(None, "Image size in pixels.", ge=1)
@@ -53,7 +53,8 @@ class ObjectiveArguments:
     """Objective (changes results)."""
 
     objective: Literal["pixelrepa", "none", "repa", "irepa"] = flag(
-        "pixelrepa", "pixelrepa; none: plain JiT; repa: an MLP on every token; irepa: a convolution over the grid."
+        "pixelrepa",
+        "Projector: pixelrepa: the Masked Transformer Adapter; none: plain JiT; repa: an MLP; irepa: a convolution.",
     )
     alignment_weight: float = flag(0.1, "λ, the weight of the alignment loss.", ge=0)
     mask_ratio: float = flag(0.2, "Probability that a token is replaced by the mask token (pixelrepa).", ge=0, le=1)
@@ -74,6 +75,11 @@ class ObjectiveArguments:
     teacher_mode: Literal["resample", "resize"] = flag(
         "resample", "resample: interpolate the teacher features to the student's grid; resize: resize its input image."
     )
+
+    def aligns(self, step: int) -> bool:
+        """Return whether the step after `step` completed steps has an alignment loss."""
+        last = self.stop_alignment_after_step
+        return self.objective != "none" and (last is None or step < last)
 
 
 @dataclass
@@ -108,6 +114,41 @@ class OptimizationArguments:
         "stop", "At a non-finite gradient stop the run, or skip the step. (fp16 skips overflows by itself.)"
     )
 
+    def saved(self) -> dict:
+        """Return the arguments without the access token, for files and trackers."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "hub_token"}
+
+    def global_batch_size(self, num_processes: int) -> int:
+        """Return the number of images per optimizer step."""
+        return self.train_batch_size * self.gradient_accumulation_steps * num_processes
+
+    def resolved_learning_rate(self, num_processes: int) -> float:
+        """Return the peak learning rate."""
+        return self.learning_rate * (self.global_batch_size(num_processes) / 256 if self.scale_lr else 1)
+
+    def resolved_steps(self, steps_per_epoch: int | None) -> tuple[int, int]:
+        """Return (optimizer steps, warmup steps). The default warmup is five epochs, as published."""
+        total = self.max_train_steps or self.num_train_epochs * steps_per_epoch
+        warmup = 5 * steps_per_epoch if self.lr_warmup_steps is None else self.lr_warmup_steps
+        return total, warmup
+
+    def warnings(self, steps: int, warmup: int) -> list[str]:
+        """Return warnings about settings that are valid but rarely intended."""
+        warnings = []
+        if warmup >= steps and self.lr_scheduler != "constant":
+            warnings.append(
+                f"The warmup ({warmup} steps) is not shorter than the run ({steps} steps): the learning rate never "
+                "reaches its peak. Set --lr_warmup_steps."
+            )
+        initial = self.ema_decays[0] ** steps if self.use_ema else 0.0
+        if initial > 0.1:
+            cure = f"smaller --ema_decays, such as {1 - 5 / steps:.4f}" if steps > 10 else "--use_ema false"
+            warnings.append(
+                f"After {steps} steps the EMA weights with decay {self.ema_decays[0]}, which are sampled and published, "
+                f"still consist of {initial:.0%} initial weights. Set {cure}."
+            )
+        return warnings
+
 
 @dataclass
 class PerformanceArguments:
@@ -116,9 +157,7 @@ class PerformanceArguments:
     mixed_precision: Literal["no", "fp16", "bf16"] | None = flag(None, "Default: accelerate's configuration.")
     allow_tf32: bool = flag(False, "Use TF32 for float32 matrix products.")
     gradient_checkpointing: bool = flag(False, "Recompute activations to save memory.")
-    compile: bool = flag(
-        False, "Compile the blocks, the teacher and, on a GPU, the draws. Dropout, if any, draws other masks."
-    )
+    compile: bool = flag(False, "Compile blocks, teacher and, on a GPU, draws. Changes the dropout masks of JiT-H.")
     cuda_graphs: bool = flag(
         False, "With --compile: replay the whole objective as CUDA graphs, for few images per GPU; starts slowly."
     )
@@ -141,7 +180,7 @@ class BookkeepingArguments:
         None, '"latest" (starts from scratch if there is none), or a checkpoint: a path or a name in --output_dir.'
     )
     ddp_timeout: int = flag(
-        3600, "Seconds that processes wait for each other, as while the main one still writes a checkpoint.", ge=1
+        3600, "Seconds that processes wait for each other, for example while one writes a checkpoint.", ge=1
     )
     logging_steps: int = flag(50, "Steps between log lines; only these synchronize the device.", ge=1)
     validation_steps: int = flag(5000, "Steps between sample grids; 0 for none.", ge=0)
@@ -163,13 +202,15 @@ class BookkeepingArguments:
         "(default: --teacher_model_name_or_path, that model, or their download).",
     )
     eval_image_size: int = flag(224, "Input size of a vision encoder in an evaluation.", ge=1)
-    eval_pooling: Literal["class", "patches"] = flag("class", "Its class token, or the mean of its patch tokens.")
+    eval_pooling: Literal["class", "patches"] = flag(
+        "class", "Features of that encoder: class token, or mean of patch tokens."
+    )
     guidance_scale: float | None = flag(
         None,
         "Guidance scale of sample grids and evaluations, saved with the pipeline (default: that of "
         "--pretrained_model_name_or_path, else the preset's).",
     )
-    guidance_interval: list[float] | None = flag(None, "Guidance interval in t; same default.", nargs=2)
+    guidance_interval: list[float] | None = flag(None, "Guidance interval LOW HIGH in t (default: as above).", nargs=2)
     report_to: list[str] = flag(["tensorboard"], "tensorboard, wandb, trackio, … or none.", nargs="+")
     logging_dir: str = flag("logs", "Tracker folder inside --output_dir.")
     tracker_project_name: str = flag("pixelrepa", "Project name for the trackers.")
@@ -192,7 +233,7 @@ class TrainingArguments(
     ModelArguments,
     DataArguments,
 ):
-    """All arguments, with the rules that span several of them."""
+    """All arguments; checks the rules that span several of them."""
 
     def __post_init__(self):
         check_ranges(self)
@@ -211,48 +252,6 @@ class TrainingArguments(
             raise ValueError("--teacher_cache_dir needs --center_crop and no --streaming.")
         if self.eval_steps and len({METRICS[metric][0] for metric in self.eval_metrics}) > 1:
             raise ValueError("--eval_metrics need several feature networks: choose metrics of one network.")
-        if self.eval_steps and self.eval_reference is None and self.eval_metrics != ["inception_score"]:
-            raise ValueError("--eval_metrics need --eval_reference, a file written by pixelrepa-prepare-reference.")
-
-    def saved(self) -> dict:
-        """Arguments that may be written to disk or sent to a tracker: all but the token."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if name != "hub_token"}
-
-    def global_batch_size(self, num_processes: int) -> int:
-        """Images per optimizer step."""
-        return self.train_batch_size * self.gradient_accumulation_steps * num_processes
-
-    def resolved_learning_rate(self, num_processes: int) -> float:
-        """Peak learning rate."""
-        return self.learning_rate * (self.global_batch_size(num_processes) / 256 if self.scale_lr else 1)
-
-    def resolved_steps(self, steps_per_epoch: int | None) -> tuple[int, int]:
-        """(optimizer steps, warmup steps); the default warmup is five epochs, as published."""
-        total = self.max_train_steps or self.num_train_epochs * steps_per_epoch
-        warmup = 5 * steps_per_epoch if self.lr_warmup_steps is None else self.lr_warmup_steps
-        return total, warmup
-
-    def aligns(self, step: int) -> bool:
-        """Whether the step after `step` completed steps has an alignment loss."""
-        last = self.stop_alignment_after_step
-        return self.objective != "none" and (last is None or step < last)
-
-    def warnings(self, steps: int, warmup: int) -> list[str]:
-        """Warnings about settings that are valid but rarely intended."""
-        warnings = []
-        if warmup >= steps and self.lr_scheduler != "constant":
-            warnings.append(
-                f"The warmup ({warmup} steps) is not shorter than the run ({steps} steps): the learning rate never "
-                "reaches its peak. Set --lr_warmup_steps."
-            )
-        initial = self.ema_decays[0] ** steps if self.use_ema else 0.0
-        if initial > 0.1:
-            cure = f"smaller --ema_decays, such as {1 - 5 / steps:.4f}" if steps > 10 else "--use_ema false"
-            warnings.append(
-                f"After {steps} steps the EMA weights with decay {self.ema_decays[0]}, which are sampled and published, "
-                f"still consist of {initial:.0%} initial weights. Set {cure}."
-            )
-        return warnings
 
 
 def parse_arguments(argv: list[str] | None = None) -> TrainingArguments:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 import re
 import shutil
 import warnings
@@ -51,7 +50,7 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def delete_oldest(newest: Path, limit: int) -> None:
-    """Keep `limit` checkpoints up to the `newest`. Later ones are damaged: the resume passed over them."""
+    """Delete the oldest checkpoints but `limit` up to the `newest`. Later ones are damaged: the resume skipped them."""
     written = [path for path in list_checkpoints(newest.parent) if checkpoint_step(path) <= checkpoint_step(newest)]
     for folder in written[:-limit]:
         discard_folder(folder)
@@ -112,7 +111,7 @@ def with_weights(model: ModelMixin, weights: dict[str, torch.Tensor]) -> ModelMi
 
 
 def merge_lora(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Plain weights W + B·A of a model whose LoRA layers have the scale 1."""
+    """Return the weights W + B·A of a model whose LoRA layers have the scale 1."""
     merged = {}
     for name, value in weights.items():
         layer = name.removesuffix("base_layer.weight")
@@ -130,7 +129,7 @@ def save_lora(weights: dict[str, torch.Tensor], folder: Path) -> None:
 
 
 def gather_weights(weights: dict[str, torch.Tensor], keep: bool = True) -> dict[str, torch.Tensor]:
-    """Assemble weights that FSDP shards, on all processes together and one tensor at a time, on those that `keep` them."""
+    """Assemble FSDP's shards one tensor at a time, on all processes together. Processes that do not `keep` them get none."""
     gathered = {}
     for name, value in weights.items():
         whole = value.full_tensor() if isinstance(value, DTensor) else value
@@ -140,7 +139,7 @@ def gather_weights(weights: dict[str, torch.Tensor], keep: bool = True) -> dict[
 
 
 def read_tensors(folder: Path, likes: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-    """Read the safetensors files of a folder, in which tensors may be sharded; those sharded in `likes` come sharded."""
+    """Read the safetensors files of a folder, whole or sharded. Tensors that are sharded in `likes` come sharded."""
     reader = dcp.HuggingFaceStorageReader(str(folder))
     tensors = {}
     for name, entry in reader.read_metadata().state_dict_metadata.items():
@@ -157,11 +156,12 @@ def read_tensors(folder: Path, likes: dict[str, torch.Tensor] | None = None) -> 
 
 class Checkpointer:
     """
-    Save and load everything a bit-exact resume needs, the frozen teacher excepted.
+    Save and load everything that a bit-exact resume needs, except the frozen teacher.
 
     A checkpoint folder contains
 
-    - `transformer/`, `transformer_ema_DECAY/` and `adapter/` (the projector): diffusers folders, LoRA layers merged
+    - `transformer/`, `transformer_ema_DECAY/` and `adapter/` (the projector), or `guidance_head/` and its EMAs: diffusers
+      folders, LoRA layers merged
     - `lora/`, `lora_ema_DECAY/`: the LoRA weights alone, if any
     - `optimizer/`: optimizer state by parameter name
     - `progress.json`: step, position in the data, EMA updates, gradient scaler, arguments, class names and guidance
@@ -170,6 +170,11 @@ class Checkpointer:
 
     Training waits only while the state is copied to CPU memory, which stays allocated; a thread writes the copy. Without
     sharding the main process does so alone.
+
+    Args:
+        args, accelerator, objective, ema, optimizer: Parts of the run; objective and optimizer are prepared.
+        models (`dict[str, ModelMixin]`): The trained models by folder name; the EMAs follow the first.
+        pipeline_config (`dict`): Class names and guidance, with which the checkpoint can be sampled.
     """
 
     def __init__(
@@ -177,16 +182,18 @@ class Checkpointer:
         args: TrainingArguments,
         accelerator: Accelerator,
         objective: torch.nn.Module,
+        models: dict[str, ModelMixin],
         ema: ConstantDecayEMA | None,
         optimizer: torch.optim.Optimizer,
         pipeline_config: dict,
     ):
         self.args, self.accelerator, self.pipeline_config = args, accelerator, pipeline_config
         self.module, self.ema, self.optimizer = accelerator.unwrap_model(objective), ema, optimizer
-        self.sharded = accelerator.distributed_type == DistributedType.FSDP
-        # The writing threads need a process group of their own: training uses the default one meanwhile.
-        timeout = timedelta(seconds=args.ddp_timeout)
-        self.group = dist.new_group(timeout=timeout, backend="gloo") if self.sharded else None
+        self.models, self.main = models, next(iter(models))
+        self.sharded, self.group = accelerator.distributed_type == DistributedType.FSDP, None
+        if self.sharded:
+            # The writing threads need a process group of their own: training uses the default one meanwhile.
+            self.group = dist.new_group(timeout=timedelta(seconds=args.ddp_timeout), backend="gloo")
         on_gpu = accelerator.device.type == "cuda"
         self.stager = DefaultStager(
             StagingOptions(on_gpu, False, use_async_staging=False, use_non_blocking_copy=on_gpu)
@@ -204,17 +211,15 @@ class Checkpointer:
 
     @property
     def last(self) -> Path | None:
-        """The last checkpoint that is completely written. Raises what its writing raised."""
+        """The last completely written checkpoint. Raises what its writing raised."""
         return self.wait() if self.pending is not None and self.pending.done() else self._last
 
     def save(self, step: int, loader_state: dict) -> None:
         """Write checkpoint-STEP in the background, on all processes together, and delete the oldest beyond the limit."""
         self.wait()
-        state = {"transformer": self.module.transformer.state_dict()}
+        state = {name: model.state_dict() for name, model in self.models.items()}
         for decay in () if self.ema is None else self.ema.decays:
-            state[f"transformer_ema_{decay}"] = self.ema.state_dict_for(decay)
-        if self.module.projector is not None:
-            state["adapter"] = self.module.projector.state_dict()
+            state[f"{self.main}_ema_{decay}"] = self.ema.state_dict_for(decay)
         optimizer = {
             f"{name}.{key}": value
             for name, parameter in self._parameters().items()
@@ -255,7 +260,7 @@ class Checkpointer:
                 if self.sharded:  # merge the shards, which are safe on disk, one model at a time
                     weights = read_tensors(path / name)
                     shutil.rmtree(path / name)
-                model = self.module.projector if name == "adapter" else self.module.transformer
+                model = self.models.get(name, self.models[self.main])
                 with_weights(model, weights).save_pretrained(path / name)
                 save_lora(weights, path / name.replace("transformer", "lora"))
             write_json(path / "progress.json", progress)
@@ -275,7 +280,7 @@ class Checkpointer:
         Load a verified checkpoint and return its progress.json.
 
         The checksums detect damage, not intent, so no content of a checkpoint is executed: it consists of safetensors and
-        JSON. (The optimizer state of earlier versions is unpickled with `weights_only=True`.)
+        JSON.
         """
         progress = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
         # Other schedules depend on the length of the run.
@@ -290,8 +295,6 @@ class Checkpointer:
         try:
             self._load_weights(folder, progress)
             self._load_optimizer(folder, progress)
-        except pickle.UnpicklingError:  # torch's own message recommends loading the file unsafely
-            raise ValueError(f"{folder} is refused: its optimizer state is more than tensors and numbers.") from None
         except (RuntimeError, ValueError, OSError, KeyError) as error:
             changed = f" Arguments changed since: {changes}." if changes else ""
             raise ValueError(f"{folder} does not fit this run.{changed} {error}") from error
@@ -299,12 +302,11 @@ class Checkpointer:
         return progress
 
     def _load_weights(self, folder: Path, progress: dict) -> None:
-        for name, model in (("transformer", self.module.transformer), ("adapter", self.module.projector)):
-            if model is not None:
-                model.load_state_dict(self._read(folder / name, model.state_dict()))
+        for name, model in self.models.items():
+            model.load_state_dict(self._read(folder / name, model.state_dict()))
         if self.ema is not None:
             averages = {
-                decay: self._read(folder / f"transformer_ema_{decay}", self.ema.state_dict_for(decay))
+                decay: self._read(folder / f"{self.main}_ema_{decay}", self.ema.state_dict_for(decay))
                 for decay in self.ema.decays
             }
             self.ema.load_state_dict({"num_calls": progress["ema_calls"], "averages": averages})
@@ -319,18 +321,12 @@ class Checkpointer:
         }
 
     def _load_optimizer(self, folder: Path, progress: dict) -> None:
-        parameters, scaler = self._parameters(), progress.get("scaler")
-        if (folder / "optimizer.bin").exists():  # earlier versions
-            saved = torch.load(folder / "optimizer.bin", map_location="cpu", weights_only=True)["state"]
-            saved = {list(parameters)[index]: entries for index, entries in saved.items()}
-            if (folder / "scaler.pt").exists():
-                scaler = torch.load(folder / "scaler.pt", weights_only=True)
-        else:
-            likes = {f"{n}.{key}": p for n, p in parameters.items() for key in ("exp_avg", "exp_avg_sq")}
-            saved = {name: {} for name in parameters}
-            for name, value in (read_tensors(folder / "optimizer", likes) | progress["optimizer"]).items():
-                parameter, _, key = name.rpartition(".")
-                saved[parameter][key] = value
+        parameters, scaler = self._parameters(), progress["scaler"]
+        likes = {f"{n}.{key}": p for n, p in parameters.items() for key in ("exp_avg", "exp_avg_sq")}
+        saved = {name: {} for name in parameters}
+        for name, value in (read_tensors(folder / "optimizer", likes) | progress["optimizer"]).items():
+            parameter, _, key = name.rpartition(".")
+            saved[parameter][key] = value
         # Learning rate, betas and decay of the command line take precedence over the saved ones.
         groups = [{**group, "initial_lr": group["lr"]} for group in self.optimizer.state_dict()["param_groups"]]
         state = dict(enumerate(saved[name] for name in parameters))

@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModel, Dinov2Config, PretrainedConfig
 
 from ..presets import get_preset
 from .arguments import TrainingArguments
-from .builders import build_projector, build_transformer
+from .builders import add_lora, build_projector, build_transformer
 from .data import ImageSource, StreamSource, check_global_batch
 
 
@@ -22,6 +22,8 @@ def dry_run(args: TrainingArguments, num_processes: int, source: ImageSource | S
     parameters, teacher_dim = {"transformer": 0, "projector": 0, "teacher (frozen)": 0}, 0
     with torch.device("meta"):
         transformer = build_transformer(args, num_classes)
+        if args.lora_rank:
+            add_lora(args, transformer)
         models = {"transformer": transformer}
         if args.objective != "none":
             config = teacher_config(args)
@@ -29,7 +31,8 @@ def dry_run(args: TrainingArguments, num_processes: int, source: ImageSource | S
             models["projector"] = build_projector(args, transformer.config, teacher_dim)
             models["teacher (frozen)"] = AutoModel.from_config(config)
         parameters |= {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
-    memory = estimate_memory(args, transformer.config, *parameters.values(), teacher_dim)
+    trained = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
+    memory = estimate_memory(args, transformer.config, *parameters.values(), teacher_dim, trained)
     return {
         "arguments": args.saved(),
         "transformer": {k: v for k, v in transformer.config.items() if not k.startswith("_")},
@@ -48,7 +51,7 @@ def dry_run(args: TrainingArguments, num_processes: int, source: ImageSource | S
 
 
 def launch_file(args: TrainingArguments, num_processes: int, parameters: int) -> str:
-    """Name of the launch file for GPUs, eight per machine. Sharding pays from JiT-H on, where no setting excludes it."""
+    """Name the launch file for GPUs, eight per machine. Sharding pays from JiT-H on, if the settings allow it."""
     if num_processes == 1:
         return "1gpu"
     if parameters > 9e8 and not (args.ema_offload or args.use_8bit_adam or args.lora_rank):
@@ -71,13 +74,20 @@ SAVED_BYTES = {(4, False): (72, 16, 14), (4, True): (44, 12, 14), (2, False): (6
 
 
 def estimate_memory(
-    args: TrainingArguments, config: dict, transformer: int, projector: int, teacher: int, teacher_dim: int = 0
+    args: TrainingArguments,
+    config: dict,
+    transformer: int,
+    projector: int,
+    teacher: int,
+    teacher_dim: int,
+    trained: int,
 ) -> dict[str, float]:
     """
-    Estimate the peak memory of an unsharded step in GiB per process, from the configuration and numbers of parameters.
+    Estimate the peak memory of an unsharded step in GiB per process, from the configuration and numbers of parameters, of
+    which `trained` are those of the transformer that are not frozen.
 
-    Weights, gradients and optimizer are exact. Saved activations (fused attention assumed) are within 15 % of what the
-    backward pass keeps; the memory that torch's allocator loses to fragmentation is not counted.
+    Weights, gradients, optimizer and EMAs are exact. Saved activations (fused attention assumed) are within 15 % of what the
+    backward pass keeps, less with LoRA; the memory that torch's allocator loses to fragmentation is not counted.
     """
     heads, width = config["num_attention_heads"], config["num_attention_heads"] * config["attention_head_dim"]
     tokens, pixels = (config["sample_size"] // config["patch_size"]) ** 2, config["sample_size"] ** 2 * 3
@@ -95,10 +105,10 @@ def estimate_memory(
     emas = len(args.ema_decays) if args.use_ema and not args.ema_offload else 0
     batch = args.train_batch_size
     parts = {
-        "weights and gradients": 8 * (transformer + projector),
+        "weights and gradients": 4 * (transformer + projector) + 4 * (trained + projector),
         "weights in the compute dtype": size * (transformer + projector) if size == 2 else 0,
-        "optimizer": (2 if args.use_8bit_adam else 8) * (transformer + projector),
-        "EMAs": 4 * emas * transformer,
+        "optimizer": (2 if args.use_8bit_adam else 8) * (trained + projector),
+        "EMAs": 4 * emas * trained,
         "teacher": size * teacher + 8 * features * batch,  # eight widths per token at once
         "prepared batches": 2 * batch * (9 * pixels + features),  # uint8, float32, noise; one batch ahead
         f"saved activations (batch {batch})": activations * batch,

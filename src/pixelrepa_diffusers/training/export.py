@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
+from diffusers import ModelMixin
 from PIL import Image
 
 from ..ema import ConstantDecayEMA
@@ -61,7 +63,7 @@ def build_pipeline(
 
 
 def training_facts(args: TrainingArguments, accelerator: Accelerator, step: int) -> dict:
-    """Content of training_arguments.json, for the model card."""
+    """Return the content of training_arguments.json, for the model card."""
     global_batch_size = args.global_batch_size(accelerator.num_processes)
     return {
         **publishable(args.saved()),
@@ -79,42 +81,45 @@ class Exporter:
     """
     Export the sampled weights of a run: the first EMA, or the online weights without EMAs.
 
-    Every method must be called on every process; only the main one has a `pusher`. `settings` are the arguments of the
-    pipeline. The run starts from `step`: sample grids of later steps belong to another run.
+    Every method must be called on every process.
+
+    Args:
+        args, accelerator, ema, metrics: Parts of the run.
+        model (`ModelMixin`): The trained model, which the EMAs follow.
+        make_pipeline (`Callable`): Maps a copy of the model to its pipeline.
+        step (`int`): Where the run starts: sample grids of later steps belong to another run.
+        spaces (`list[FeatureSpace]`, *optional*): What evaluations measure.
+        pusher (`BackgroundPusher`, *optional*): On the main process, where checkpoints are pushed.
     """
 
     def __init__(
         self,
         args: TrainingArguments,
         accelerator: Accelerator,
-        objective: torch.nn.Module,
+        model: ModelMixin,
         ema: ConstantDecayEMA | None,
-        settings: dict,
+        make_pipeline: Callable[[ModelMixin], PixelREPAPipeline],
         metrics: MetricLogger,
-        spaces: list[FeatureSpace],
-        pusher: BackgroundPusher | None,
         step: int,
+        spaces: Sequence[FeatureSpace] = (),
+        pusher: BackgroundPusher | None = None,
     ):
-        self.args, self.accelerator, self.objective, self.ema = args, accelerator, objective, ema
-        self.settings, self.metrics, self.spaces, self.pusher = settings, metrics, spaces, pusher
+        self.args, self.accelerator, self.model, self.ema = args, accelerator, model, ema
+        self.make_pipeline, self.metrics, self.spaces, self.pusher = make_pipeline, metrics, spaces, pusher
         self.output_dir = Path(args.output_dir)
         grids = sorted(self.output_dir.glob("samples/step-*.png"))
         self.samples = next((path for path in reversed(grids) if path.name <= _grid_name(step)), None)
 
     def _weights(self) -> dict[str, torch.Tensor]:
-        if self.ema is not None:
-            return self.ema.state_dict_for(self.ema.decays[0])
-        return self.accelerator.unwrap_model(self.objective).transformer.state_dict()
+        return self.model.state_dict() if self.ema is None else self.ema.state_dict_for(self.ema.decays[0])
 
     def pipeline(self, everywhere: bool = False) -> PixelREPAPipeline | None:
         """Return a pipeline that shares no module with training, on the main process or on all of them."""
-        trained = self.accelerator.unwrap_model(self.objective).transformer
         keep = everywhere or self.accelerator.is_main_process
         weights = gather_weights(self._weights(), keep)
         if not keep:
             return None
-        transformer = with_weights(trained, weights).to(self.accelerator.device)
-        pipeline = PixelREPAPipeline(transformer, JiTFlowMatchScheduler(), **self.settings)
+        pipeline = self.make_pipeline(with_weights(self.model, weights).to(self.accelerator.device))
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
@@ -126,14 +131,18 @@ class Exporter:
             if self.accelerator.is_main_process:
                 pipeline.save_pretrained(path)
                 save_lora(self._weights(), path / "lora")
-                write_json(path / "training_arguments.json", facts)
+                self.write_record(path, facts)
                 if self.samples is not None and self.samples.exists():
                     shutil.copyfile(self.samples, path / "samples.png")
 
         write_folder(folder, write, self.accelerator.is_main_process, self.accelerator.wait_for_everyone)
 
+    def write_record(self, folder: Path, facts: dict) -> None:
+        """Write the facts of the training into the pipeline's folder."""
+        write_json(folder / "training_arguments.json", facts)
+
     def push_checkpoint(self, step: int) -> None:
-        """Push the pipeline to a branch named after the checkpoint, in the background. What is published is deleted here."""
+        """Push the pipeline to a branch named after the checkpoint, in the background, then delete the local copy."""
         folder = self.output_dir / "hub" / f"checkpoint-{step}"
         self.save_pipeline(folder, step)
         if self.pusher is not None:

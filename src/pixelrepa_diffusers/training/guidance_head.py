@@ -1,8 +1,7 @@
-"""Parts of `train_guidance_head.py`: arguments, the model's own images, the head in the place of a transformer, exports."""
+"""Parts of `train_guidance_head.py`: arguments, generated images, the head called like a transformer, exports."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from dataclasses import dataclass
@@ -12,25 +11,19 @@ from typing import Literal
 import torch
 import torch.nn as nn
 from accelerate import Accelerator
-from accelerate.logging import get_logger
-from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from ..cli import flag
-from ..ema import ConstantDecayEMA
-from ..files import write_atomically, write_folder, write_json
+from ..files import write_atomically, write_json
 from ..guidance_jit import JiTGuidanceHead
 from ..hub import LOCAL
 from ..pipeline_pixelrepa import PixelREPAPipeline
 from ..sampling import seeded
 from ..transformer_jit import JiTTransformer2DModel, JiTTransformer2DModelOutput
-from .arguments import OptimizationArguments, TrainingArguments
-from .checkpoints import delete_oldest
+from .arguments import OptimizationArguments
 from .data import random_words
-from .export import training_facts
+from .export import Exporter
 
-
-logger = get_logger(__name__)
 
 GENERATION_DRAWS = 104  # a purpose of `random_words`, beside those of step.py
 
@@ -49,9 +42,11 @@ class GuidanceHeadArguments(OptimizationArguments):
     )
     on_bad_image: Literal["error", "skip"] = flag("error", "A damaged image stops the run, or the next replaces it.")
     num_generated_images: int = flag(10_000, "Number of the model's own images, evenly over the classes.", ge=1)
-    guidance_scale: float | None = flag(None, "Their guidance scale (default: the saved one).", ge=0)
-    guidance_interval: list[float] | None = flag(None, "Their guidance interval in t; same default.", nargs=2)
-    num_inference_steps: int = flag(50, "Sampling steps of these images and of the sample grids.", ge=1)
+    guidance_scale: float | None = flag(None, "Guidance scale of these images (default: the saved one).", ge=0)
+    guidance_interval: list[float] | None = flag(
+        None, "Guidance interval LOW HIGH in t of these images; same default.", nargs=2
+    )
+    num_inference_steps: int = flag(50, "Sampling steps of these images and the sample grids.", ge=1)
     generation_batch_size: int = flag(64, "Sampling batch size per process.", ge=1)
 
     num_train_epochs: int = flag(20, "Epochs; --max_train_steps overrides them.", ge=1)
@@ -62,10 +57,12 @@ class GuidanceHeadArguments(OptimizationArguments):
     random_flip: bool = flag(False, "Flip half of the images horizontally.")
     label_drop_prob: float = flag(0.1, "Probability that a label is replaced by the null class.", ge=0, le=1)
     P_mean: float = flag(-0.8, "Mean of the logit-normal timesteps, as in the training of the transformer.")
-    P_std: float = flag(0.8, "Their standard deviation.", gt=0)
+    P_std: float = flag(0.8, "Standard deviation of the logit-normal timesteps.", gt=0)
 
-    self_guidance_scale: float = flag(0.5, "w of the sample grids, saved with the pipeline.", ge=0)
-    self_guidance_interval: list[float] = flag([0.0, 1.0], "LOW HIGH in t; likewise.", nargs=2, ge=0, le=1)
+    self_guidance_scale: float = flag(0.5, "w of sample grids, saved with the pipeline.", ge=0)
+    self_guidance_interval: list[float] = flag(
+        [0.0, 1.0], "Its interval LOW HIGH in t, likewise.", nargs=2, ge=0, le=1
+    )
     mixed_precision: Literal["no", "fp16", "bf16"] | None = flag(None, "Default: accelerate's configuration.")
     dataloader_num_workers: int = flag(4, "Image decoding processes per training process.", ge=0)
     checkpointing_steps: int = flag(1000, "Steps between checkpoints.", ge=1)
@@ -78,17 +75,24 @@ class GuidanceHeadArguments(OptimizationArguments):
     num_validation_images: int = flag(16, "Images of a sample grid.", ge=1)
     report_to: list[str] = flag(["none"], "tensorboard, wandb, … or none.", nargs="+")
 
-    # What the trainer's parts ask of their arguments.
+    # What the trainer asks of its arguments and has no flag here.
     objective = "none"
     mask_ratio = 0.0
-    aligns = TrainingArguments.aligns
-    stop_alignment_after_step = None
-    global_batch_size = TrainingArguments.global_batch_size
-    resolved_learning_rate = TrainingArguments.resolved_learning_rate
-    resolved_steps = TrainingArguments.resolved_steps
+    lora_rank = None
+    ema_offload = False
+    eval_steps = 0
+    push_checkpoints = False
+    dry_run = False
+    ddp_timeout = 600
+    logging_dir = "logs"
+    tracker_project_name = "guidance_head"
 
-    def saved(self) -> dict:
-        return dataclasses.asdict(self)
+    @property
+    def validation_inference_steps(self) -> int:
+        return self.num_inference_steps
+
+    def aligns(self, step: int) -> bool:
+        return False
 
 
 class HeadOnFrozenTransformer(nn.Module):
@@ -126,8 +130,8 @@ class HeadOnFrozenTransformer(nn.Module):
 
 def generate_images(args: GuidanceHeadArguments, accelerator: Accelerator, pipe: PixelREPAPipeline) -> Path:
     """
-    Make the model's own images as an image folder `generated/`, shared among the processes, and return it. Images that exist
-    from an interrupted run with the same settings are kept.
+    Sample the image folder `generated/` on all processes and return it. Images of an interrupted run with the same settings
+    are kept.
 
     Raises:
         ValueError: If the folder holds images of other settings, or there are fewer images than classes.
@@ -170,97 +174,23 @@ def generate_images(args: GuidanceHeadArguments, accelerator: Accelerator, pipe:
     return folder
 
 
-def save_checkpoint(
-    args: GuidanceHeadArguments,
-    accelerator: Accelerator,
-    ema: ConstantDecayEMA | None,
-    step: int,
-    loader_state: dict,
-) -> Path:
-    """
-    Write checkpoint-STEP, all that a bit-exact resume needs: head, EMAs, optimizer, random states and position. The oldest
-    beyond the limit are deleted.
-    """
-    folder = Path(args.output_dir) / f"checkpoint-{step}"
-
-    def write(path: Path) -> None:
-        accelerator.save_state(str(path))
-        if accelerator.is_main_process:
-            for decay in () if ema is None else ema.decays:
-                save_file(ema.state_dict_for(decay), path / f"ema_{decay}.safetensors")
-            calls = None if ema is None else ema.num_calls
-            write_json(
-                path / "progress.json",
-                {"step": step, "loader": loader_state, "ema_calls": calls, "arguments": args.saved()},
-            )
-
-    write_folder(folder, write, accelerator.is_main_process, accelerator.wait_for_everyone, manifest=True)
-    if accelerator.is_main_process and args.checkpoints_total_limit is not None:
-        delete_oldest(folder, args.checkpoints_total_limit)
-    return folder
-
-
-def load_checkpoint(
-    args: GuidanceHeadArguments, accelerator: Accelerator, ema: ConstantDecayEMA | None, folder: Path
-) -> dict:
-    """
-    Load a verified checkpoint and return its progress.json. Nothing in a checkpoint is executed.
-
-    Raises:
-        ValueError: If the checkpoint belongs to a run with another head, optimizer or EMAs.
-    """
-    progress = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
-    try:
-        accelerator.load_state(str(folder))
-        if ema is not None:
-            averages = {decay: load_file(folder / f"ema_{decay}.safetensors") for decay in ema.decays}
-            ema.load_state_dict({"num_calls": progress["ema_calls"], "averages": averages})
-    except (RuntimeError, ValueError, OSError, KeyError) as error:
-        raise ValueError(f"{folder} does not fit this run: {error}") from error
-    accelerator.step = 0  # accelerate continues counting micro-steps
-    return progress
-
-
-def guided_pipeline(
-    args: GuidanceHeadArguments,
-    pipe: PixelREPAPipeline,
-    trained: HeadOnFrozenTransformer,
-    ema: ConstantDecayEMA | None,
-) -> PixelREPAPipeline:
-    """The pipeline with a copy of the head: its first EMA, or its weights without EMAs."""
-    weights = trained.state_dict() if ema is None else ema.state_dict_for(ema.decays[0])
-    head = JiTGuidanceHead.from_config(trained.head.config).to(pipe.transformer.device)
-    head.load_state_dict({name.removeprefix("head."): weight for name, weight in weights.items()})
+def guided_pipeline(args: GuidanceHeadArguments, pipe: PixelREPAPipeline, head: JiTGuidanceHead) -> PixelREPAPipeline:
+    """Return the pipeline with a trained head."""
     settings = {name: value for name, value in pipe.config.items() if not name.startswith("_")}
-    settings |= {
-        "self_guidance_scale": args.self_guidance_scale,
-        "self_guidance_interval": args.self_guidance_interval,
-    }
-    settings |= {**pipe.components, "guidance_head": head.eval().requires_grad_(False)}
-    guided = PixelREPAPipeline(**settings)
-    guided.set_progress_bar_config(disable=True)
-    return guided
+    settings |= {name: getattr(args, name) for name in ("self_guidance_scale", "self_guidance_interval")}
+    return PixelREPAPipeline(**{**settings, **pipe.components, "guidance_head": head})
 
 
-def save_pipeline(
-    args: GuidanceHeadArguments,
-    accelerator: Accelerator,
-    source: Path,
-    pipe: PixelREPAPipeline,
-    folder: Path,
-    step: int,
-) -> None:
-    """Save the guided pipeline; the record of the transformer's training stays, the head's lies beside its weights."""
-    facts = training_facts(args, accelerator, step) | {"train_data_dir": args.train_data_dir and LOCAL}
+class GuidedExporter(Exporter):
+    """Exporter of a pipeline with its head; `source` is the folder of the pipeline without it."""
 
-    def write(path: Path) -> None:
-        if accelerator.is_main_process:
-            pipe.save_pretrained(path)
-            write_json(path / "guidance_head" / "training_arguments.json", facts)
-            if (source / "training_arguments.json").is_file():
-                shutil.copyfile(source / "training_arguments.json", path / "training_arguments.json")
-            samples = sorted((Path(args.output_dir) / "samples").glob("step-*.png"))
-            if samples:
-                shutil.copyfile(samples[-1], path / "samples.png")
+    def __init__(self, source: Path, *parts):
+        super().__init__(*parts)
+        self.source = source
 
-    write_folder(folder, write, accelerator.is_main_process, accelerator.wait_for_everyone)
+    def write_record(self, folder: Path, facts: dict) -> None:
+        """Write the record of the head beside its weights; the record of the transformer's training stays."""
+        facts["train_data_dir"] = self.args.train_data_dir and LOCAL
+        write_json(folder / "guidance_head" / "training_arguments.json", facts)
+        if (self.source / "training_arguments.json").is_file():
+            shutil.copyfile(self.source / "training_arguments.json", folder / "training_arguments.json")

@@ -16,8 +16,9 @@ from accelerate.utils import gather_object
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
-from ..files import write_atomically
+from ..files import write_atomically, write_json
 from .arguments import TrainingArguments
+from .data import ImageLoader
 from .flops import measure_peak_flops
 from .step import StepResult
 
@@ -30,6 +31,40 @@ EVALUATION_METRICS = ("fid", "fd_", "inception_score", "precision", "recall")
 
 class NonFiniteLossError(FloatingPointError):
     """The loss became NaN or infinite."""
+
+
+def announce(
+    args: TrainingArguments,
+    accelerator: Accelerator,
+    loader: ImageLoader,
+    optimizer: torch.optim.Optimizer,
+    max_train_steps: int,
+    warmup_steps: int,
+) -> None:
+    """Write arguments.json, start the trackers, and log the size and schedule of the run with [`TrainingArguments.warnings`]."""
+    for warning in args.warnings(max_train_steps, warmup_steps):
+        logger.warning(warning)
+    steps = {"resolved_steps": max_train_steps, "resolved_warmup_steps": warmup_steps}
+    if accelerator.is_main_process:
+        write_json(Path(args.output_dir) / "arguments.json", {**args.saved(), **steps})
+    accelerator.init_trackers(
+        args.tracker_project_name,
+        config={k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in args.saved().items()},
+    )
+    source, epoch = loader.source, loader.batches_per_epoch
+    parameters = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+    facts = {
+        "images": len(source) if epoch else f"{len(source.shard_names)} shards, {source.num_readers} readers",
+        "classes": source.num_classes,
+        "trainable parameters": f"{parameters:,}",
+        "global batch": f"{loader.global_batch_size} ({args.train_batch_size} per process × "
+        f"{args.gradient_accumulation_steps} accumulation steps × {accelerator.num_processes} processes)",
+        "steps": f"{max_train_steps}, {warmup_steps} of them warmup",
+        "epochs": f"{max_train_steps / epoch:.1f}" if epoch else "unknown",
+        "learning rate": args.resolved_learning_rate(accelerator.num_processes),
+        "device": f"{accelerator.device}, mixed precision {args.mixed_precision}",
+    }
+    logger.info("Training:" + "".join(f"\n  {name}: {value}" for name, value in facts.items()))
 
 
 class MetricLogger:
@@ -195,9 +230,9 @@ class StepMonitor:
 
     def throughput(self, step: int, result: StepResult) -> dict[str, float]:
         """
-        Speed since the last report. Times are milliseconds per step, those of the slowest process each: `host_ms` launches
-        the first step after a report, when the device's queue is empty (on a CPU it computes the step), `data_ms` waits for
-        images, `forward_ms` is the device's time for the forward pass of the last micro-step.
+        Return the speed since the last report. Times are milliseconds per step, each of its slowest process: `host_ms` is the
+        time to launch the first step after a report, when the device's queue is empty (on a CPU: to compute it), `data_ms`
+        the wait for images, `forward_ms` the device's time for the forward pass of the last micro-step.
         """
         processes, device = self.accelerator.num_processes, self.accelerator.device
         steps, seconds = step - self.started_step, time.perf_counter() - self.started
@@ -219,7 +254,7 @@ class StepMonitor:
 
 
 def peak_memory(device: torch.device) -> float:
-    """Peak memory in GiB: the allocator's on a GPU, the resident memory of the process on a CPU."""
+    """Return the peak memory in GiB: allocated on a GPU, resident in the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024

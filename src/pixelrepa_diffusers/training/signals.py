@@ -32,7 +32,7 @@ class StopRequest:
         self.signal = signal.Signals(number)
 
     def agreed(self, accelerator: Accelerator, now: bool) -> bool:
-        """Whether to stop. Several processes must stop at the same step: they compare when `now` is true on all."""
+        """Return whether to stop. Several processes stop at the same step: they compare only when `now` is true on all."""
         if accelerator.num_processes > 1:
             if not now:
                 return False

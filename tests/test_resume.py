@@ -23,11 +23,13 @@ from training_runs import (
     stopped,
     train_in_fork,
     weights,
+    write_manifest,
 )
 
 from pixelrepa_diffusers import PixelREPAPipeline
 from pixelrepa_diffusers.training import loop
 from pixelrepa_diffusers.training.arguments import parse_arguments
+from pixelrepa_diffusers.training.checkpoints import Checkpointer
 from pixelrepa_diffusers.training.export import Exporter
 
 
@@ -83,6 +85,23 @@ def test_two_processes_resume_bit_exactly_and_in_one_process_to_the_same_weights
     assert {row["slowest_rank"] for row in read_metrics(two)} <= {0, 1}
     losses = [[row["loss"] for row in read_metrics(run)] for run in (one, two)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_checkpoint_of_an_earlier_version_resumes_bit_exactly(train, finished_run, tmp_path, monkeypatch):
+    save, run = Checkpointer.save, tmp_path / "run"
+
+    def also_as_before(checkpointer, step, loader_state):
+        torch.save(checkpointer.optimizer.state_dict(), tmp_path / "optimizer.bin")
+        save(checkpointer, step, loader_state)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpointer, "save", also_as_before)
+        train(run, max_train_steps=3, lr_warmup_steps=0)
+    shutil.rmtree(run / "checkpoint-3/optimizer")
+    shutil.move(tmp_path / "optimizer.bin", run / "checkpoint-3")
+    write_manifest(run / "checkpoint-3")
+    train(run, lr_warmup_steps=0, resume_from_checkpoint="latest")
+    assert_equal(weights(finished_run / "checkpoint-6"), weights(run / "checkpoint-6"))
 
 
 # --------------------------------------------------------------------------------------------------- kills and signals

@@ -2,13 +2,14 @@
 
 import argparse
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from training_runs import TEACHER
+from training_runs import TEACHER, write_manifest
 
 from pixelrepa_diffusers import load_original_checkpoint
 from pixelrepa_diffusers.evaluation import FeatureStatistics, InceptionNetwork
@@ -60,6 +61,17 @@ def test_reference_statistics_with_code_are_refused(tmp_path, payload):
     np.savez(tmp_path / "evil.npz", mu=np.array([payload], dtype=object), sigma=np.eye(1))
     with pytest.raises(ValueError, match=r"evil\.npz cannot be read"):
         FeatureStatistics.load(tmp_path / "evil.npz")
+
+
+@pytest.mark.parametrize("file", ["optimizer.bin", "scaler.pt"])  # of earlier versions
+def test_training_checkpoint_with_code_is_refused(file, train, finished_run, tmp_path, payload):
+    checkpoint = tmp_path / "run" / "checkpoint-3"
+    shutil.copytree(finished_run / "checkpoint-3", checkpoint)
+    torch.save({"state": {}}, checkpoint / "optimizer.bin")
+    torch.save({"state": payload}, checkpoint / file)
+    write_manifest(checkpoint)  # which whoever writes the file can do, too
+    with pytest.raises(ValueError, match="checkpoint-3"):
+        train(tmp_path / "run", resume_from_checkpoint="latest", lr_warmup_steps=0)
 
 
 def test_links_out_of_the_folder_are_not_published(make_pipeline, tmp_path):

@@ -117,6 +117,15 @@ def assert_equal(one: dict, other: dict) -> None:
     assert not different, different
 
 
+def write_manifest(checkpoint: Path) -> None:
+    """Make the manifest match the files of an altered checkpoint."""
+    from pixelrepa_diffusers.files import MANIFEST, _fingerprint
+
+    names = [path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file()]
+    manifest = {name: _fingerprint(checkpoint / name) for name in names if name != MANIFEST}
+    (checkpoint / MANIFEST).write_text(json.dumps(manifest))
+
+
 def fork(task: Callable[[], object], log: Path) -> int:
     """Run `task` on the CPU in a child that leads its own process group and appends its output to `log`."""
     child = os.fork()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 import shutil
 import warnings
@@ -280,7 +281,7 @@ class Checkpointer:
         Load a verified checkpoint and return its progress.json.
 
         The checksums detect damage, not intent, so no content of a checkpoint is executed: it consists of safetensors and
-        JSON.
+        JSON. (The optimizer state of earlier versions is unpickled with `weights_only=True`.)
         """
         progress = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
         # Other schedules depend on the length of the run.
@@ -295,6 +296,8 @@ class Checkpointer:
         try:
             self._load_weights(folder, progress)
             self._load_optimizer(folder, progress)
+        except pickle.UnpicklingError:  # torch's own message recommends loading the file unsafely
+            raise ValueError(f"{folder} is refused: its optimizer state is more than tensors and numbers.") from None
         except (RuntimeError, ValueError, OSError, KeyError) as error:
             changed = f" Arguments changed since: {changes}." if changes else ""
             raise ValueError(f"{folder} does not fit this run.{changed} {error}") from error
@@ -321,12 +324,18 @@ class Checkpointer:
         }
 
     def _load_optimizer(self, folder: Path, progress: dict) -> None:
-        parameters, scaler = self._parameters(), progress["scaler"]
-        likes = {f"{n}.{key}": p for n, p in parameters.items() for key in ("exp_avg", "exp_avg_sq")}
-        saved = {name: {} for name in parameters}
-        for name, value in (read_tensors(folder / "optimizer", likes) | progress["optimizer"]).items():
-            parameter, _, key = name.rpartition(".")
-            saved[parameter][key] = value
+        parameters, scaler = self._parameters(), progress.get("scaler")
+        if (folder / "optimizer.bin").exists():  # earlier versions
+            saved = torch.load(folder / "optimizer.bin", map_location="cpu", weights_only=True)["state"]
+            saved = {list(parameters)[index]: entries for index, entries in saved.items()}
+            if (folder / "scaler.pt").exists():
+                scaler = torch.load(folder / "scaler.pt", weights_only=True)
+        else:
+            likes = {f"{n}.{key}": p for n, p in parameters.items() for key in ("exp_avg", "exp_avg_sq")}
+            saved = {name: {} for name in parameters}
+            for name, value in (read_tensors(folder / "optimizer", likes) | progress["optimizer"]).items():
+                parameter, _, key = name.rpartition(".")
+                saved[parameter][key] = value
         # Learning rate, betas and decay of the command line take precedence over the saved ones.
         groups = [{**group, "initial_lr": group["lr"]} for group in self.optimizer.state_dict()["param_groups"]]
         state = dict(enumerate(saved[name] for name in parameters))

@@ -1,4 +1,4 @@
-"""The PixelREPA training objective and its random draws.
+"""The PixelREPA training objective, and random draws for a training loop of your own (the trainer's: training/draws.py).
 
     (1)  z         = t·x + (1 − t)·e               e = noise_scale·N(0, I); t = 0 is noise, t = 1 is the image
     (2)  v         = (x − z) / max(1 − t, t_eps)   v̂ likewise, with the prediction x̂ = JiT(z, t, y) in place of x
@@ -39,7 +39,7 @@ class PixelREPAObjectiveOutput(BaseOutput):
         alignment_loss (`torch.Tensor`, *optional*): L_align of (4); None when alignment is off.
     """
 
-    # Defaults because accelerate rebuilds outputs as `type(output)({name: tensor})`, which needs all but the first.
+    # Defaults because accelerate rebuilds outputs as `type(output)({name: tensor})`, without the other fields.
     loss: torch.Tensor
     denoising_loss: torch.Tensor | None = None
     alignment_loss: torch.Tensor | None = None
@@ -81,7 +81,7 @@ class PixelREPAObjective(nn.Module):
             check_projector_fits(projector, transformer)
         if alignment_depth is not None and not 0 <= alignment_depth < transformer.config.num_layers:
             raise ValueError(
-                f"`alignment_depth` must be less than {transformer.config.num_layers}, got {alignment_depth}."
+                f"`alignment_depth` must lie in [0, {transformer.config.num_layers - 1}], got {alignment_depth}."
             )
         self.transformer = transformer
         self.projector = projector

@@ -38,7 +38,8 @@ _PUBLISHED_COMPONENTS = (
     ("guidance_jit", "JiTGuidanceHead", ModelMixin),
 )
 # `DiffusionPipeline.from_pretrained(..., transformer=model)` compares the type of `model` with the class that
-# model_index.json names. diffusers looks for that class in `sys.modules`, where remote code has another name.
+# model_index.json names. diffusers looks for that class in `sys.modules`, where remote code has another name: these modules
+# hold the base class in its place, which models of the package and of remote code have in common.
 for _module, _class_name, _base in _PUBLISHED_COMPONENTS:
     if _module not in sys.modules:
         sys.modules[_module] = ModuleType(_module)
@@ -496,9 +497,7 @@ class PixelREPAPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
                 latents = self.scheduler.step(-velocity, t, latents, **extra_step_kwargs, return_dict=False)[0]
 
                 if callback_on_step_end is not None:
-                    callback_kwargs = {}
-                    for k in callback_on_step_end_tensor_inputs:
-                        callback_kwargs[k] = locals()[k]
+                    callback_kwargs = {"latents": latents} if callback_on_step_end_tensor_inputs else {}
                     callback_outputs = callback_on_step_end(self, i, t, callback_kwargs)
                     latents = callback_outputs.pop("latents", latents)
 

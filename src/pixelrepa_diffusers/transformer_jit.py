@@ -369,7 +369,7 @@ class JiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin,
     _no_split_modules = ["JiTPatchEmbed", "JiTConditioning", "JiTBlock", "JiTFinalLayer"]
     _repeated_blocks = ["JiTBlock"]
     _skip_layerwise_casting_patterns = ["patch_embed", "conditioning", "norm", "final_layer"]
-    # With 8 significant bits, bfloat16 cannot separate neighbouring noise levels.
+    # Loaded in bfloat16, with 8 significant bits, it could not separate neighbouring noise levels.
     _keep_in_fp32_modules = ["time_embedding"]
     _auto_class = "AutoModel"
 

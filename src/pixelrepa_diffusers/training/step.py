@@ -16,7 +16,7 @@ from .data import ImageLoader, random_words, to_float
 from .draws import BatchDraws
 
 
-# Purposes of `random_words` here and in the trainer; data.py has those of order, crops and flips.
+# Purposes of `random_words` here and in the trainer; 104 is guidance_head.py's, and data.py has those of order and crops.
 DROPOUT_DRAWS, WEIGHT_DRAWS = 102, 103
 
 
@@ -115,7 +115,7 @@ class StepResult:
     images: list[int]  # indices in the data
     skipped_images: int  # images that replace a bad one
     grad_norm: torch.Tensor | None  # before clipping, if it was computed
-    skipped: torch.Tensor | None  # bool, whether the update was skipped because the gradient is not finite; None: no
+    skipped: torch.Tensor | None  # bool, whether a non-finite gradient skipped the update; None if it cannot be
     position: dict  # state of the loader after the step
     seconds: float  # of this process, which on a GPU only launches the step
     seconds_waited: float  # of them, waiting for data
@@ -190,7 +190,7 @@ def update_weights(
     grad_norm = skipped = None
     if measure or may_skip or args.max_grad_norm is not None:
         accelerator.unscale_gradients(optimizer)
-        # Clipping at infinity instead would turn all gradients to NaN where one is infinite.
+        # `clip_grad_norm_` at infinity also returns the norm, but turns all gradients to NaN if one is infinite.
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if args.max_grad_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, args.max_grad_norm, grad_norm)
